@@ -5,7 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from packscore_kernels.segment_paged_attention.types import PAD_SEGMENT, PREFIX_SEGMENT, SegmentLayout
+from packscore_kernels.segment_paged_attention.types import (
+    PAD_SEGMENT,
+    PREFIX_SEGMENT,
+    SegmentLayout,
+)
 
 
 def visible(layout: SegmentLayout) -> jax.Array:

@@ -34,6 +34,7 @@ class Group:
 
     @property
     def num_items(self) -> int:
+        """Items of this group, empty ones too."""
         return len(self.item_lens)
 
     @property
@@ -44,7 +45,7 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class SegmentLayout:
-    """Packed tokens in storage order: group by group, each its prefix and then its items; padding last.
+    """Packed tokens in storage order: group by group, each a prefix, then its items; padding last.
 
     `visible = (kv_segment == q_segment) | (kv_segment == PREFIX_SEGMENT)` inside one group, and-ed
     with storage order `kv_index <= q_index`; the pages of a group come before its packed tokens.
@@ -96,7 +97,7 @@ class SegmentLayout:
 
     @cached_property
     def segment_ids(self) -> Int32Array:
-        """i32[num_tokens]: PREFIX_SEGMENT for the prefix, k for a group's k-th item, PAD_SEGMENT."""
+        """i32[num_tokens]: PREFIX_SEGMENT, k for a group's k-th item, or PAD_SEGMENT."""
         ids = [
             np.repeat(
                 np.arange(group.num_items + 1, dtype=np.int32),

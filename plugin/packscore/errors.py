@@ -1,0 +1,42 @@
+"""The exceptions of packscore: every one names the argument, its value and what to do."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+
+class PackscoreError(Exception):
+    """Base of all errors raised by packscore."""
+
+
+class InputError(PackscoreError, ValueError):
+    """An argument has a value that cannot be scored."""
+
+
+class InputTypeError(PackscoreError, TypeError):
+    """An argument is of a type that cannot be scored."""
+
+
+class UnsupportedModelError(PackscoreError, ValueError):
+    """The model, its configuration or its head cannot be scored exactly."""
+
+
+class NotPatchedError(PackscoreError, RuntimeError):
+    """The model must be patched first."""
+
+
+class MaskTooLargeError(PackscoreError, MemoryError):
+    """A dense mask would not fit into the memory that is free."""
+
+
+class ScoringError(PackscoreError, RuntimeError):
+    """A forward failed; `scores` keeps what was computed before and after it.
+
+    `scores` has one row per pair and NaN where no score could be computed; the failure itself is
+    the exception's `__cause__`.
+    """
+
+    def __init__(self, message: str, scores: npt.NDArray[np.float32]) -> None:
+        super().__init__(message)
+        self.scores = scores

@@ -1,0 +1,154 @@
+"""Label scores from hidden states: only the rows that are scored, in float32."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from packscore.errors import InputError, InputTypeError, UnsupportedModelError
+from packscore.inputs import as_list, short, token_ids
+from packscore.tokenizing import PieceTokenizer
+
+# Vocabulary columns of one step of the log-sum-exp: bounds the float32 copy of the head's weight.
+VOCAB_CHUNK = 16_384
+# Rows of one step through a head that is not a plain linear layer and gives the whole vocabulary.
+ROW_CHUNK = 256
+
+
+class LabelHead:
+    """The language-model head of a model, read at a few labels.
+
+    Raises:
+      UnsupportedModelError: the model has no language-model head.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PieceTokenizer | None) -> None:
+        # Any: modules and hooks of other libraries stand in for a linear layer here
+        self._head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        if self._head is None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no language-model head; load it with "
+                "AutoModelForCausalLM"
+            )
+        embedding: Any = model.get_input_embeddings()
+        self.vocab_size = int(embedding.num_embeddings)
+        self._tokenizer = tokenizer
+        # rows of the head past the tokenizer's last token are padding that nothing trained
+        self._label_limit = min(self.vocab_size, tokenizer.vocab_size if tokenizer else sys.maxsize)
+
+    def resolve(
+        self, labels: Sequence[str] | None, label_token_ids: Sequence[int] | None
+    ) -> list[int] | None:
+        """Token ids of labels given as text or as ids; None where neither is given.
+
+        Raises:
+          InputError, InputTypeError: the labels are not distinct single tokens of the vocabulary.
+          UnsupportedModelError: the head was never trained for them.
+        """
+        if labels is not None and label_token_ids is not None:
+            raise InputError("labels and label_token_ids are two ways to say one thing; pass one")
+        if labels is not None:
+            ids = self._text_ids(as_list("labels", labels))
+        elif label_token_ids is not None:
+            values = as_list("label_token_ids", label_token_ids)
+            ids = token_ids("label_token_ids", values, self._label_limit).tolist()
+        else:
+            return None
+        if len(set(ids)) < len(ids):
+            raise InputError(f"labels: token ids {ids} hold one token twice; name each label once")
+        if max(ids) >= self._label_limit:
+            raise InputError(
+                f"labels: token id {max(ids)} must be below {self._label_limit}, the size of the "
+                "model's vocabulary; use the model's own tokenizer"
+            )
+        self._check_trained(ids)
+        return ids
+
+    def _text_ids(self, labels: list[object]) -> list[int]:
+        if self._tokenizer is None:
+            raise InputError(f"labels={short(labels)} needs a tokenizer; pass label_token_ids")
+        ids = []
+        for i, label in enumerate(labels):
+            if not isinstance(label, str):
+                raise InputTypeError(
+                    f"labels[{i}]={short(label)} must be a string; ids go to label_token_ids"
+                )
+            ids.append(self._tokenizer.label_id(f"labels[{i}]", label))
+        return ids
+
+    @property
+    def _is_plain(self) -> bool:
+        # an adapter, a quantised layer or an offloaded weight has to run as the module it is
+        return (
+            type(self._head) is nn.Linear
+            and not hasattr(self._head, "_hf_hook")
+            and self._head.weight.device.type != "meta"
+        )
+
+    def _check_trained(self, label_ids: list[int]) -> None:
+        if not self._is_plain:
+            return
+        rows = self._head.weight.detach()[label_ids].float()
+        for row, label_id in zip(rows, label_ids, strict=True):
+            if not torch.isfinite(row).all() or not row.any():
+                state = "all zero" if torch.isfinite(row).all() else "not finite"
+                raise UnsupportedModelError(
+                    f"label_token_ids: the head's row of token {label_id} is {state}, so it was "
+                    "never trained or not loaded; load a trained checkpoint or name other labels"
+                )
+        for i, row in enumerate(rows):
+            same = [j for j in range(i) if torch.equal(rows[j], row)]
+            if same:
+                raise UnsupportedModelError(
+                    f"label_token_ids: the head's rows of tokens {label_ids[same[0]]} and "
+                    f"{label_ids[i]} are equal, so it was never trained; load a trained checkpoint "
+                    "or name other labels"
+                )
+
+    def label_logits(
+        self,
+        hidden: torch.Tensor,  # [num_rows, hidden_size]
+        label_ids: list[int],
+    ) -> torch.Tensor:
+        """Logits of the labels.
+
+        Returns:
+          float32[num_rows, num_labels].
+        """
+        if self._is_plain:
+            return self._linear(hidden, torch.tensor(label_ids, device=self._head.weight.device))
+        return torch.cat([logits[:, label_ids] for logits in self._whole(hidden)])
+
+    def logsumexp(
+        self,
+        hidden: torch.Tensor,  # [num_rows, hidden_size]
+    ) -> torch.Tensor:
+        """Log-sum-exp of the logits over the vocabulary, which never exist all at once.
+
+        Returns:
+          float32[num_rows].
+        """
+        if self._is_plain:
+            chunks = [
+                self._linear(hidden, slice(start, start + VOCAB_CHUNK)).logsumexp(-1)
+                for start in range(0, self._head.weight.shape[0], VOCAB_CHUNK)
+            ]
+            return torch.stack(chunks).logsumexp(0)
+        return torch.cat([logits.logsumexp(-1) for logits in self._whole(hidden)])
+
+    def _whole(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
+        """float32[ROW_CHUNK, vocab_size] at a time, through the module itself."""
+        for start in range(0, len(hidden), ROW_CHUNK):
+            logits: torch.Tensor = self._head(hidden[start : start + ROW_CHUNK])
+            yield logits.float()
+
+    def _linear(self, hidden: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
+        weight, bias = self._head.weight, self._head.bias
+        hidden = hidden.to(weight.device).float()
+        return F.linear(hidden, weight[rows].float(), None if bias is None else bias[rows].float())

@@ -1,0 +1,193 @@
+"""Give one model instance packed attention through Hugging Face's interfaces, and take it back."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from packscore.attention import SegmentPlan, segment_attention
+from packscore.errors import InputTypeError, UnsupportedModelError
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+# The name we register, by the implementation that keeps serving every call that is not packed.
+# Transformers gives names with "sdpa", "flash" or "flex" in them a meaning of their own.
+REGISTERED_NAMES = {"sdpa": "packscore", "eager": "packscore_eager"}
+BASES = {name: base for base, name in REGISTERED_NAMES.items()}
+# Rotary embeddings whose angles depend on the longest sequence of the batch.
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The Hugging Face model itself: unwraps PEFT.
+
+    Raises:
+      InputTypeError: `model` is not a Hugging Face model.
+      UnsupportedModelError: a PEFT method that changes the tokens (prompt or prefix tuning).
+    """
+    inner: Any = model
+    if callable(getattr(model, "get_base_model", None)):
+        peft_config = inner.active_peft_config
+        if getattr(peft_config, "is_prompt_learning", False):
+            raise UnsupportedModelError(
+                f"peft_type={str(peft_config.peft_type)!r} adds virtual tokens that packing would "
+                "show to every item; use an adapter that changes weights, such as LoRA"
+            )
+        inner = inner.get_base_model()
+    if not isinstance(inner, PreTrainedModel):
+        raise InputTypeError(
+            f"model is a {type(model).__name__}; it must be a transformers PreTrainedModel, "
+            "for instance from AutoModelForCausalLM.from_pretrained(...)"
+        )
+    return inner
+
+
+def check_supported(model: nn.Module) -> None:
+    """Refuse, by name, what packed scoring could not reproduce exactly.
+
+    Raises:
+      UnsupportedModelError: architecture, sliding window, logit soft-capping, rotary embedding or
+        attention implementation that is not exact when packed.
+    """
+    inner = base_model(model)
+    config = inner.config
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        raise UnsupportedModelError(
+            f"model_type={config.model_type!r} is not supported; "
+            f"it must be one of {', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
+    windows = {getattr(module, "sliding_window", None) for module in inner.modules()} - {None}
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or windows:
+        raise UnsupportedModelError(
+            f"sliding_window={getattr(config, 'sliding_window', None)} is in use, and packed items "
+            "have no such window; load with use_sliding_window=False if it was trained without"
+        )
+    for option in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(config, option, None) is not None:
+            raise UnsupportedModelError(f"{option}={getattr(config, option)} is not supported")
+    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope_type in LENGTH_DEPENDENT_ROPE:
+        raise UnsupportedModelError(
+            f"rope_type={rope_type!r} makes one item's angles depend on the others' lengths; "
+            "use a static type such as 'default', 'linear', 'yarn' or 'llama3'"
+        )
+    if getattr(config, "is_causal", True) is False:
+        raise UnsupportedModelError("is_causal=False: the model must be a causal decoder")
+    implementation = config._attn_implementation
+    if implementation not in REGISTERED_NAMES and implementation not in BASES:
+        raise UnsupportedModelError(
+            f"attn_implementation={implementation!r} has a mask of its own kind; call "
+            "model.set_attn_implementation('sdpa') first"
+        )
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether `patch_model` is in effect on `model`."""
+    return base_model(model).config._attn_implementation in BASES
+
+
+def patch_model(model: ModelT) -> ModelT:
+    """Give `model` the packed attention, in place.
+
+    Only this instance changes: its configuration is copied first, so that models which shared it
+    stay as they are. Calls that are not packed by a scorer run the model's own attention exactly
+    as before. Patching twice changes nothing.
+
+    Args:
+      model: a causal Hugging Face decoder (Qwen3, Qwen3-MoE, Qwen2, Llama), PEFT-wrapped or not,
+        using the "sdpa" or "eager" attention.
+
+    Returns:
+      The same object.
+
+    Raises:
+      UnsupportedModelError: the model cannot be scored exactly when packed; the message says why.
+    """
+    check_supported(model)
+    if not is_patched(model):
+        _register()
+        _switch(model, REGISTERED_NAMES[base_model(model).config._attn_implementation])
+    return model
+
+
+def unpatch_model(model: ModelT) -> ModelT:
+    """Undo `patch_model`, in place; does nothing to a model that is not patched.
+
+    Returns:
+      The same object; its logits are bit-identical to before it was patched.
+    """
+    if is_patched(model):
+        _switch(model, BASES[base_model(model).config._attn_implementation])
+    return model
+
+
+@contextmanager
+def patched(model: ModelT) -> Iterator[ModelT]:
+    """`with patched(model):` patches for the block and leaves the model as it was found."""
+    found_patched = is_patched(model)
+    try:
+        yield patch_model(model)
+    finally:
+        if not found_patched:
+            unpatch_model(model)
+
+
+def _switch(model: nn.Module, implementation: str) -> None:
+    shared = base_model(model).config
+    own = copy.deepcopy(shared)
+    own._attn_implementation_internal = implementation
+    module: Any
+    for module in model.modules():
+        if module.__dict__.get("config") is shared:
+            module.config = own
+
+
+def _register() -> None:
+    for base, name in REGISTERED_NAMES.items():
+        AttentionInterface.register(name, functools.partial(packed_attention, base))
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+
+
+def _base_attention(base: str, module: nn.Module) -> Callable[..., Any]:
+    # "eager" is no registered function: every modeling file has its own
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    forward: Callable[..., Any] = eager if base == "eager" else ALL_ATTENTION_FUNCTIONS[base]
+    return forward
+
+
+def packed_attention(
+    base: str,
+    module: nn.Module,
+    query: torch.Tensor,  # [batch, num_q_heads, num_tokens, head_dim]
+    key: torch.Tensor,  # [batch, num_kv_heads, num_tokens, head_dim]
+    value: torch.Tensor,  # [batch, num_kv_heads, num_tokens, head_dim]
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    segment_plan: SegmentPlan | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention function that Hugging Face calls: packed with a `segment_plan`, else `base`.
+
+    Returns:
+      ([batch, num_tokens, num_q_heads, head_dim], None or the weights where `base` gives them).
+    """
+    if segment_plan is None:
+        forward = _base_attention(base, module)
+        output: tuple[torch.Tensor, torch.Tensor | None] = forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+        return output
+    sm_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return segment_attention(query, key, value, segment_plan, sm_scale=sm_scale), None

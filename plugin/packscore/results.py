@@ -1,0 +1,82 @@
+"""What scoring returns beside the scores: the tokens it took and what it did to the input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, Literal, NotRequired, TypedDict, TypeVar
+
+T = TypeVar("T")
+
+Flow = Literal["packed", "plain", "mixed"]
+MaskImpl = Literal["segment", "dense", "causal", "mixed"]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one call computed.
+
+    Args:
+      prompt_tokens: tokens that scoring the items one by one would compute.
+      computed_tokens: tokens that ran through the model, padding apart.
+      prefix_tokens_saved: prompt_tokens - computed_tokens, the prefix tokens that items shared.
+      padding_tokens: padding that ran through the model beside them.
+      truncated_items: indices of items that lost their end to the budget.
+      special_token_items: indices of items whose text holds a special token's.
+      flow: "packed" (a prefix shared by items), "plain" (nothing shared), or "mixed" over queries.
+      mask_impl: the attention that ran: "segment", "dense", or "causal" where one sequence alone
+        needs no other mask; "mixed" over queries.
+    """
+
+    prompt_tokens: int
+    computed_tokens: int
+    prefix_tokens_saved: int
+    padding_tokens: int
+    truncated_items: tuple[int, ...]
+    special_token_items: tuple[int, ...]
+    flow: Flow
+    mask_impl: MaskImpl
+
+
+@dataclass(frozen=True)
+class ScoreResult(Generic[T]):
+    """Scores together with the usage that `return_usage=True` asks for."""
+
+    scores: T
+    usage: Usage
+
+
+class RankedDocument(TypedDict):
+    """One entry of `rank`: index among the documents, score, and the text when asked for."""
+
+    corpus_id: int
+    score: float
+    text: NotRequired[str]
+
+
+def merge_usages(usages: Sequence[Usage], indices: Sequence[Sequence[int]]) -> Usage:
+    """The usage of several queries; `indices[g][i]` is where item i of query g was in the input."""
+
+    def where(name: str) -> tuple[int, ...]:
+        found = (
+            index[i]
+            for usage, index in zip(usages, indices, strict=True)
+            for i in getattr(usage, name)
+        )
+        return tuple(sorted(found))
+
+    def total(name: str) -> int:
+        return sum(getattr(usage, name) for usage in usages)
+
+    flows = {usage.flow for usage in usages}
+    masks = {usage.mask_impl for usage in usages}
+    return Usage(
+        prompt_tokens=total("prompt_tokens"),
+        computed_tokens=total("computed_tokens"),
+        prefix_tokens_saved=total("prefix_tokens_saved"),
+        padding_tokens=total("padding_tokens"),
+        truncated_items=where("truncated_items"),
+        special_token_items=where("special_token_items"),
+        flow=flows.pop() if len(flows) == 1 else "mixed",
+        mask_impl=masks.pop() if len(masks) == 1 else "mixed",
+    )
