@@ -1,0 +1,56 @@
+"""Fixtures that every part of the suite shares."""
+
+from __future__ import annotations
+
+import os
+
+# before transformers loads: the suite must never reach for a hub
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from helpers import FrozenCase, random_ids
+from packscore import patch_model, shipped_model_path
+
+# the models are small: more threads cost more than they give, above all on a busy machine
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """The shipped model's tokenizer: Qwen's pipeline with a small vocabulary."""
+    return AutoTokenizer.from_pretrained(shipped_model_path())
+
+
+def _load_shipped() -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(shipped_model_path(), dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def shipped() -> PreTrainedModel:
+    """The shipped reranker in float32, patched; tests leave it as it is."""
+    return patch_model(_load_shipped())
+
+
+@pytest.fixture(scope="session")
+def unpatched() -> PreTrainedModel:
+    """The shipped reranker in float32 as Hugging Face loads it: the reference."""
+    return _load_shipped()
+
+
+@pytest.fixture
+def fresh() -> PreTrainedModel:
+    """A shipped reranker of the test's own, not patched."""
+    return _load_shipped()
+
+
+@pytest.fixture(scope="session")
+def case(shipped: PreTrainedModel) -> FrozenCase:
+    """Token ids of a query and five items for the shipped model."""
+    vocab_size = shipped.config.vocab_size
+    items = [random_ids(n, vocab_size, seed=n) for n in (7, 1, 30, 12, 12)]
+    return FrozenCase(random_ids(23, vocab_size, seed=0), items)
