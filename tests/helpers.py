@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class FrozenCase:
 
     prefix: list[int]
     items: list[list[int]]
+    labels: list[int] = field(default_factory=lambda: LABELS)
 
 
 def random_ids(count: int, vocab_size: int = VOCAB_SIZE, *, seed: int) -> list[int]:

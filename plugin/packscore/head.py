@@ -36,8 +36,7 @@ class LabelHead:
                 f"{type(model).__name__} has no language-model head; load it with "
                 "AutoModelForCausalLM"
             )
-        embedding: Any = model.get_input_embeddings()
-        self.vocab_size = int(embedding.num_embeddings)
+        self.vocab_size = int(model.config.vocab_size)
         self._tokenizer = tokenizer
         # rows of the head past the tokenizer's last token are padding that nothing trained
         self._label_limit = min(self.vocab_size, tokenizer.vocab_size if tokenizer else sys.maxsize)

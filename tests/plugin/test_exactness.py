@@ -69,6 +69,7 @@ def make_case(prefix_len: int, item_lens: list[int]) -> FrozenCase:
 def differences(model: PreTrainedModel, case: FrozenCase) -> list[torch.Tensor]:
     """|P(packed) - P(one by one)| for both masks, 1, 2 and 8 labels, over vocabulary and labels."""
     logits = logits_one_by_one(model, case.prefix, case.items)
+    labels = case.labels
     calls = [("segment", 1, False), ("segment", 2, True), ("segment", 8, True)]
     calls += [("segment", 8, False), ("dense", 8, False)]
     found = []
@@ -77,11 +78,11 @@ def differences(model: PreTrainedModel, case: FrozenCase) -> list[torch.Tensor]:
             scores = MultiItemScorer(model, mask_impl=mask_impl).score(
                 case.prefix,
                 case.items,
-                label_token_ids=LABELS[:count],
+                label_token_ids=labels[:count],
                 apply_softmax=softmax,
             )
         assert len(scores) == len(case.items)
-        found.append((torch.tensor(scores) - probabilities(logits, LABELS[:count], softmax)).abs())
+        found.append((torch.tensor(scores) - probabilities(logits, labels[:count], softmax)).abs())
     return found
 
 
@@ -155,13 +156,8 @@ def test_plain_causal_attention_is_wrong(model: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_shipped_model(fresh: PreTrainedModel, dtype: torch.dtype) -> None:
-    model = fresh.to(dtype)
-    vocab_size = model.config.vocab_size
-    lens = [0, 1, 5, 30, 30, 77, 200]
-    items = [random_ids(n, vocab_size, seed=n) for n in lens]
-    differ = differences(model, FrozenCase(random_ids(90, vocab_size, seed=3), items))
-    for difference in differ:
+def test_shipped_model(fresh: PreTrainedModel, case: FrozenCase, dtype: torch.dtype) -> None:
+    for difference in differences(fresh.to(dtype), case):
         if dtype == torch.float32:
             assert difference.max() <= PROBABILITY_MAX_FLOAT32
         else:
@@ -173,10 +169,18 @@ def test_item_first_equals_item_then_query(
     case: FrozenCase, shipped: PreTrainedModel, unpatched: PreTrainedModel
 ) -> None:
     result = MultiItemScorer(shipped).score(
-        case.prefix, case.items, label_token_ids=[3, 4], item_first=True, return_usage=True
+        case.prefix,
+        case.items,
+        label_token_ids=case.labels,
+        apply_softmax=True,
+        item_first=True,
+        return_usage=True,
     )
     expected = torch.cat(
-        [one_by_one(unpatched, item, [case.prefix], [3, 4]) for item in case.items]
+        [
+            one_by_one(unpatched, item, [case.prefix], case.labels, apply_softmax=True)
+            for item in case.items
+        ]
     )
     assert (torch.tensor(result.scores) - expected).abs().max() <= PROBABILITY_MAX_FLOAT32
     assert result.usage.flow == "plain"
