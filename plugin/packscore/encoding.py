@@ -171,7 +171,8 @@ class PromptEncoder:
         self._split_special_tokens = split_special_tokens
         (self._item_head, _), *rest = parse_template(spec.item)
         # what follows the document in the item's template survives truncation like the suffix
-        self._tail: Pieces = [("".join(literal for literal, _ in rest) + spec.suffix, True)]
+        literals = [literal for literal, _ in [*rest, *parse_template(spec.suffix)]]
+        self._tail: Pieces = [("".join(literals), True)]
         self._cut_is_exact = self._try_cut()
 
     def encode(

@@ -22,7 +22,7 @@ class PromptSpec:
     Args:
       prefix: may use `{query}` and `{instruction}`; shared by all items of a query.
       item: uses `{item}` exactly once.
-      suffix: literal; ends every item and survives truncation.
+      suffix: has no field; ends every item and survives truncation.
       instruction: default for `{instruction}`.
       labels: default label texts, each one token; two labels mean (negative, positive).
       max_tokens: budget of prefix + item + suffix; None is the model's own maximum.
@@ -53,8 +53,13 @@ class PromptSpec:
 
 
 def parse_template(template: str) -> list[tuple[str, str | None]]:
-    """Cut a template into (literal text, name of the field behind it or None)."""
-    return [(literal, field) for literal, field, _, _ in string.Formatter().parse(template)]
+    """Cut a template into (literal text, field behind it or None); a brace is written twice."""
+    parts: list[tuple[str, str | None]] = []
+    for literal, field, spec, conversion in string.Formatter().parse(template):
+        if spec or conversion:
+            raise ValueError(f"the field {field!r} has a format, and texts go in as they are")
+        parts.append((literal, field))
+    return parts
 
 
 def template_fields(template: str) -> list[str]:
