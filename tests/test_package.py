@@ -50,7 +50,8 @@ def test_wheel_holds_every_file_of_both_packages(dist: Path) -> None:
 
 def test_sdist_can_build_the_same(dist: Path) -> None:
     (sdist,) = dist.glob("*.tar.gz")
-    names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"LICENSE", "README.md", "pyproject.toml", "setup.cfg"} <= names
 
 
@@ -66,7 +67,7 @@ def test_metadata_keeps_the_core_install_light(dist: Path) -> None:
     }
     for bounded in ("jax", "torch", "torchax", "transformers"):
         (line,) = (
-            r for r in required if r.startswith(f"{bounded}<") or r.startswith(f"{bounded}>")
+            r for r in required if r.startswith((f"{bounded}<", f"{bounded}>"))
         )
         assert "<" in line
         assert ">=" in line

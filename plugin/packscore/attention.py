@@ -19,6 +19,9 @@ MAX_LENGTH_WASTE = 1 / 4
 FUSED_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+KeysValues = tuple[torch.Tensor, torch.Tensor]
+
+
 @dataclass(frozen=True, eq=False)
 class SequenceBatch:
     """Segments of similar length that attend causally to themselves, as one batch.
@@ -51,7 +54,8 @@ class SegmentPlan:
     num_real_tokens: int
     device: torch.device
     sequences: tuple[SequenceBatch, ...]
-    prefixes: tuple[tuple[int, int, int], ...]  # (prefix start, items start, items end), storage
+    # (prefix start or None where it is in the cache, items start, items end), storage indices
+    prefixes: tuple[tuple[int | None, int, int], ...]
     _elsewhere: dict[torch.device, SegmentPlan] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -59,14 +63,14 @@ class SegmentPlan:
         """Plan the attention of `layout` for tensors on the CPU."""
         prefixes, starts, lens = [], [], []
         for group, start in zip(layout.groups, layout.group_starts.tolist(), strict=False):
-            if group.cached_len:
+            if group.cached_len and (group.prefix_len or len(layout.groups) > 1):
                 raise InputError(
-                    f"cached_len={group.cached_len}: torch attention takes the whole prefix from "
-                    "the packed tokens, so it must be 0"
+                    f"cached_len={group.cached_len}: torch attention takes a prefix whole, from "
+                    "the packed tokens or from one cache"
                 )
-            items_start = start + group.prefix_len
-            if group.prefix_len and group.item_lens.any():
-                prefixes.append((start, items_start, start + group.num_tokens))
+            items_start, end = start + group.prefix_len, start + group.num_tokens
+            if items_start < end and (group.prefix_len or group.cached_len):
+                prefixes.append((None if group.cached_len else start, items_start, end))
             starts.append(start)
             lens.append(group.prefix_len)
         item_starts, item_ends = layout.item_bounds.T
@@ -88,6 +92,21 @@ class SegmentPlan:
             moved = tuple(batch.on(device) for batch in self.sequences)
             self._elsewhere[device] = replace(self, device=device, sequences=moved)
         return self._elsewhere[device]
+
+
+@dataclass(eq=False)
+class PrefixCache:
+    """Keys and values of one prefix, kept layer by layer between the batches of a request."""
+
+    prefix_len: int
+    layers: dict[int, KeysValues] = field(default_factory=dict)
+
+    def keep(self, layer_idx: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Keep the prefix of a layer's k and v, [1, num_kv_heads, num_tokens, head_dim]."""
+        self.layers[layer_idx] = (
+            k[:, :, : self.prefix_len].contiguous(),
+            v[:, :, : self.prefix_len].contiguous(),
+        )
 
 
 def _batch_by_length(
@@ -122,6 +141,7 @@ def segment_attention(
     plan: SegmentPlan,
     *,
     sm_scale: float,
+    cached: KeysValues | None = None,
 ) -> torch.Tensor:
     """Attention of packed tokens, each item to the prefix and to itself only.
 
@@ -133,6 +153,8 @@ def segment_attention(
       v: values.
       plan: `SegmentPlan.build(layout)`, on any device.
       sm_scale: factor on the scores before the softmax.
+      cached: keys and values of a prefix that is not among the packed tokens,
+        [1, num_kv_heads, cached_len, head_dim] each.
 
     Returns:
       [1, num_tokens, num_q_heads, head_dim] in q's dtype; padding rows are zeros.
@@ -146,9 +168,15 @@ def segment_attention(
     for batch in plan.sequences:
         _attend_within(q[0], k[0], v[0], batch, sm_scale, out, lse)
     for prefix_start, items_start, items_end in plan.prefixes:
-        items, prefix = slice(items_start, items_end), slice(prefix_start, items_start)
+        items = slice(items_start, items_end)
+        if prefix_start is not None:
+            prefix_k, prefix_v = (x[:, :, prefix_start:items_start] for x in (k, v))
+        elif cached is not None:
+            prefix_k, prefix_v = cached
+        else:
+            raise InputError("cached=None, and the plan's prefix is not among the packed tokens")
         prefix_out, prefix_lse = attend(
-            q[:, :, items], k[:, :, prefix], v[:, :, prefix], is_causal=False, sm_scale=sm_scale
+            q[:, :, items], prefix_k, prefix_v, is_causal=False, sm_scale=sm_scale
         )
         # exp(prefix_lse) / (exp(prefix_lse) + exp(lse)), which cannot overflow
         prefix_share = torch.sigmoid(prefix_lse[0].T - lse[items])[..., None]

@@ -1,4 +1,4 @@
-"""One packed batch through the model's decoder, with the segment, the dense or the plain mask."""
+"""Packed batches through the model's decoder, with the segment, the dense or the plain mask."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from packscore.attention import SegmentPlan
+from packscore.attention import PrefixCache, SegmentPlan
 from packscore.errors import MaskTooLargeError
-from packscore.packing import PackedBatch
+from packscore.packing import PackedBatch, PackedRequest
 from packscore.results import MaskImpl
 from packscore_kernels.segment_paged_attention.types import PREFIX_SEGMENT, SegmentLayout
 
@@ -21,23 +21,45 @@ logger = logging.getLogger("packscore")
 # A dense mask of this size is worth telling the user, who may not know what it costs.
 TELL_MASK_BYTES = 256 * 2**20
 
+# Item tokens of one forward. On a CPU activations should stay in its caches; elsewhere a forward
+# should be long, and memory is what ends it.
+CHUNK_TOKENS_CPU = 2048
+CHUNK_TOKENS = 32_768
+
+
+def chunk_tokens_of(device: torch.device) -> int:
+    """Item tokens to compute in one forward on `device`."""
+    return CHUNK_TOKENS_CPU if device.type == "cpu" else CHUNK_TOKENS
+
 
 def scored_hidden_states(
-    model: PreTrainedModel, batch: PackedBatch, mask_impl: MaskImpl
+    model: PreTrainedModel, request: PackedRequest, mask_impl: MaskImpl
 ) -> torch.Tensor:
-    """Run the decoder once and keep the scored rows.
+    """Run the decoder over the batches of a request and keep the scored rows.
 
     Args:
       model: a Hugging Face causal model; patched, for "segment".
-      batch: prefix and items.
+      request: prefix and items; one batch alone, unless "segment".
       mask_impl: "causal" runs plain HF, for a batch whose `is_causal` is true.
 
     Returns:
-      [num_items, hidden_size] after the final norm.
+      [num_items, hidden_size] after the final norm, in the order of the items.
 
     Raises:
       MaskTooLargeError: the dense mask does not fit.
     """
+    prefix_len = request.batches[0].layout.groups[0].prefix_len
+    cache = PrefixCache(prefix_len) if prefix_len and len(request.batches) > 1 else None
+    hidden = torch.cat([_run(model, batch, mask_impl, cache) for batch in request.batches])
+    in_order = torch.empty_like(hidden)
+    in_order[torch.from_numpy(request.order).to(hidden.device)] = hidden
+    return in_order
+
+
+def _run(
+    model: PreTrainedModel, batch: PackedBatch, mask_impl: MaskImpl, cache: PrefixCache | None
+) -> torch.Tensor:
+    """[num_items, hidden_size] of one batch; the first one fills the cache for the others."""
     layout = batch.layout
     embedding: Any = model.get_input_embeddings()
     device: torch.device = embedding.weight.device
@@ -52,6 +74,7 @@ def scored_hidden_states(
         # its shape instead of attending to the wrong tokens.
         inputs["attention_mask"] = torch.empty(1, 1, 0, 0, device=device)
         inputs["segment_plan"] = SegmentPlan.build(layout)
+        inputs["prefix_cache"] = cache
     elif mask_impl == "dense":
         inputs["attention_mask"] = dense_mask(model, layout, device, embedding.weight.dtype)
     decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]  # untyped in transformers

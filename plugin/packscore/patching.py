@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from packscore.attention import SegmentPlan, segment_attention
+from packscore.attention import PrefixCache, SegmentPlan, segment_attention
 from packscore.errors import InputTypeError, UnsupportedModelError
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -176,6 +176,7 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     segment_plan: SegmentPlan | None = None,
+    prefix_cache: PrefixCache | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The attention function that Hugging Face calls: packed with a `segment_plan`, else `base`.
@@ -190,4 +191,11 @@ def packed_attention(
         )
         return output
     sm_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return segment_attention(query, key, value, segment_plan, sm_scale=sm_scale), None
+    cached = None
+    if prefix_cache is not None:
+        layer_idx: Any = module.layer_idx
+        cached = prefix_cache.layers.get(layer_idx)
+        if cached is None:
+            prefix_cache.keep(layer_idx, key, value)
+    out = segment_attention(query, key, value, segment_plan, sm_scale=sm_scale, cached=cached)
+    return out, None

@@ -8,7 +8,7 @@ from typing import Generic, Literal, NotRequired, TypedDict, TypeVar
 
 T = TypeVar("T")
 
-Flow = Literal["packed", "plain", "mixed"]
+Flow = Literal["packed", "chunked", "plain", "mixed"]
 MaskImpl = Literal["segment", "dense", "causal", "mixed"]
 
 
@@ -23,7 +23,8 @@ class Usage:
       padding_tokens: padding that ran through the model beside them.
       truncated_items: indices of items that lost their end to the budget.
       special_token_items: indices of items whose text holds a special token's.
-      flow: "packed" (a prefix shared by items), "plain" (nothing shared), or "mixed" over queries.
+      flow: "packed" (a prefix shared by items in one forward), "chunked" (by items of several
+        forwards), "plain" (nothing shared), or "mixed" over queries.
       mask_impl: the attention that ran: "segment", "dense", or "causal" where one sequence alone
         needs no other mask; "mixed" over queries.
     """

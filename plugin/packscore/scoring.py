@@ -21,7 +21,7 @@ from packscore.encoding import (
     group_by_query,
 )
 from packscore.errors import InputError, NotPatchedError, ScoringError
-from packscore.forward import scored_hidden_states
+from packscore.forward import chunk_tokens_of, scored_hidden_states
 from packscore.head import LabelHead
 from packscore.inputs import Text, as_list, as_pairs, check_choice, check_count, short
 from packscore.packing import pack
@@ -332,18 +332,23 @@ class MultiItemScorer:
         self._check_patched()
         if self._base.training:
             raise InputError("model is in train mode, where dropout is random; call model.eval()")
-        batch = pack(request.prefix, request.items)
-        mask_impl: MaskImpl = "causal" if batch.is_causal else self.mask_impl
+        # one forward of everything is what dense means; segment keeps its activations in cache
+        chunk_tokens = chunk_tokens_of(self._base.device) if self.mask_impl == "segment" else None
+        packed = pack(request.prefix, request.items, chunk_tokens=chunk_tokens)
+        mask_impl: MaskImpl = "causal" if packed.is_causal else self.mask_impl
         with torch.inference_mode():
-            hidden = scored_hidden_states(self._base, batch, mask_impl)
-        computed = batch.layout.num_real_tokens
+            hidden = scored_hidden_states(self._base, packed, mask_impl)
+        layouts = [batch.layout for batch in packed.batches]
+        computed = sum(layout.num_real_tokens for layout in layouts)
         prompt = len(request.prefix) * len(request.items) + sum(map(len, request.items))
-        flow: Flow = "packed" if len(request.prefix) and len(request.items) > 1 else "plain"
+        flow: Flow = "packed" if len(layouts) == 1 else "chunked"
+        if not len(request.prefix) or len(request.items) == 1:
+            flow = "plain"
         return hidden, Usage(
             prompt_tokens=prompt,
             computed_tokens=computed,
             prefix_tokens_saved=prompt - computed,
-            padding_tokens=batch.layout.num_tokens - computed,
+            padding_tokens=sum(layout.num_tokens for layout in layouts) - computed,
             truncated_items=tuple(request.truncated_items),
             special_token_items=tuple(request.special_token_items),
             flow=flow,

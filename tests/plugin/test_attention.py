@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from packscore import InputError
-from packscore.attention import SegmentPlan, attend, attend_math, segment_attention
+from packscore.attention import PrefixCache, SegmentPlan, attend, attend_math, segment_attention
 from packscore_kernels.segment_paged_attention.reference import segment_attention_reference
 from packscore_kernels.segment_paged_attention.types import Group, SegmentLayout
 from tolerances import ATTENTION_BFLOAT16, ATTENTION_FLOAT32
@@ -108,7 +110,36 @@ def test_equal_lengths_are_a_view() -> None:
     assert sorted((batch.length, batch.start) for batch in plan.sequences) == [(20, 100), (100, 0)]
 
 
-def test_pages_are_refused() -> None:
-    group = Group(4, np.array([2], np.int32), cached_len=8, page_indices=np.array([0], np.int32))
-    with pytest.raises(InputError, match="cached_len=8: torch attention takes the whole prefix"):
+@pytest.mark.parametrize("num_first", [0, 1, 3, 7])
+def test_a_cached_prefix_gives_the_same(num_first: int) -> None:
+    """The first items with the prefix, the others behind its keys and values alone."""
+    item_lens = [0, 3, 5, 5, 1, 70, 2]
+    layout = SegmentLayout.single(33, item_lens)
+    q, k, v = random_qkv(layout, 4, 2, 16)
+    whole = segment_attention(q, k, v, SegmentPlan.build(layout), sm_scale=0.25)
+    rest = SegmentLayout((Group(0, np.array(item_lens[num_first:], np.int32), cached_len=33),), 0)
+    start = layout.num_tokens - rest.num_real_tokens
+    rest = dataclasses.replace(rest, num_tokens=rest.num_real_tokens)
+    cache = PrefixCache(33)
+    cache.keep(0, k, v)
+    out = segment_attention(
+        *(x[:, :, start:] for x in (q, k, v)),
+        SegmentPlan.build(rest),
+        sm_scale=0.25,
+        cached=cache.layers[0],
+    )
+    assert torch.allclose(out, whole[:, start:], rtol=0, atol=ATTENTION_FLOAT32)
+    assert np.array_equal(rest.position_ids, layout.position_ids[start:])
+
+
+def test_a_plan_with_a_cached_prefix_needs_the_cache() -> None:
+    layout = SegmentLayout((Group(0, np.array([3], np.int32), cached_len=8),), 3)
+    q, k, v = random_qkv(layout, 4, 2, 16)
+    with pytest.raises(InputError, match="cached=None, and the plan's prefix is not among"):
+        segment_attention(q, k, v, SegmentPlan.build(layout), sm_scale=0.25)
+
+
+def test_half_cached_prefixes_are_refused() -> None:
+    group = Group(4, np.array([2], np.int32), cached_len=8)
+    with pytest.raises(InputError, match="cached_len=8: torch attention takes a prefix whole"):
         SegmentPlan.build(SegmentLayout((group,), 6))

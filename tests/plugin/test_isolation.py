@@ -10,10 +10,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-import packscore.scoring
 from helpers import LABELS, random_ids, random_qwen3
 from packscore import MultiItemScorer, patch_model
-from packscore.packing import PackedBatch
+from packscore.packing import PackedRequest, pack
 
 POISON = 319  # a token that only the tests' other items use
 PREFIX = random_ids(33, 300, seed=1)
@@ -37,7 +36,7 @@ def model() -> PreTrainedModel:
 def plain_causal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Packed tokens under plain causal attention, as a packing without the segment rule has."""
     with monkeypatch.context() as patch:
-        patch.setattr(PackedBatch, "is_causal", True)
+        patch.setattr(PackedRequest, "is_causal", True)
         yield
 
 
@@ -53,7 +52,7 @@ def poison_reaches_a_score(model: PreTrainedModel, score: Score) -> bool:
 
 
 def permutation_changes_a_score(score: Score) -> bool:
-    order = np.random.default_rng(0).permutation(len(ITEMS))
+    order = np.arange(len(ITEMS))[::-1]
     permuted = score([ITEMS[k] for k in order])
     return bool(np.abs(permuted - score(ITEMS)[order]).max() > 1e-6)
 
@@ -109,4 +108,7 @@ def test_control_plain_causal_attention_fails_each_of_these(
 
 
 def test_control_is_not_the_path_under_test() -> None:
-    assert packscore.scoring.pack(np.zeros(1, np.int64), [np.ones(2, np.int64)]).is_causal
+    prefix, item = np.zeros(1, np.int64), np.ones(2, np.int64)
+    assert pack(prefix, [item]).is_causal
+    assert not pack(prefix, [item, item]).is_causal
+    assert not pack(prefix, [item, item], chunk_tokens=2).is_causal

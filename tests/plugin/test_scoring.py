@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+import packscore.forward
 import packscore.scoring
 from helpers import FrozenCase, one_by_one, random_ids
 from packscore import MultiItemScorer, PromptSpec, ScoringError, Usage
@@ -159,6 +160,29 @@ def test_computed_tokens_are_what_the_model_ran(shipped: PreTrainedModel, case: 
     finally:
         hook.remove()
     assert seen == [result.usage.computed_tokens]
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 60])
+def test_chunks_of_any_size_give_the_same_scores(
+    shipped: PreTrainedModel,
+    unpatched: PreTrainedModel,
+    case: FrozenCase,
+    chunk_tokens: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scorer = MultiItemScorer(shipped, label_token_ids=case.labels)
+    monkeypatch.setattr(packscore.forward, "CHUNK_TOKENS_CPU", chunk_tokens)
+    result = scorer.score(case.prefix, case.items, apply_softmax=True, return_usage=True)
+    expected = one_by_one(unpatched, case.prefix, case.items, case.labels, apply_softmax=True)
+    assert (torch.tensor(result.scores) - expected).abs().max() <= PROBABILITY_MAX_FLOAT32
+    assert result.usage.flow == "chunked"
+    # the prefix ran once, whatever the number of chunks
+    assert result.usage.computed_tokens == len(case.prefix) + sum(map(len, case.items))
+    without = scorer.score([], [case.prefix, case.prefix[:50]], apply_softmax=True)
+    expected = one_by_one(
+        unpatched, [], [case.prefix, case.prefix[:50]], case.labels, apply_softmax=True
+    )
+    assert (torch.tensor(without) - expected).abs().max() <= PROBABILITY_MAX_FLOAT32
 
 
 def test_usage_reports_truncated_and_special_documents(
