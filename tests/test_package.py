@@ -66,9 +66,7 @@ def test_metadata_keeps_the_core_install_light(dist: Path) -> None:
         *("accelerate", "jax", "numpy", "psutil", "torch", "torchax", "tqdm", "transformers"),
     }
     for bounded in ("jax", "torch", "torchax", "transformers"):
-        (line,) = (
-            r for r in required if r.startswith((f"{bounded}<", f"{bounded}>"))
-        )
+        (line,) = (r for r in required if r.startswith((f"{bounded}<", f"{bounded}>")))
         assert "<" in line
         assert ">=" in line
     libtpu = [r for r in required if r.startswith("libtpu")]

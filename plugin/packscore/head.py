@@ -101,14 +101,11 @@ class LabelHead:
                     f"label_token_ids: the head's row of token {label_id} is {state}, so it was "
                     "never trained or not loaded; load a trained checkpoint or name other labels"
                 )
-        for i, row in enumerate(rows):
-            same = [j for j in range(i) if torch.equal(rows[j], row)]
-            if same:
-                raise UnsupportedModelError(
-                    f"label_token_ids: the head's rows of tokens {label_ids[same[0]]} and "
-                    f"{label_ids[i]} are equal, so it was never trained; load a trained checkpoint "
-                    "or name other labels"
-                )
+        if len(rows.unique(dim=0)) < len(rows):
+            raise UnsupportedModelError(
+                f"label_token_ids: the head's rows of tokens {label_ids} are not all different, so "
+                "it was never trained; load a trained checkpoint or name other labels"
+            )
 
     def label_logits(
         self,

@@ -167,7 +167,9 @@ class MultiItemScorer:
 
         Raises:
           InputError, InputTypeError: an argument cannot be scored; raised before the model runs.
+          NotPatchedError: the model was unpatched since.
         """
+        self._check_ready()
         label_ids = self._head.resolve(labels, label_token_ids) or self._default_label_ids
         if label_ids is None:
             raise InputError("labels are missing, and the prompt has none; pass labels=[...]")
@@ -232,6 +234,7 @@ class MultiItemScorer:
           InputError, InputTypeError: an argument cannot be scored, or the scorer does not have two
             labels (negative, positive); raised before the model runs.
         """
+        self._check_ready()
         check_count("top_k", top_k)
         found = as_list("documents", documents)
         names = ArgumentNames(item="documents[{}]".format)
@@ -288,6 +291,7 @@ class MultiItemScorer:
           InputError, InputTypeError: a pair cannot be scored; raised before the model runs.
           ScoringError: the model failed on a query; its `scores` keeps those of all others.
         """
+        self._check_ready()
         found = as_pairs("pairs", pairs)
         label_ids = self._two_labels()
         groups = group_by_query(found)
@@ -329,9 +333,6 @@ class MultiItemScorer:
 
     def _forward(self, request: EncodedRequest) -> tuple[torch.Tensor, Usage]:
         """([num_items, hidden_size] at the scored tokens, usage)."""
-        self._check_patched()
-        if self._base.training:
-            raise InputError("model is in train mode, where dropout is random; call model.eval()")
         # one forward of everything is what dense means; segment keeps its activations in cache
         chunk_tokens = chunk_tokens_of(self._base.device) if self.mask_impl == "segment" else None
         packed = pack(request.prefix, request.items, chunk_tokens=chunk_tokens)
@@ -354,6 +355,11 @@ class MultiItemScorer:
             flow=flow,
             mask_impl=mask_impl,
         )
+
+    def _check_ready(self) -> None:
+        self._check_patched()
+        if self._base.training:
+            raise InputError("model is in train mode, where dropout is random; call model.eval()")
 
     def _check_patched(self) -> None:
         if self.mask_impl == "segment" and not is_patched(self.model):

@@ -393,8 +393,13 @@ def test_the_models_own_limit_is_the_default_budget() -> None:
 @pytest.mark.usefixtures("no_forward")
 def test_model_in_train_mode() -> None:
     scorer = MultiItemScorer(patch_model(random_qwen3()).train(), label_token_ids=[1, 2])
-    with pytest.raises(InputError, match=r"model is in train mode.*call model.eval\(\)"):
-        scorer.score([1], [[2]])
+    for call in (
+        lambda: scorer.score([1], [[2]]),
+        lambda: scorer.rank([1], [[2]]),
+        lambda: scorer.predict([([1], [2])]),
+    ):
+        with pytest.raises(InputError, match=r"model is in train mode.*call model.eval\(\)"):
+            call()
 
 
 def test_model_not_patched(fresh: PreTrainedModel) -> None:
@@ -417,7 +422,7 @@ def test_model_not_patched(fresh: PreTrainedModel) -> None:
         ),
         (lambda w: w.zero_(), r"row of token 7 is all zero"),
         (lambda w: w.fill_(torch.nan), r"row of token 7 is not finite"),
-        (lambda w: w.fill_(0.5), r"rows of tokens 7 and 8 are equal, so it was never trained"),
+        (lambda w: w.fill_(0.5), r"rows of tokens \[7, 8\] are not all different, so it was never"),
     ],
 )
 def test_untrained_heads_are_refused(
