@@ -2,10 +2,10 @@
 
     python examples/rerank.py
     python examples/rerank.py "open a compressed file" --top-k 3
-    python examples/rerank.py "what is a panda?" --model Qwen/Qwen3-Reranker-0.6B --documents docs.txt
+    python examples/rerank.py "what is a panda?" --documents lines.txt --model Qwen/Qwen3-Reranker-0.6B
 
-The documents are what Python's own standard library says of some well-known functions, none of which
-the shipped model was trained on; a file with one document on each line takes their place.
+The documents are what Python's own standard library says of some well-known functions; a file with
+one document on each line takes their place.
 """
 
 from __future__ import annotations
@@ -70,9 +70,10 @@ def main() -> None:
     for rank, entry in enumerate(result.scores, start=1):
         print(f"{rank:4}  {entry['score']:.3f}  {textwrap.shorten(entry['text'], 78)}")
     usage = result.usage
+    saved = usage.prefix_tokens_saved / usage.prompt_tokens
     print(
         f"\n{len(documents)} documents, {usage.computed_tokens:,} tokens computed instead of "
-        f"{usage.prompt_tokens:,}: packing saved {usage.prefix_tokens_saved / usage.prompt_tokens:.0%}"
+        f"{usage.prompt_tokens:,}: packing saved {saved:.0%}"
     )
 
 
