@@ -2,7 +2,7 @@
 
     python examples/rerank.py
     python examples/rerank.py "open a compressed file" --top-k 3
-    python examples/rerank.py "what is a panda?" --documents lines.txt --model Qwen/Qwen3-Reranker-0.6B
+    python examples/rerank.py "a panda?" --documents lines.txt --model Qwen/Qwen3-Reranker-0.6B
 
 The documents are what Python's own standard library says of some well-known functions; a file with
 one document on each line takes their place.
