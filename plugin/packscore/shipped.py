@@ -8,7 +8,7 @@ from pathlib import Path
 def shipped_model_path() -> Path:
     """Folder of the shipped reranker, for `from_pretrained`.
 
-    A three-layer Qwen3 trained on the docstrings of Python's standard library with the prompt
+    A four-layer Qwen3 trained on the docstrings of Python's standard library with the prompt
     "qwen3-reranker" (`examples/train_reranker.py`); `Qwen/Qwen3-Reranker-0.6B` goes through the
     same code.
     """
