@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
+import jax
 import numpy as np
 import numpy.typing as npt
 
+from packscore_kernels.hardware import LANES, cdiv
+
+Array = npt.NDArray[Any]
 Int32Array = npt.NDArray[np.int32]
 
 PREFIX_SEGMENT = 0
@@ -135,3 +140,68 @@ class SegmentLayout:
         )
         starts, ends = self.item_bounds.T
         return (np.where(ends > starts, ends, prefix_ends) - 1).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """The kernel's tiles, in tokens.
+
+    Raises:
+      ValueError: sizes that do not divide each other.
+    """
+
+    block_q: int  # rows of one q head in a q tile
+    block_kv: int  # keys scored at a time
+    chunk_kv: int  # keys loaded at a time
+    num_slots: int = 2  # chunks in VMEM, one of them on its way
+
+    def __post_init__(self) -> None:
+        if self.block_q <= 0 or self.block_q % LANES:
+            raise ValueError(f"{self.block_q=} must be a multiple of {LANES}")
+        if self.block_kv <= 0 or self.block_kv % LANES:
+            raise ValueError(f"{self.block_kv=} must be a multiple of {LANES}")
+        if self.chunk_kv <= 0 or self.chunk_kv % self.block_kv:
+            raise ValueError(f"{self.chunk_kv=} must be a multiple of {self.block_kv=}")
+        if self.num_slots < 2:
+            raise ValueError(f"{self.num_slots=} must be at least 2")
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "rows",
+        "group_ids",
+        "groups",
+        "page_indices",
+        "use_ends",
+        "uses",
+        "loads",
+        "counts",
+    ],
+    meta_fields=["block_sizes", "page_size"],
+)
+@dataclass(frozen=True, eq=False)
+class SegmentSchedule:
+    """A layout as the op takes it: small int32 arrays, whose shapes depend on the bucket alone.
+
+    Lengths, boundaries, the number of items and page numbers are data: no recompilation.
+    """
+
+    rows: Any  # i32[2, num_tokens up to block_q]: first own key; the same for items beyond the window
+    group_ids: Any  # i32[num_tokens], PAD_SEGMENT for padding
+    groups: Any  # i32[max_groups, 4]: start, prefix end, cached_len, first entry of page_indices
+    page_indices: Any  # i32[max_pages], group by group
+    use_ends: Any  # i32[num_q_tiles]: end of each q tile's chunk uses
+    uses: Any  # i32[capacity * fields of schedule.Use]
+    loads: Any  # i32[capacity * fields of schedule.Load]
+    counts: Any  # i32[2]: real tokens, loads
+    block_sizes: BlockSizes
+    page_size: int
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.group_ids.shape[0])
+
+    @property
+    def num_q_tiles(self) -> int:
+        return cdiv(self.num_tokens, self.block_sizes.block_q)

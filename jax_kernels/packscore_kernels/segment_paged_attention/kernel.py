@@ -1,0 +1,548 @@
+"""The Pallas TPU kernel: one (kv head, q tile) a grid step, scores transposed, no mask stored.
+
+Scores are s' = k q' [keys, rows] and outputs o' = v' p' [head_dim, rows], so that the maximum and
+the sum of a row are vectors along lanes. A q tile first does its local window (every lane group
+of 128 rows against itself and the one before), whose maximum is then the fixed reference of all
+exponentials to come: they wait for nothing. Then it reads its prefix, and items longer than the
+window, chunk by chunk as the schedule says. Where the reference turns out too low (a row's sum
+passes 2^64, or anything is not finite), `_redo` does the tile again with an online maximum.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from packscore_kernels.hardware import LANES
+from packscore_kernels.segment_paged_attention.schedule import (
+    LOAD_FIELDS,
+    NO_CLIP,
+    USE_FIELDS,
+    Load,
+    Use,
+)
+from packscore_kernels.segment_paged_attention.tuning import vmem_bytes
+from packscore_kernels.segment_paged_attention.types import BlockSizes, SegmentSchedule
+
+LOG2E = 1.4426950408889634
+MASKED = -1e30
+SUM_LIMIT = 2.0**64  # leaves as much room again for the values
+W = LANES  # rows of a window's tile, and how far it looks back
+SUBLANES = 8
+AHEAD = 2  # scores issued before the softmax they overlap
+
+Ref = Any
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the kernel is compiled for."""
+
+    group_size: int  # q heads a kv head
+    head_dim: int
+    num_kv_heads: int
+    dtype: Any
+    scale: float  # sm_scale * log2(e)
+    page_size: int  # 0 without pages
+    blocks: BlockSizes
+    count_visits: bool
+
+
+def _dot(x: jax.Array, y: jax.Array, x_dim: int, y_dim: int) -> jax.Array:
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    dims = (((x_dim,), (y_dim,)), ((), ()))
+    return lax.dot_general(
+        x, y, dims, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def _scores(k: jax.Array, q: jax.Array) -> jax.Array:
+    return _dot(k, q, 1, 1)
+
+
+def _sum8(p: jax.Array) -> jax.Array:
+    """Sums over keys that stop at one register's eight sublanes."""
+    return jnp.sum(p.reshape(-1, SUBLANES, p.shape[-1]), axis=0)
+
+
+def _lanes(size: int) -> jax.Array:
+    return lax.broadcasted_iota(jnp.int32, (1, size), 1)
+
+
+def _sublanes(keys: int, rows: int) -> jax.Array:
+    return lax.broadcasted_iota(jnp.int32, (keys, rows), 0)
+
+
+def _within(key: jax.Array, first: jax.Array, count: jax.Array) -> jax.Array:
+    """first <= key < first + count, as one unsigned compare."""
+    return (key - first).astype(jnp.uint32) < count.astype(jnp.uint32)
+
+
+def _tame(k: jax.Array, v: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
+    """Scaled keys and values where a non-finite value is 0 and poisons its own key instead.
+
+    A masked key then reaches nobody, while a row that sees it still turns NaN.
+    """
+    finite = jnp.abs(v.astype(jnp.float32)) < jnp.inf
+    tamed_k = jnp.where(finite, k.astype(jnp.float32) * scale, jnp.nan).astype(k.dtype)
+    return tamed_k, jnp.where(finite, v.astype(jnp.float32), 0.0).astype(v.dtype)
+
+
+class _Body:
+    """One grid step's refs and the block functions over them."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        # prefetch
+        use_ends: Ref,  # i32[num_q_tiles]
+        uses: Ref,  # i32[capacity * USE_FIELDS]
+        loads: Ref,  # i32[capacity * LOAD_FIELDS]
+        pages: Ref,  # i32[max_pages]
+        counts: Ref,  # i32[2]
+        # inputs
+        rows: Ref,  # i32[2, block_q]
+        q: Ref,  # [group_size, block_q, head_dim]
+        k_before: Ref,  # [1, W, head_dim]
+        k_here: Ref,  # [1, block_q, head_dim]
+        v_before: Ref,  # [1, W, head_dim]
+        v_here: Ref,  # [1, block_q, head_dim]
+        k_hbm: Ref,  # [num_kv_heads, num_tokens, head_dim]
+        v_hbm: Ref,  # [num_kv_heads, num_tokens, head_dim]
+        kv_pages: Ref,  # [num_pages, num_kv_heads, 2, page_size, head_dim]
+        # outputs
+        o: Ref,  # [group_size, block_q, head_dim]
+        visits: Ref,  # i32[num_kv_heads, num_q_tiles]
+        # scratch
+        kv_slots: Ref,  # [num_slots + 1, 2, chunk_kv, head_dim]
+        vt_slots: Ref,  # [num_slots + 1, head_dim, chunk_kv]
+        m: Ref,  # f32[group_size, 1, block_q]: reference of the exponentials
+        l: Ref,  # f32[group_size, 8, block_q]: sums, still apart by sublane
+        acc: Ref,  # f32[group_size, head_dim, block_q]
+        sems: Ref,  # one DMA semaphore a slot
+    ) -> None:
+        self.shape, self.blocks = shape, shape.blocks
+        self.use_ends, self.uses, self.loads, self.pages, self.counts = (
+            use_ends,
+            uses,
+            loads,
+            pages,
+            counts,
+        )
+        self.rows, self.q, self.o, self.visits = rows, q, o, visits
+        self.k_before, self.k_here, self.v_before, self.v_here = k_before, k_here, v_before, v_here
+        self.k_hbm, self.v_hbm, self.kv_pages = k_hbm, v_hbm, kv_pages
+        self.kv_slots, self.vt_slots, self.sems = kv_slots, vt_slots, sems
+        self.m, self.l, self.acc = m, l, acc
+        self.head, self.tile = pl.program_id(0), pl.program_id(1)
+        self.first_row = self.tile * self.blocks.block_q
+        self.heads = range(shape.group_size)
+
+    # Loading chunks
+
+    def _copies(self, ordinal: jax.Array, slot: jax.Array, act: Callable[[Any], None]) -> None:
+        """Start, or wait for, the copies of one load."""
+        at = ordinal * LOAD_FIELDS
+        load = Load(*(self.loads[at + i] for i in range(LOAD_FIELDS)))
+        block, page = self.blocks.block_kv, self.shape.page_size
+
+        @pl.when(load.paged == 0)
+        def _() -> None:
+            def body(b: jax.Array, _: None) -> None:
+                rows = pl.ds(pl.multiple_of(load.start + b * block, block), block)
+                keys = pl.ds(pl.multiple_of(b * block, block), block)
+                for i, source in enumerate((self.k_hbm, self.v_hbm)):
+                    act(
+                        pltpu.make_async_copy(
+                            source.at[self.head, rows],
+                            self.kv_slots.at[slot, i, keys],
+                            self.sems.at[slot],
+                        )
+                    )
+
+            lax.fori_loop(0, load.num_blocks, body, None)
+
+        if page:
+
+            @pl.when(load.paged == 1)
+            def _() -> None:
+                def body(p: jax.Array, _: None) -> None:
+                    keys = pl.ds(pl.multiple_of(p * page, page), page)
+                    act(
+                        pltpu.make_async_copy(
+                            self.kv_pages.at[self.pages[load.start + p], self.head],
+                            self.kv_slots.at[slot, :, keys],
+                            self.sems.at[slot],
+                        )
+                    )
+
+                lax.fori_loop(0, load.num_pages, body, None)
+
+    def start_load(self, ordinal: jax.Array, slot: jax.Array) -> None:
+        self._copies(ordinal, slot, lambda copy: copy.start())
+
+    def finish_load(self, ordinal: jax.Array, slot: jax.Array) -> None:
+        """Wait for a chunk and put it into the form the matrix unit takes."""
+        self._copies(ordinal, slot, lambda copy: copy.wait())
+
+        def body(b: jax.Array, _: None) -> None:
+            keys = pl.ds(pl.multiple_of(b * self.blocks.block_kv, LANES), self.blocks.block_kv)
+            k, v = _tame(
+                self.kv_slots[slot, 0, keys], self.kv_slots[slot, 1, keys], self.shape.scale
+            )
+            self.kv_slots[slot, 0, keys] = k
+            self.vt_slots[slot, :, keys] = v.T
+
+        lax.fori_loop(0, self.loads[ordinal * LOAD_FIELDS + 2], body, None)
+
+    def slot_of(self, ordinal: jax.Array) -> jax.Array:
+        return lax.rem(ordinal, self.blocks.num_slots)
+
+    # The local window
+
+    def _window_keys(self, c: int, safe: bool) -> tuple[jax.Array, jax.Array]:
+        if c:
+            at = slice((c - 1) * W, (c + 1) * W)
+            k, v = self.k_here[0, at], self.v_here[0, at]
+        else:
+            k = jnp.concatenate([self.k_before[0], self.k_here[0, :W]], axis=0)
+            v = jnp.concatenate([self.v_before[0], self.v_here[0, :W]], axis=0)
+        return _tame(k, v, 1.0) if safe else (k, v)
+
+    def window(self, safe: bool) -> None:
+        """Each lane group of rows against the keys of itself and of the group before."""
+        size = self.shape.group_size * W
+
+        def issue(c: int) -> tuple[jax.Array, jax.Array]:
+            k, v = self._window_keys(c, safe)
+            q = jnp.concatenate([self.q[g, c * W : (c + 1) * W] for g in self.heads], axis=0)
+            return _scores(k, q), v
+
+        chunks = range(self.blocks.block_q // W)
+        ahead = [issue(c) for c in chunks[:AHEAD]]
+        for c in chunks:
+            s, v = ahead.pop(0)
+            if c + AHEAD < len(chunks):
+                ahead.append(issue(c + AHEAD))
+            own = self.rows[:1, c * W : (c + 1) * W] - (self.first_row + (c - 1) * W)
+            first = jnp.concatenate([jnp.maximum(own, 0)] * self.shape.group_size, axis=1)
+            last = (_lanes(size) & (W - 1)) + W
+            seen = _within(_sublanes(2 * W, size), first, last - first + 1)
+            s = jnp.where(seen, s * self.shape.scale, MASKED)
+            m = jnp.max(s, axis=0, keepdims=True)
+            p = jnp.exp2(s - m)
+            out = _dot(v.T, p.astype(v.dtype), 1, 0)
+            total = _sum8(p)
+            for g in self.heads:
+                rows, lanes = slice(c * W, (c + 1) * W), slice(g * W, (g + 1) * W)
+                self.m[g, :, rows] = m[:, lanes]
+                self.l[g, :, rows] = total[:, lanes]
+                self.acc[g, :, rows] = out[:, lanes]
+
+    # Chunks
+
+    def _keys(self, slot: jax.Array, block: jax.Array) -> tuple[jax.Array, jax.Array]:
+        keys = pl.ds(
+            pl.multiple_of(block * self.blocks.block_kv, self.blocks.block_kv), self.blocks.block_kv
+        )
+        return self.kv_slots[slot, 0, keys], self.vt_slots[slot, :, keys]
+
+    def _visible(self, use: Use) -> tuple[jax.Array, jax.Array]:
+        """First key and number of keys of the chunk that each row sees, i32[1, block_q]."""
+        row = self.first_row + _lanes(self.blocks.block_q)
+        window = (row & -W) - W - use.base
+        prefix_end = jnp.where(
+            row < use.first_item_row, jnp.minimum(window, use.last_key), use.last_key
+        )
+        in_group = (row >= use.first_row) & (row < use.last_row)
+        prefix = jnp.where(in_group, jnp.maximum(prefix_end - use.first_key, 0), 0)
+        far = self.rows[1:2, :] - jnp.where(use.base == NO_CLIP, 0, use.base)
+        own = use.own == 1
+        return (
+            jnp.where(own, far, use.first_key),
+            jnp.where(own, jnp.maximum(window - far, 0), prefix),
+        )
+
+    def _fixed(
+        self,
+        slot: jax.Array,
+        first_block: jax.Array,
+        num_blocks: int,
+        mask: Callable[[jax.Array, jax.Array], jax.Array] | None,
+    ) -> None:
+        """Some blocks at once, against the fixed reference; scores run ahead of the softmax."""
+        work = [(b, g) for b in range(num_blocks) for g in self.heads]
+        done: dict[int, tuple[jax.Array, jax.Array]] = {}
+
+        def issue(b: int, g: int) -> jax.Array:
+            k, _ = self._keys(slot, first_block + b)
+            s = _scores(k, self.q[g])
+            return s if mask is None else mask(s, first_block + b)
+
+        ahead = [issue(*pair) for pair in work[:AHEAD]]
+        for i, (b, g) in enumerate(work):
+            s = ahead.pop(0)
+            if i + AHEAD < len(work):
+                ahead.append(issue(*work[i + AHEAD]))
+            p = jnp.exp2(s - self.m[g])
+            _, vt = self._keys(slot, first_block + b)
+            out, total = _dot(vt, p.astype(vt.dtype), 1, 0), _sum8(p)
+            done[g] = (done[g][0] + out, done[g][1] + total) if g in done else (out, total)
+        for g, (out, total) in done.items():
+            self.acc[g] += out
+            self.l[g] += total
+
+    def _mask_rows(self, use: Use) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        first, count = self._visible(use)
+
+        def mask(s: jax.Array, block: jax.Array) -> jax.Array:
+            key = _sublanes(*s.shape) + block * self.blocks.block_kv
+            return jnp.where(_within(key, first, count), s, MASKED)
+
+        return mask
+
+    def _mask_keys(self, use: Use) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        def mask(s: jax.Array, block: jax.Array) -> jax.Array:
+            at = block * self.blocks.block_kv
+            key = _sublanes(*s.shape)
+            seen = _within(key, use.first_key - at, use.last_key - use.first_key)
+            return jnp.where(seen, s, MASKED)
+
+        return mask
+
+    def _read_use(self, i: jax.Array) -> Use:
+        return Use(*(self.uses[i * USE_FIELDS + f] for f in range(USE_FIELDS)))
+
+    def chunk(self, i: jax.Array) -> None:
+        """One use of a chunk: whole blocks without a mask, the rest with one."""
+        use = self._read_use(i)
+        slot = self.slot_of(use.load)
+
+        @pl.when(use.fresh == 1)
+        def _() -> None:
+            self.finish_load(use.load, slot)
+
+            @pl.when(use.load + 1 < self.counts[1])
+            def _() -> None:
+                self.start_load(use.load + 1, self.slot_of(use.load + 1))
+
+        whole = use.last_full - use.first_full
+        pairs = whole // 2
+
+        def pair(j: jax.Array, _: None) -> None:
+            self._fixed(slot, use.first_full + 2 * j, 2, None)
+
+        lax.fori_loop(0, pairs, pair, None)
+
+        @pl.when(whole % 2 == 1)
+        def _() -> None:
+            self._fixed(slot, use.last_full - 1, 1, None)
+
+        def masked(mask: Callable[[jax.Array, jax.Array], jax.Array]) -> None:
+            def body(j: jax.Array, _: None) -> None:
+                block = use.first_block + j
+                block = jnp.where(block < use.first_full, block, block + whole)
+                self._fixed(slot, block, 1, mask)
+
+            lax.fori_loop(0, use.last_block - use.first_block - whole, body, None)
+
+        @pl.when(use.uniform == 1)
+        def _() -> None:
+            masked(self._mask_keys(use))
+
+        @pl.when(use.uniform == 0)
+        def _() -> None:
+            masked(self._mask_rows(use))
+
+        if self.shape.count_visits:
+            self.visits[self.head, self.tile] += use.last_block - use.first_block
+
+    # The end of a tile
+
+    def failed(self) -> jax.Array:
+        """Whether any real row's sum or output left the range the fixed reference is good for."""
+        row = self.first_row + _lanes(self.blocks.block_q)
+        real = row < self.counts[0]
+        worst = jnp.zeros((1, 1), jnp.float32)
+        for g in self.heads:
+            total = jnp.sum(self.l[g], axis=0, keepdims=True)
+            finite = jnp.sum(_sum8(self.acc[g] * 0.0), axis=0, keepdims=True)
+            good = (total < SUM_LIMIT) & (finite == 0.0)
+            bad = jnp.where(real & ~good, 1.0, 0.0)
+            worst = jnp.maximum(worst, jnp.max(bad, axis=1, keepdims=True))
+        return worst[0, 0] > 0.0
+
+    def write(self) -> None:
+        real = self.first_row + _lanes(self.blocks.block_q) < self.counts[0]
+        for g in self.heads:
+            total = jnp.sum(self.l[g], axis=0, keepdims=True)
+            out = jnp.where(real, self.acc[g] * (1.0 / total), 0.0)
+            self.o[g] = out.astype(self.o.dtype).T
+
+    def redo(self, first_use: jax.Array, last_use: jax.Array) -> None:
+        """The whole tile again, slowly: online maximum, every block masked, own slot."""
+        slot = jnp.int32(self.blocks.num_slots)
+        self.window(safe=True)
+
+        def one(i: jax.Array, _: None) -> None:
+            use = self._read_use(i)
+            self.start_load(use.load, slot)
+            self.finish_load(use.load, slot)
+            mask = self._mask_rows(use)
+
+            def block(b: jax.Array, _: None) -> None:
+                def head(g: jax.Array, _: None) -> None:
+                    k, vt = self._keys(slot, b)
+                    s = mask(_scores(k, self.q[g]), b)
+                    m = jnp.maximum(self.m[g], jnp.max(s, axis=0, keepdims=True))
+                    p, keep = jnp.exp2(s - m), jnp.exp2(self.m[g] - m)
+                    self.acc[g] = self.acc[g] * keep + _dot(vt, p.astype(vt.dtype), 1, 0)
+                    self.l[g] = self.l[g] * keep + _sum8(p)
+                    self.m[g] = m
+
+                lax.fori_loop(0, self.shape.group_size, head, None)
+
+            lax.fori_loop(use.first_block, use.last_block, block, None)
+
+        lax.fori_loop(first_use, last_use, one, None)
+
+
+def _kernel(*refs: Ref, shape: Shape) -> None:
+    body = _Body(shape, *refs)
+    tile = body.tile
+
+    @pl.when((tile == 0) & (body.counts[1] > 0))
+    def _() -> None:
+        body.start_load(jnp.int32(0), jnp.int32(0))
+
+    if shape.count_visits:
+        body.visits[body.head, tile] = 0
+
+    @pl.when(body.first_row < body.counts[0])
+    def _() -> None:
+        first_use = jnp.where(tile == 0, 0, body.use_ends[jnp.maximum(tile - 1, 0)])
+        last_use = body.use_ends[tile]
+        body.window(safe=False)
+        lax.fori_loop(first_use, last_use, lambda i, _: body.chunk(i), None)
+
+        @pl.when(body.failed())
+        def _() -> None:
+            body.redo(first_use, last_use)
+
+        body.write()
+
+    @pl.when(body.first_row >= body.counts[0])
+    def _() -> None:
+        body.o[...] = jnp.zeros_like(body.o)
+
+
+def segment_attention_pallas(
+    q: jax.Array,  # [num_q_heads, num_tokens, head_dim]
+    k: jax.Array,  # [num_kv_heads, num_tokens, head_dim]
+    v: jax.Array,  # [num_kv_heads, num_tokens, head_dim]
+    kv_pages: jax.Array | None,  # [num_pages, num_kv_heads, 2, page_size, head_dim]
+    schedule: SegmentSchedule,
+    *,
+    sm_scale: float,
+    interpret: Any = False,
+    count_visits: bool = False,
+) -> Any:
+    """The kernel over arrays whose number of tokens is a multiple of `block_kv`.
+
+    Returns:
+      [num_q_heads, num_tokens, head_dim], and with `count_visits` also the blocks each (kv head,
+      q tile) read beyond its window, i32[num_kv_heads, num_q_tiles].
+    """
+    num_q_heads, _, head_dim = q.shape
+    num_kv_heads = k.shape[0]
+    blocks = schedule.block_sizes
+    shape = Shape(
+        group_size=num_q_heads // num_kv_heads,
+        head_dim=head_dim,
+        num_kv_heads=num_kv_heads,
+        dtype=q.dtype,
+        scale=sm_scale * LOG2E,
+        page_size=0 if kv_pages is None else schedule.page_size,
+        blocks=blocks,
+        count_visits=count_visits,
+    )
+    group, bq = shape.group_size, blocks.block_q
+    used = vmem_bytes(group, head_dim, q.dtype.itemsize, blocks)
+    num_tiles = schedule.num_q_tiles
+    here = lambda h, t, *_: (h, t, 0)  # noqa: E731
+    before = lambda h, t, *_: (h, jnp.maximum(t * (bq // W) - 1, 0), 0)  # noqa: E731
+    hbm = pl.BlockSpec(memory_space=pl.ANY)
+    in_specs = [
+        pl.BlockSpec((2, bq), lambda h, t, *_: (0, t)),
+        pl.BlockSpec((group, bq, head_dim), here),
+        pl.BlockSpec((1, W, head_dim), before),
+        pl.BlockSpec((1, bq, head_dim), here),
+        pl.BlockSpec((1, W, head_dim), before),
+        pl.BlockSpec((1, bq, head_dim), here),
+        hbm,
+        hbm,
+        hbm,
+    ]
+    out_shape = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+    out_specs = [pl.BlockSpec((group, bq, head_dim), here)]
+    if count_visits:
+        out_shape.append(jax.ShapeDtypeStruct((num_kv_heads, num_tiles), jnp.int32))
+        out_specs.append(pl.BlockSpec(memory_space=pltpu.SMEM))
+    slots = blocks.num_slots + 1  # the last is `redo`'s
+    scratch = [
+        pltpu.VMEM((slots, 2, blocks.chunk_kv, head_dim), k.dtype),
+        pltpu.VMEM((slots, head_dim, blocks.chunk_kv), k.dtype),
+        pltpu.VMEM((group, 1, bq), jnp.float32),
+        pltpu.VMEM((group, SUBLANES, bq), jnp.float32),
+        pltpu.VMEM((group, head_dim, bq), jnp.float32),
+        pltpu.SemaphoreType.DMA((slots,)),
+    ]
+
+    def kernel(*refs: Ref) -> None:
+        refs_in, rest = refs[:14], refs[14:]
+        out, rest = rest[0], rest[1:]
+        visits, rest = (rest[0], rest[1:]) if count_visits else (None, rest)
+        _kernel(*refs_in, out, visits, *rest, shape=shape)
+
+    result = pl.pallas_call(
+        functools.partial(kernel),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=5,
+            grid=(num_kv_heads, num_tiles),
+            in_specs=in_specs,
+            out_specs=out_specs,
+            scratch_shapes=scratch,
+        ),
+        out_shape=out_shape,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary" if count_visits else "parallel", "arbitrary"),
+            disable_bounds_checks=True,
+            vmem_limit_bytes=int(1.3 * used) + 2**22,
+        ),
+        interpret=interpret,
+        name="segment_paged_attention",
+    )(
+        schedule.use_ends,
+        schedule.uses,
+        schedule.loads,
+        schedule.page_indices,
+        schedule.counts,
+        schedule.rows,
+        q,
+        k,
+        k,
+        v,
+        v,
+        k,
+        v,
+        k if kv_pages is None else kv_pages,
+    )
+    return result if count_visits else result[0]
