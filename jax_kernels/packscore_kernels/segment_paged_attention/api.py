@@ -40,7 +40,9 @@ def _schedule(
 ) -> SegmentSchedule:
     if isinstance(layout, SegmentSchedule):
         if block_sizes is not None and block_sizes != layout.block_sizes:
-            raise ArgumentError(f"{block_sizes=} must be those of the schedule, {layout.block_sizes}")
+            raise ArgumentError(
+                f"{block_sizes=} must be those of the schedule, {layout.block_sizes}"
+            )
         return layout
     if block_sizes is None:
         block_sizes = resolve_block_sizes(

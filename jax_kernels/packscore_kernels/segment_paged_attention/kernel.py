@@ -11,7 +11,7 @@ passes 2^64, or anything is not finite), `_redo` does the tile again with an onl
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,6 @@ from jax.experimental.pallas import tpu as pltpu
 from packscore_kernels.hardware import LANES
 from packscore_kernels.segment_paged_attention.schedule import (
     LOAD_FIELDS,
-    NO_CLIP,
     USE_FIELDS,
     Load,
     Use,
@@ -38,8 +37,11 @@ SUM_LIMIT = 2.0**64  # leaves as much room again for the values
 W = LANES  # rows of a window's tile, and how far it looks back
 SUBLANES = 8
 AHEAD = 2  # scores issued before the softmax they overlap
+WINDOW_AHEAD = 4
+TURN = 2  # whole blocks a turn of the loop over them
 
 Ref = Any
+Mask = Callable[[jax.Array, jax.Array], jax.Array]  # scores, block -> scores
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,7 @@ class Shape:
 def _dot(x: jax.Array, y: jax.Array, x_dim: int, y_dim: int) -> jax.Array:
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     dims = (((x_dim,), (y_dim,)), ((), ()))
-    return lax.dot_general(
-        x, y, dims, precision=precision, preferred_element_type=jnp.float32
-    )
+    return lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _scores(k: jax.Array, q: jax.Array) -> jax.Array:
@@ -227,11 +227,11 @@ class _Body:
             return _scores(k, q), v
 
         chunks = range(self.blocks.block_q // W)
-        ahead = [issue(c) for c in chunks[:AHEAD]]
+        ahead = [issue(c) for c in chunks[:WINDOW_AHEAD]]
         for c in chunks:
             s, v = ahead.pop(0)
-            if c + AHEAD < len(chunks):
-                ahead.append(issue(c + AHEAD))
+            if c + WINDOW_AHEAD < len(chunks):
+                ahead.append(issue(c + WINDOW_AHEAD))
             own = self.rows[:1, c * W : (c + 1) * W] - (self.first_row + (c - 1) * W)
             first = jnp.concatenate([jnp.maximum(own, 0)] * self.shape.group_size, axis=1)
             last = (_lanes(size) & (W - 1)) + W
@@ -255,36 +255,36 @@ class _Body:
         )
         return self.kv_slots[slot, 0, keys], self.vt_slots[slot, :, keys]
 
-    def _visible(self, use: Use) -> tuple[jax.Array, jax.Array]:
-        """First key and number of keys of the chunk that each row sees, i32[1, block_q]."""
+    def _prefix_counts(self, use: Use) -> jax.Array:
+        """How many keys of a prefix's chunk, from `first_key` on, each row sees; i32[1, block_q]."""
         row = self.first_row + _lanes(self.blocks.block_q)
-        window = (row & -W) - W - use.base
-        prefix_end = jnp.where(
+        window = jnp.maximum((row & -W) - W, self.first_row) - use.base
+        causal = jnp.where(
             row < use.first_item_row, jnp.minimum(window, use.last_key), use.last_key
         )
         in_group = (row >= use.first_row) & (row < use.last_row)
-        prefix = jnp.where(in_group, jnp.maximum(prefix_end - use.first_key, 0), 0)
-        far = self.rows[1:2, :] - jnp.where(use.base == NO_CLIP, 0, use.base)
-        own = use.own == 1
-        return (
-            jnp.where(own, far, use.first_key),
-            jnp.where(own, jnp.maximum(window - far, 0), prefix),
-        )
+        return jnp.where(in_group, jnp.maximum(causal - use.first_key, 0), 0)
+
+    def _own_keys(self, use: Use) -> tuple[jax.Array, jax.Array]:
+        """First key and number of keys of its own item, before its window; i32[1, block_q]."""
+        row = self.first_row + _lanes(self.blocks.block_q)
+        first = self.rows[1:2, :] - use.base
+        return first, jnp.maximum((row & -W) - W - use.base - first, 0)
 
     def _fixed(
         self,
         slot: jax.Array,
         first_block: jax.Array,
-        num_blocks: int,
-        mask: Callable[[jax.Array, jax.Array], jax.Array] | None,
+        masks: Sequence[Mask | None],  # of each block
     ) -> None:
         """Some blocks at once, against the fixed reference; scores run ahead of the softmax."""
-        work = [(b, g) for b in range(num_blocks) for g in self.heads]
+        work = [(b, g) for b in range(len(masks)) for g in self.heads]
         done: dict[int, tuple[jax.Array, jax.Array]] = {}
 
         def issue(b: int, g: int) -> jax.Array:
             k, _ = self._keys(slot, first_block + b)
             s = _scores(k, self.q[g])
+            mask = masks[b]
             return s if mask is None else mask(s, first_block + b)
 
         ahead = [issue(*pair) for pair in work[:AHEAD]]
@@ -300,29 +300,24 @@ class _Body:
             self.acc[g] += out
             self.l[g] += total
 
-    def _mask_rows(self, use: Use) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        first, count = self._visible(use)
+    def _mask(self, first: jax.Array, count: jax.Array) -> Mask:
+        """Keep `count` keys of the chunk from `first` on; scalars, or one number a row."""
 
         def mask(s: jax.Array, block: jax.Array) -> jax.Array:
-            key = _sublanes(*s.shape) + block * self.blocks.block_kv
-            return jnp.where(_within(key, first, count), s, MASKED)
-
-        return mask
-
-    def _mask_keys(self, use: Use) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        def mask(s: jax.Array, block: jax.Array) -> jax.Array:
-            at = block * self.blocks.block_kv
             key = _sublanes(*s.shape)
-            seen = _within(key, use.first_key - at, use.last_key - use.first_key)
+            seen = _within(key, first - block * self.blocks.block_kv, count)
             return jnp.where(seen, s, MASKED)
 
         return mask
 
+    def _tail_mask(self, use: Use) -> Mask:
+        return self._mask(use.first_key, use.last_key - use.first_key)
+
     def _read_use(self, i: jax.Array) -> Use:
         return Use(*(self.uses[i * USE_FIELDS + f] for f in range(USE_FIELDS)))
 
-    def chunk(self, i: jax.Array) -> None:
-        """One use of a chunk: whole blocks without a mask, the rest with one."""
+    def chunk(self, i: jax.Array, done: jax.Array) -> None:
+        """One use of a chunk: whole blocks without a mask, but for the first `done`, and the rest."""
         use = self._read_use(i)
         slot = self.slot_of(use.load)
 
@@ -334,58 +329,82 @@ class _Body:
             def _() -> None:
                 self.start_load(use.load + 1, self.slot_of(use.load + 1))
 
-        whole = use.last_full - use.first_full
-        pairs = whole // 2
+        self._whole(slot, use, done)
 
-        def pair(j: jax.Array, _: None) -> None:
-            self._fixed(slot, use.first_full + 2 * j, 2, None)
-
-        lax.fori_loop(0, pairs, pair, None)
-
-        @pl.when(whole % 2 == 1)
+        @pl.when(use.own == 0)
         def _() -> None:
-            self._fixed(slot, use.last_full - 1, 1, None)
+            self._partial(slot, use, self._mask(use.first_key, self._prefix_counts(use)))
 
-        def masked(mask: Callable[[jax.Array, jax.Array], jax.Array]) -> None:
-            def body(j: jax.Array, _: None) -> None:
-                block = use.first_block + j
-                block = jnp.where(block < use.first_full, block, block + whole)
-                self._fixed(slot, block, 1, mask)
-
-            lax.fori_loop(0, use.last_block - use.first_block - whole, body, None)
-
-        @pl.when(use.uniform == 1)
+        @pl.when(use.own == 1)
         def _() -> None:
-            masked(self._mask_keys(use))
-
-        @pl.when(use.uniform == 0)
-        def _() -> None:
-            masked(self._mask_rows(use))
+            self._partial(slot, use, self._mask(*self._own_keys(use)))
 
         if self.shape.count_visits:
             self.visits[self.head, self.tile] += use.last_block - use.first_block
 
+    def _whole(self, slot: jax.Array, use: Use, done: jax.Array) -> None:
+        """The blocks every row sees whole, TURN at a time; what is left goes with the tail."""
+        first = use.first_full + done
+        whole = use.last_full - first
+
+        def turn(j: jax.Array, _: None) -> None:
+            self._fixed(slot, first + TURN * j, [None] * TURN)
+
+        lax.fori_loop(0, whole // TURN, turn, None)
+        rest = lax.rem(whole, TURN)
+        for n in range(TURN):
+
+            @pl.when((rest == n) & (use.tail == 1))
+            def _(n: int = n) -> None:
+                self._fixed(slot, use.last_full - n, [None] * n + [self._tail_mask(use)])
+
+            if n:
+
+                @pl.when((rest == n) & (use.tail == 0))
+                def _(n: int = n) -> None:
+                    self._fixed(slot, use.last_full - n, [None] * n)
+
+    def _partial(self, slot: jax.Array, use: Use, mask: Mask) -> None:
+        """The blocks before and after them that only some rows, or some keys, take part in."""
+        whole = use.last_full - use.first_full
+
+        def body(j: jax.Array, _: None) -> None:
+            block = use.first_block + j
+            self._fixed(slot, jnp.where(block < use.first_full, block, block + whole), [mask])
+
+        masked = use.last_block - use.tail - use.first_block - whole
+        lax.fori_loop(0, masked, body, None)
+
+    def first_turn(self, use: Use) -> None:
+        """The window together with a prefix's first whole blocks: each fills the other's gaps."""
+        slot = self.slot_of(use.load)
+        self.window(safe=False)
+        self._fixed(slot, use.first_full, [None] * TURN)
+
     # The end of a tile
 
-    def failed(self) -> jax.Array:
-        """Whether any real row's sum or output left the range the fixed reference is good for."""
-        row = self.first_row + _lanes(self.blocks.block_q)
-        real = row < self.counts[0]
-        worst = jnp.zeros((1, 1), jnp.float32)
+    def write(self) -> jax.Array:
+        """Write the tile; whether a real row's sum or output left the fixed reference's range."""
+        rows = self.blocks.block_q
+        real = self.first_row + _lanes(rows) < self.counts[0]
+        worst = jnp.zeros((1, rows), jnp.float32)
         for g in self.heads:
             total = jnp.sum(self.l[g], axis=0, keepdims=True)
-            finite = jnp.sum(_sum8(self.acc[g] * 0.0), axis=0, keepdims=True)
-            good = (total < SUM_LIMIT) & (finite == 0.0)
-            bad = jnp.where(real & ~good, 1.0, 0.0)
-            worst = jnp.maximum(worst, jnp.max(bad, axis=1, keepdims=True))
-        return worst[0, 0] > 0.0
-
-    def write(self) -> None:
-        real = self.first_row + _lanes(self.blocks.block_q) < self.counts[0]
-        for g in self.heads:
-            total = jnp.sum(self.l[g], axis=0, keepdims=True)
-            out = jnp.where(real, self.acc[g] * (1.0 / total), 0.0)
+            out = self.acc[g] * (1.0 / total)
             self.o[g] = out.astype(self.o.dtype).T
+            # Not finite where any of the row's outputs is not.
+            whole = jnp.abs(jnp.sum(_sum8(out), axis=0, keepdims=True))
+            good = (total < SUM_LIMIT) & (whole < jnp.inf)
+            worst = jnp.where(real & ~good, 1.0, worst)
+
+        @pl.when(self.first_row + rows > self.counts[0])
+        def _() -> None:
+            row = self.first_row + _sublanes(rows, self.shape.head_dim)
+            for g in self.heads:
+                o = self.o[g].astype(jnp.float32)
+                self.o[g] = jnp.where(row < self.counts[0], o, 0.0).astype(self.o.dtype)
+
+        return jnp.max(worst) > 0.0
 
     def redo(self, first_use: jax.Array, last_use: jax.Array) -> None:
         """The whole tile again, slowly: online maximum, every block masked, own slot."""
@@ -396,7 +415,12 @@ class _Body:
             use = self._read_use(i)
             self.start_load(use.load, slot)
             self.finish_load(use.load, slot)
-            mask = self._mask_rows(use)
+            own_first, own_count = self._own_keys(use)
+            own = use.own == 1
+            mask = self._mask(
+                jnp.where(own, own_first, use.first_key),
+                jnp.where(own, own_count, self._prefix_counts(use)),
+            )
 
             def block(b: jax.Array, _: None) -> None:
                 def head(g: jax.Array, _: None) -> None:
@@ -430,14 +454,26 @@ def _kernel(*refs: Ref, shape: Shape) -> None:
     def _() -> None:
         first_use = jnp.where(tile == 0, 0, body.use_ends[jnp.maximum(tile - 1, 0)])
         last_use = body.use_ends[tile]
-        body.window(safe=False)
-        lax.fori_loop(first_use, last_use, lambda i, _: body.chunk(i), None)
+        use = body._read_use(jnp.minimum(first_use, body.uses.shape[0] // USE_FIELDS - 1))
+        fused = (first_use < last_use) & (use.fresh == 0) & (use.last_full - use.first_full >= TURN)
 
-        @pl.when(body.failed())
+        @pl.when(fused)
+        def _() -> None:
+            body.first_turn(use)
+
+        @pl.when(~fused)
+        def _() -> None:
+            body.window(safe=False)
+
+        def chunk(i: jax.Array, _: None) -> None:
+            body.chunk(i, jnp.where(fused & (i == first_use), TURN, 0))
+
+        lax.fori_loop(first_use, last_use, chunk, None)
+
+        @pl.when(body.write())
         def _() -> None:
             body.redo(first_use, last_use)
-
-        body.write()
+            body.write()
 
     @pl.when(body.first_row >= body.counts[0])
     def _() -> None:

@@ -6,7 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from packscore_kernels.segment_paged_attention.types import PAD_SEGMENT, PREFIX_SEGMENT, SegmentLayout
+from packscore_kernels.segment_paged_attention.types import (
+    PAD_SEGMENT,
+    PREFIX_SEGMENT,
+    SegmentLayout,
+)
 
 
 def visible(layout: SegmentLayout) -> jax.Array:

@@ -40,7 +40,7 @@ class Use(NamedTuple):
     load: int  # which load of the ring holds it
     fresh: int  # 1 for the first use of that load
     own: int  # 1: rows see their own item from its start; 0: rows see a prefix
-    uniform: int  # 1: all rows of the tile see the same keys
+    tail: int  # 1: block last_full is the last, and all rows see the same first keys of it
     first_block: int
     first_full: int  # blocks first_full..last_full - 1 are seen whole by every row
     last_full: int
@@ -117,20 +117,19 @@ def _prefix_uses(
     base = NO_CLIP if source.paged else source.start
     clipped = tile.has_prefix and not source.paged
     # Keys every row of the tile sees: prefix rows are causal and leave their window out.
-    common = min(last_key, window_start(tile.first_row) - base) if clipped else last_key
+    common = min(last_key, tile.start - base) if clipped else last_key
     if not tile.has_items and clipped:
-        last_key = min(last_key, window_start(tile.first_item_row - 1) - base)
+        last_key = min(last_key, max(window_start(tile.first_item_row - 1), tile.start) - base)
     common = common if tile.whole else first_key
     bkv, per_chunk = blocks.block_kv, blocks.chunk_kv // blocks.block_kv
     first_full, last_full = cdiv(first_key, bkv), common // bkv
     if last_key <= first_key:
         return
-    for block in range(
-        first_key // bkv // per_chunk * per_chunk, cdiv(last_key, bkv), per_chunk
-    ):
+    for block in range(first_key // bkv // per_chunk * per_chunk, cdiv(last_key, bkv), per_chunk):
         first_block = max(first_key // bkv - block, 0)
         last_block = min(cdiv(last_key, bkv) - block, per_chunk)
         full = min(max(first_full - block, first_block), last_block)
+        full_end = max(min(last_full - block, last_block), full)
         yield (
             source,
             block,
@@ -138,10 +137,10 @@ def _prefix_uses(
                 load=-1,
                 fresh=0,
                 own=0,
-                uniform=int(tile.whole and not clipped),
+                tail=int(tile.whole and not clipped and full_end < last_block),
                 first_block=first_block,
                 first_full=full,
-                last_full=max(min(last_full - block, last_block), full),
+                last_full=full_end,
                 last_block=last_block,
                 first_key=max(first_key - block * bkv, 0),
                 last_key=min(last_key - block * bkv, blocks.chunk_kv),
@@ -169,7 +168,7 @@ def _own_uses(
                 load=-1,
                 fresh=0,
                 own=1,
-                uniform=0,
+                tail=0,
                 first_block=first,
                 first_full=last,
                 last_full=last,
@@ -208,8 +207,12 @@ class _Ring:
         return len(self.keys) - 1, 1
 
 
-def _own_starts(layout: SegmentLayout) -> tuple[Int32Array, Int32Array]:
-    """Per token: first key of its own item (prefix rows: of its group), and `far_start`."""
+def _own_starts(layout: SegmentLayout, block_q: int) -> tuple[Int32Array, Int32Array]:
+    """Per token the first key of its own item, and `far_start`.
+
+    The window of a prefix row begins in its own q tile at the earliest, so that all rows of the
+    tile see the keys before the tile as whole blocks.
+    """
     index = np.arange(layout.num_tokens, dtype=np.int32)
     own = index.copy()
     real = layout.num_real_tokens
@@ -217,7 +220,9 @@ def _own_starts(layout: SegmentLayout) -> tuple[Int32Array, Int32Array]:
     if real:
         change = np.ones(real, bool)
         change[1:] = (segment[1:] != segment[:-1]) | (group[1:] != group[:-1])
-        own[:real] = np.maximum.accumulate(np.where(change, index[:real], 0))
+        first = np.maximum.accumulate(np.where(change, index[:real], 0))
+        in_tile = np.maximum(first, index[:real] // block_q * block_q)
+        own[:real] = np.where(segment == PREFIX_SEGMENT, in_tile, first)
     far = np.full(layout.num_tokens, NEVER, np.int32)
     window = index[:real] // LANES * LANES - LANES
     item = (segment != PREFIX_SEGMENT) & (own[:real] < window)
@@ -275,7 +280,9 @@ def _padded(rows: list[Use] | list[Load], fields: int, capacity: int) -> Int32Ar
     return out.reshape(-1)
 
 
-def use_capacity(num_tokens: int, max_groups: int, max_pages: int, blocks: BlockSizes, page_size: int) -> int:
+def use_capacity(
+    num_tokens: int, max_groups: int, max_pages: int, blocks: BlockSizes, page_size: int
+) -> int:
     """How many uses any layout of these static sizes may need."""
     tiles = cdiv(num_tokens, blocks.block_q)
     chunks = cdiv(num_tokens, blocks.chunk_kv) + 1
@@ -313,7 +320,7 @@ def build_schedule(
     max_pages = total_pages if max_pages is None else max_pages
     check_layout(layout, block_sizes, page_size, num_pages, max_groups, max_pages)
 
-    own, far = _own_starts(layout)
+    own, far = _own_starts(layout, block_sizes.block_q)
     uses, loads, ends = _work(layout, far, block_sizes, page_size)
     capacity = use_capacity(layout.num_tokens, max_groups, max_pages, block_sizes, page_size)
     padded = align_to(layout.num_tokens, block_sizes.block_q)

@@ -187,7 +187,9 @@ class SegmentSchedule:
     Lengths, boundaries, the number of items and page numbers are data: no recompilation.
     """
 
-    rows: Any  # i32[2, num_tokens up to block_q]: first own key; the same for items beyond the window
+    rows: (
+        Any  # i32[2, num_tokens up to block_q]: first own key; the same for items beyond the window
+    )
     group_ids: Any  # i32[num_tokens], PAD_SEGMENT for padding
     groups: Any  # i32[max_groups, 4]: start, prefix end, cached_len, first entry of page_indices
     page_indices: Any  # i32[max_pages], group by group

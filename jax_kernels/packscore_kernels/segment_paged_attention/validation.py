@@ -94,7 +94,9 @@ def check_arrays(
     if q_shape[1:] != k_shape[1:]:
         raise ArgumentError(f"{q_shape=} and {k_shape=} must agree after the heads")
     if not k_shape[0] or q_shape[0] % k_shape[0]:
-        raise ArgumentError(f"num_q_heads={q_shape[0]} must be a multiple of num_kv_heads={k_shape[0]}")
+        raise ArgumentError(
+            f"num_q_heads={q_shape[0]} must be a multiple of num_kv_heads={k_shape[0]}"
+        )
     if q_shape[1] != num_tokens:
         raise ArgumentError(f"q has {q_shape[1]} tokens; the layout's bucket has {num_tokens}")
     if len(set(dtypes)) != 1 or dtypes[0] not in ("bfloat16", "float32"):

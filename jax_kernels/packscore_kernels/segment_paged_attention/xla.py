@@ -9,7 +9,6 @@ from jax import lax
 from packscore_kernels.hardware import LANES
 from packscore_kernels.segment_paged_attention.schedule import (
     LOAD_FIELDS,
-    NO_CLIP,
     USE_FIELDS,
     Load,
     Use,
@@ -128,12 +127,12 @@ def segment_attention_xla(
             use = Use(*uses[i])
             keys, values = read(Load(*loads[use.load]))
             key = jnp.arange(chunk)
-            edge = window - use.base
-            end = jnp.where(row < use.first_item_row, jnp.minimum(edge, use.last_key), use.last_key)
+            causal = jnp.minimum(jnp.maximum(window, first_row) - use.base, use.last_key)
+            end = jnp.where(row < use.first_item_row, causal, use.last_key)
             prefix = (key >= use.first_key) & (key < end)
             prefix &= (row >= use.first_row) & (row < use.last_row)
-            start = far - jnp.where(use.base == NO_CLIP, 0, use.base)
-            seen = jnp.where(use.own == 1, (key >= start) & (key < edge), prefix)
+            own_far = (key >= far - use.base) & (key < window - use.base)
+            seen = jnp.where(use.own == 1, own_far, prefix)
             return _fold(state, scores(queries, keys), seen, values)
 
         _, total, acc = lax.fori_loop(ends[t], ends[t + 1], one, state)
