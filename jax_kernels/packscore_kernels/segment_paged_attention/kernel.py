@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from packscore_kernels.hardware import LANES
 from packscore_kernels.segment_paged_attention.schedule import (
     LOAD_FIELDS,
+    NARROW,
     USE_FIELDS,
     Load,
     Use,
@@ -36,12 +37,17 @@ MASKED = -1e30
 SUM_LIMIT = 2.0**64  # leaves as much room again for the values
 W = LANES  # rows of a window's tile, and how far it looks back
 SUBLANES = 8
+NUM_PREFETCH = 6
 AHEAD = 2  # scores issued before the softmax they overlap
 WINDOW_AHEAD = 4
+MIXED_AHEAD = 4
+LEAD = 3
+PIECE = 256
+BIG_PIECE = 1024
 TURN = 2  # whole blocks a turn of the loop over them
 
 Ref = Any
-Mask = Callable[[jax.Array, jax.Array], jax.Array]  # scores, block -> scores
+Mask = Callable[..., jax.Array]  # scores, block, rows -> scores
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,22 @@ class Shape:
     page_size: int  # 0 without pages
     blocks: BlockSizes
     count_visits: bool
+
+
+class Stage(NamedTuple):
+    """Work in two halves: scores on the matrix unit, then their softmax and product."""
+
+    issue: Callable[[], Any]
+    finish: Callable[[Any], None]
+
+
+def _pipeline(stages: Sequence[Stage], ahead: int) -> None:
+    """Run the stages in order, with `ahead` of them issued before each is finished."""
+    issued = [stage.issue() for stage in stages[:ahead]]
+    for i, stage in enumerate(stages):
+        if i + ahead < len(stages):
+            issued.append(stages[i + ahead].issue())
+        stage.finish(issued.pop(0))
 
 
 def _dot(x: jax.Array, y: jax.Array, x_dim: int, y_dim: int) -> jax.Array:
@@ -103,7 +125,8 @@ class _Body:
         self,
         shape: Shape,
         # prefetch
-        use_ends: Ref,  # i32[num_q_tiles]
+        use_starts: Ref,  # i32[num_q_tiles + 1]
+        narrow: Ref,  # i32[num_q_tiles]
         uses: Ref,  # i32[capacity * USE_FIELDS]
         loads: Ref,  # i32[capacity * LOAD_FIELDS]
         pages: Ref,  # i32[max_pages]
@@ -130,13 +153,8 @@ class _Body:
         sems: Ref,  # one DMA semaphore a slot
     ) -> None:
         self.shape, self.blocks = shape, shape.blocks
-        self.use_ends, self.uses, self.loads, self.pages, self.counts = (
-            use_ends,
-            uses,
-            loads,
-            pages,
-            counts,
-        )
+        self.use_starts, self.narrow, self.uses = use_starts, narrow, uses
+        self.loads, self.pages, self.counts = loads, pages, counts
         self.rows, self.q, self.o, self.visits = rows, q, o, visits
         self.k_before, self.k_here, self.v_before, self.v_here = k_before, k_here, v_before, v_here
         self.k_hbm, self.v_hbm, self.kv_pages = k_hbm, v_hbm, kv_pages
@@ -208,34 +226,30 @@ class _Body:
 
     # The local window
 
-    def _window_keys(self, c: int, safe: bool) -> tuple[jax.Array, jax.Array]:
+    def _window_keys(self, c: int, back: int, safe: bool) -> tuple[jax.Array, jax.Array]:
         if c:
-            at = slice((c - 1) * W, (c + 1) * W)
+            at = slice(c * W - back, (c + 1) * W)
             k, v = self.k_here[0, at], self.v_here[0, at]
         else:
-            k = jnp.concatenate([self.k_before[0], self.k_here[0, :W]], axis=0)
-            v = jnp.concatenate([self.v_before[0], self.v_here[0, :W]], axis=0)
+            k = jnp.concatenate([self.k_before[0, W - back :], self.k_here[0, :W]], axis=0)
+            v = jnp.concatenate([self.v_before[0, W - back :], self.v_here[0, :W]], axis=0)
         return _tame(k, v, 1.0) if safe else (k, v)
 
-    def window(self, safe: bool) -> None:
-        """Each lane group of rows against the keys of itself and of the group before."""
+    def _window_stages(self, back: int, safe: bool) -> list[Stage]:
+        """Each lane group of rows against its own keys and the `back` before them."""
         size = self.shape.group_size * W
 
         def issue(c: int) -> tuple[jax.Array, jax.Array]:
-            k, v = self._window_keys(c, safe)
+            k, v = self._window_keys(c, back, safe)
             q = jnp.concatenate([self.q[g, c * W : (c + 1) * W] for g in self.heads], axis=0)
             return _scores(k, q), v
 
-        chunks = range(self.blocks.block_q // W)
-        ahead = [issue(c) for c in chunks[:WINDOW_AHEAD]]
-        for c in chunks:
-            s, v = ahead.pop(0)
-            if c + WINDOW_AHEAD < len(chunks):
-                ahead.append(issue(c + WINDOW_AHEAD))
-            own = self.rows[:1, c * W : (c + 1) * W] - (self.first_row + (c - 1) * W)
+        def finish(c: int, issued: tuple[jax.Array, jax.Array]) -> None:
+            s, v = issued
+            own = self.rows[:1, c * W : (c + 1) * W] - (self.first_row + c * W - back)
             first = jnp.concatenate([jnp.maximum(own, 0)] * self.shape.group_size, axis=1)
-            last = (_lanes(size) & (W - 1)) + W
-            seen = _within(_sublanes(2 * W, size), first, last - first + 1)
+            last = (_lanes(size) & (W - 1)) + back
+            seen = _within(_sublanes(*s.shape), first, last - first + 1)
             s = jnp.where(seen, s * self.shape.scale, MASKED)
             m = jnp.max(s, axis=0, keepdims=True)
             p = jnp.exp2(s - m)
@@ -246,6 +260,14 @@ class _Body:
                 self.m[g, :, rows] = m[:, lanes]
                 self.l[g, :, rows] = total[:, lanes]
                 self.acc[g, :, rows] = out[:, lanes]
+
+        return [
+            Stage(functools.partial(issue, c), functools.partial(finish, c))
+            for c in range(self.blocks.block_q // W)
+        ]
+
+    def window(self, safe: bool) -> None:
+        _pipeline(self._window_stages(W, safe), WINDOW_AHEAD)
 
     # Chunks
 
@@ -271,41 +293,53 @@ class _Body:
         first = self.rows[1:2, :] - use.base
         return first, jnp.maximum((row & -W) - W - use.base - first, 0)
 
-    def _fixed(
-        self,
-        slot: jax.Array,
-        first_block: jax.Array,
-        masks: Sequence[Mask | None],  # of each block
-    ) -> None:
-        """Some blocks at once, against the fixed reference; scores run ahead of the softmax."""
-        work = [(b, g) for b in range(len(masks)) for g in self.heads]
-        done: dict[int, tuple[jax.Array, jax.Array]] = {}
+    def _block_stages(
+        self, slot: jax.Array, first_block: jax.Array, masks: Sequence[Mask | None], by_rows: bool
+    ) -> list[Stage]:
+        """Some blocks against the fixed reference, a piece of their rows at a time."""
+        piece = min(PIECE if by_rows else BIG_PIECE, self.blocks.block_q)
+        pieces = [(g, r) for g in self.heads for r in range(0, self.blocks.block_q, piece)]
+        if by_rows:
+            pieces.sort(key=lambda p: p[1])
+        blocks = range(len(masks))
+        work = (
+            [(b, p) for p in pieces for b in blocks]
+            if by_rows
+            else [(b, p) for b in blocks for p in pieces]
+        )
+        done: dict[tuple[int, int], tuple[jax.Array, jax.Array]] = {}
 
-        def issue(b: int, g: int) -> jax.Array:
+        def issue(b: int, g: int, r: int) -> jax.Array:
             k, _ = self._keys(slot, first_block + b)
-            s = _scores(k, self.q[g])
-            mask = masks[b]
-            return s if mask is None else mask(s, first_block + b)
+            s, mask = _scores(k, self.q[g, r : r + piece]), masks[b]
+            return s if mask is None else mask(s, first_block + b, slice(r, r + piece))
 
-        ahead = [issue(*pair) for pair in work[:AHEAD]]
-        for i, (b, g) in enumerate(work):
-            s = ahead.pop(0)
-            if i + AHEAD < len(work):
-                ahead.append(issue(*work[i + AHEAD]))
-            p = jnp.exp2(s - self.m[g])
+        def finish(b: int, g: int, r: int, s: jax.Array) -> None:
+            rows = slice(r, r + piece)
+            p = jnp.exp2(s - self.m[g, :, rows])
             _, vt = self._keys(slot, first_block + b)
             out, total = _dot(vt, p.astype(vt.dtype), 1, 0), _sum8(p)
-            done[g] = (done[g][0] + out, done[g][1] + total) if g in done else (out, total)
-        for g, (out, total) in done.items():
-            self.acc[g] += out
-            self.l[g] += total
+            if b:
+                out, total = done[g, r][0] + out, done[g, r][1] + total
+            done[g, r] = out, total
+            if b == blocks[-1]:
+                self.acc[g, :, rows] += out
+                self.l[g, :, rows] += total
+
+        return [
+            Stage(functools.partial(issue, b, g, r), functools.partial(finish, b, g, r))
+            for b, (g, r) in work
+        ]
+
+    def _fixed(self, slot: jax.Array, first_block: jax.Array, masks: Sequence[Mask | None]) -> None:
+        _pipeline(self._block_stages(slot, first_block, masks, by_rows=False), AHEAD)
 
     def _mask(self, first: jax.Array, count: jax.Array) -> Mask:
         """Keep `count` keys of the chunk from `first` on; scalars, or one number a row."""
 
-        def mask(s: jax.Array, block: jax.Array) -> jax.Array:
-            key = _sublanes(*s.shape)
-            seen = _within(key, first - block * self.blocks.block_kv, count)
+        def mask(s: jax.Array, block: jax.Array, rows: slice = slice(None)) -> jax.Array:
+            at, number = (x[:, rows] if jnp.ndim(x) else x for x in (first, count))
+            seen = _within(_sublanes(*s.shape), at - block * self.blocks.block_kv, number)
             return jnp.where(seen, s, MASKED)
 
         return mask
@@ -378,8 +412,14 @@ class _Body:
     def first_turn(self, use: Use) -> None:
         """The window together with a prefix's first whole blocks: each fills the other's gaps."""
         slot = self.slot_of(use.load)
-        self.window(safe=False)
-        self._fixed(slot, use.first_full, [None] * TURN)
+        window = self._window_stages(NARROW, safe=False)
+        blocks = self._block_stages(slot, use.first_full, [None] * TURN, by_rows=True)
+        each = len(blocks) // len(window)
+        stages = window[:LEAD]
+        for i in range(0, len(blocks), each):
+            stages += blocks[i : i + each]
+            stages += window[LEAD + i // each : LEAD + i // each + 1]
+        _pipeline(stages, MIXED_AHEAD)
 
     # The end of a tile
 
@@ -397,14 +437,14 @@ class _Body:
             good = (total < SUM_LIMIT) & (whole < jnp.inf)
             worst = jnp.where(real & ~good, 1.0, worst)
 
-        @pl.when(self.first_row + rows > self.counts[0])
-        def _() -> None:
-            row = self.first_row + _sublanes(rows, self.shape.head_dim)
-            for g in self.heads:
-                o = self.o[g].astype(jnp.float32)
-                self.o[g] = jnp.where(row < self.counts[0], o, 0.0).astype(self.o.dtype)
-
         return jnp.max(worst) > 0.0
+
+    def clear_padding(self) -> None:
+        """Zeros in the rows behind the last token."""
+        row = self.first_row + _sublanes(self.blocks.block_q, self.shape.head_dim)
+        for g in self.heads:
+            o = self.o[g].astype(jnp.float32)
+            self.o[g] = jnp.where(row < self.counts[0], o, 0.0).astype(self.o.dtype)
 
     def redo(self, first_use: jax.Array, last_use: jax.Array) -> None:
         """The whole tile again, slowly: online maximum, every block masked, own slot."""
@@ -452,10 +492,14 @@ def _kernel(*refs: Ref, shape: Shape) -> None:
 
     @pl.when(body.first_row < body.counts[0])
     def _() -> None:
-        first_use = jnp.where(tile == 0, 0, body.use_ends[jnp.maximum(tile - 1, 0)])
-        last_use = body.use_ends[tile]
+        first_use, last_use = body.use_starts[tile], body.use_starts[tile + 1]
         use = body._read_use(jnp.minimum(first_use, body.uses.shape[0] // USE_FIELDS - 1))
-        fused = (first_use < last_use) & (use.fresh == 0) & (use.last_full - use.first_full >= TURN)
+        fused = (
+            (body.narrow[tile] == 1)
+            & (first_use < last_use)
+            & (use.fresh == 0)
+            & (use.last_full - use.first_full >= TURN)
+        )
 
         @pl.when(fused)
         def _() -> None:
@@ -474,6 +518,10 @@ def _kernel(*refs: Ref, shape: Shape) -> None:
         def _() -> None:
             body.redo(first_use, last_use)
             body.write()
+
+        @pl.when(body.first_row + body.blocks.block_q > body.counts[0])
+        def _() -> None:
+            body.clear_padding()
 
     @pl.when(body.first_row >= body.counts[0])
     def _() -> None:
@@ -543,7 +591,7 @@ def segment_attention_pallas(
     ]
 
     def kernel(*refs: Ref) -> None:
-        refs_in, rest = refs[:14], refs[14:]
+        refs_in, rest = refs[: NUM_PREFETCH + 9], refs[NUM_PREFETCH + 9 :]
         out, rest = rest[0], rest[1:]
         visits, rest = (rest[0], rest[1:]) if count_visits else (None, rest)
         _kernel(*refs_in, out, visits, *rest, shape=shape)
@@ -551,7 +599,7 @@ def segment_attention_pallas(
     result = pl.pallas_call(
         functools.partial(kernel),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=5,
+            num_scalar_prefetch=NUM_PREFETCH,
             grid=(num_kv_heads, num_tiles),
             in_specs=in_specs,
             out_specs=out_specs,
@@ -566,7 +614,8 @@ def segment_attention_pallas(
         interpret=interpret,
         name="segment_paged_attention",
     )(
-        schedule.use_ends,
+        schedule.use_starts,
+        schedule.narrow,
         schedule.uses,
         schedule.loads,
         schedule.page_indices,

@@ -23,6 +23,7 @@ from packscore_kernels.segment_paged_attention.validation import check_layout
 
 # A row's keys further back than its window are read chunk by chunk. In coordinates of one chunk:
 NO_CLIP = -(2**30)  # `base` of a chunk from pages: all packed rows come after it
+NARROW = 32  # how far the narrow window looks back; the wide one looks back LANES
 NEVER = 2**30  # `far_start` of a row whose keys all lie in its window or in a prefix
 
 
@@ -230,6 +231,15 @@ def _own_starts(layout: SegmentLayout, block_q: int) -> tuple[Int32Array, Int32A
     return own, far
 
 
+def _narrow(own: Int32Array, block_q: int) -> Int32Array:
+    """Per q tile 1 where no row's own keys reach further back than the narrow window."""
+    index = np.arange(len(own))
+    wide = own < index // LANES * LANES - NARROW
+    tiles = np.zeros(cdiv(len(own), block_q), bool)
+    tiles[index[wide] // block_q] = True
+    return (~tiles).astype(np.int32)
+
+
 def _work(
     layout: SegmentLayout, far_start: Int32Array, blocks: BlockSizes, page_size: int
 ) -> tuple[list[Use], list[Load], Int32Array]:
@@ -341,7 +351,8 @@ def build_schedule(
         group_ids=np.asarray(layout.group_ids, np.int32),
         groups=groups,
         page_indices=pages,
-        use_ends=ends,
+        use_starts=np.concatenate([[0], ends]).astype(np.int32),
+        narrow=_narrow(own, block_sizes.block_q),
         uses=_padded(uses, USE_FIELDS, capacity),
         loads=_padded(loads, LOAD_FIELDS, capacity),
         counts=np.array([layout.num_real_tokens, len(loads)], np.int32),
@@ -352,14 +363,13 @@ def build_schedule(
 
 def visited_blocks(schedule: SegmentSchedule) -> tuple[Int32Array, Int32Array]:
     """Blocks of `block_q` x `block_kv` that each q tile reads beyond its window: (all, masked)."""
-    ends: Array = np.asarray(schedule.use_ends)
+    starts: Array = np.asarray(schedule.use_starts)
     uses = np.asarray(schedule.uses).reshape(-1, USE_FIELDS)
     col = {name: uses[:, i] for i, name in enumerate(Use._fields)}
     total = np.cumsum([0, *(col["last_block"] - col["first_block"])])
     full = np.cumsum([0, *(col["last_full"] - col["first_full"])])
-    starts = np.concatenate([[0], ends[:-1]])
-    seen = total[ends] - total[starts]
-    return seen.astype(np.int32), (seen - (full[ends] - full[starts])).astype(np.int32)
+    seen, whole = np.diff(total[starts]), np.diff(full[starts])
+    return seen.astype(np.int32), (seen - whole).astype(np.int32)
 
 
 def is_padding(layout: SegmentLayout) -> Array:

@@ -173,7 +173,8 @@ class BlockSizes:
         "group_ids",
         "groups",
         "page_indices",
-        "use_ends",
+        "use_starts",
+        "narrow",
         "uses",
         "loads",
         "counts",
@@ -193,7 +194,8 @@ class SegmentSchedule:
     group_ids: Any  # i32[num_tokens], PAD_SEGMENT for padding
     groups: Any  # i32[max_groups, 4]: start, prefix end, cached_len, first entry of page_indices
     page_indices: Any  # i32[max_pages], group by group
-    use_ends: Any  # i32[num_q_tiles]: end of each q tile's chunk uses
+    use_starts: Any  # i32[num_q_tiles + 1]: first chunk use of each q tile
+    narrow: Any  # i32[num_q_tiles]: 1 where the narrow window holds all of every row's own keys
     uses: Any  # i32[capacity * fields of schedule.Use]
     loads: Any  # i32[capacity * fields of schedule.Load]
     counts: Any  # i32[2]: real tokens, loads

@@ -78,7 +78,7 @@ def segment_attention_xla(
     loads = jnp.reshape(schedule.loads, (-1, LOAD_FIELDS))
     page_indices = jnp.asarray(schedule.page_indices)
     rows = jnp.asarray(schedule.rows)
-    ends = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.asarray(schedule.use_ends)])
+    starts = jnp.asarray(schedule.use_starts)
 
     def scores(queries: jax.Array, keys: jax.Array) -> jax.Array:
         s = jnp.einsum(
@@ -135,7 +135,7 @@ def segment_attention_xla(
             seen = jnp.where(use.own == 1, own_far, prefix)
             return _fold(state, scores(queries, keys), seen, values)
 
-        _, total, acc = lax.fori_loop(ends[t], ends[t + 1], one, state)
+        _, total, acc = lax.fori_loop(starts[t], starts[t + 1], one, state)
         return jnp.where(row < schedule.counts[0], acc / total, 0.0).astype(q.dtype)
 
     out = lax.map(tile, jnp.arange(num_tiles))  # [tiles, kv heads, group, block_q, head_dim]
