@@ -365,11 +365,13 @@ class _Body:
 
         self._whole(slot, use, done)
 
-        @pl.when(use.own == 0)
+        partial = use.last_block - use.first_block - (use.last_full - use.first_full) > use.tail
+
+        @pl.when(partial & (use.own == 0))
         def _() -> None:
             self._partial(slot, use, self._mask(use.first_key, self._prefix_counts(use)))
 
-        @pl.when(use.own == 1)
+        @pl.when(partial & (use.own == 1))
         def _() -> None:
             self._partial(slot, use, self._mask(*self._own_keys(use)))
 
@@ -423,21 +425,22 @@ class _Body:
 
     # The end of a tile
 
-    def write(self) -> jax.Array:
-        """Write the tile; whether a real row's sum or output left the fixed reference's range."""
+    def failed(self) -> jax.Array:
+        """Whether a real row's sum or output left the range the fixed reference is good for."""
         rows = self.blocks.block_q
-        real = self.first_row + _lanes(rows) < self.counts[0]
         worst = jnp.zeros((1, rows), jnp.float32)
         for g in self.heads:
             total = jnp.sum(self.l[g], axis=0, keepdims=True)
-            out = self.acc[g] * (1.0 / total)
-            self.o[g] = out.astype(self.o.dtype).T
             # Not finite where any of the row's outputs is not.
-            whole = jnp.abs(jnp.sum(_sum8(out), axis=0, keepdims=True))
-            good = (total < SUM_LIMIT) & (whole < jnp.inf)
-            worst = jnp.where(real & ~good, 1.0, worst)
+            whole = jnp.abs(jnp.sum(_sum8(self.acc[g]), axis=0, keepdims=True))
+            worst = jnp.where((total < SUM_LIMIT) & (whole < jnp.inf), worst, 1.0)
+        real = self.first_row + _lanes(rows) < self.counts[0]
+        return jnp.max(jnp.where(real, worst, 0.0)) > 0.0
 
-        return jnp.max(worst) > 0.0
+    def write(self) -> None:
+        for g in self.heads:
+            total = jnp.sum(self.l[g], axis=0, keepdims=True)
+            self.o[g] = (self.acc[g] * (1.0 / total)).astype(self.o.dtype).T
 
     def clear_padding(self) -> None:
         """Zeros in the rows behind the last token."""
@@ -514,7 +517,10 @@ def _kernel(*refs: Ref, shape: Shape) -> None:
 
         lax.fori_loop(first_use, last_use, chunk, None)
 
-        @pl.when(body.write())
+        failed = body.failed()
+        body.write()
+
+        @pl.when(failed)
         def _() -> None:
             body.redo(first_use, last_use)
             body.write()
