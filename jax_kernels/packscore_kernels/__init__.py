@@ -7,12 +7,15 @@ from packscore_kernels.segment_paged_attention import (
     BlockSizes,
     Group,
     LayoutError,
+    PageWrites,
     SegmentLayout,
     SegmentSchedule,
     UnsupportedError,
+    build_page_writes,
     build_schedule,
     resolve_block_sizes,
     segment_paged_attention,
+    write_kv_pages,
 )
 
 __all__ = [
@@ -22,10 +25,13 @@ __all__ = [
     "BlockSizes",
     "Group",
     "LayoutError",
+    "PageWrites",
     "SegmentLayout",
     "SegmentSchedule",
     "UnsupportedError",
+    "build_page_writes",
     "build_schedule",
     "resolve_block_sizes",
     "segment_paged_attention",
+    "write_kv_pages",
 ]

@@ -18,7 +18,7 @@ ROWS = 2048  # of all q heads of a group in one tile: the matrix unit's columns 
 SCORED_KEYS = 512
 CHUNK_KEYS = 2048
 MAX_SLOTS = 6
-VMEM_SHARE = 0.7  # of a core's memory for what we count; the rest is the compiler's
+VMEM_SHARE = 0.8  # of a core's memory for what we count; the rest is the compiler's
 
 
 def vmem_bytes(group_size: int, head_dim: int, itemsize: int, blocks: BlockSizes) -> int:
