@@ -534,6 +534,15 @@ def _kernel(*refs: Ref, shape: Shape) -> None:
         body.o[...] = jnp.zeros_like(body.o)
 
 
+def _vmem_limit(used: int) -> int:
+    """Room for what we count and for the compiler's own, within the chip's memory."""
+    limit = int(1.3 * used) + 2**22
+    try:
+        return min(limit, pltpu.get_tpu_info().vmem_capacity_bytes)
+    except (ValueError, NotImplementedError):  # no TPU, as where the kernel is interpreted
+        return limit
+
+
 def segment_attention_pallas(
     q: jax.Array,  # [num_q_heads, num_tokens, head_dim]
     k: jax.Array,  # [num_kv_heads, num_tokens, head_dim]
@@ -615,7 +624,7 @@ def segment_attention_pallas(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary" if count_visits else "parallel", "arbitrary"),
             disable_bounds_checks=True,
-            vmem_limit_bytes=int(1.3 * used) + 2**22,
+            vmem_limit_bytes=_vmem_limit(used),
         ),
         interpret=interpret,
         name="segment_paged_attention",
