@@ -96,6 +96,8 @@ class Costs:
     load_copy: int  # one page, or one block, in and waited for
     step: int  # once a q tile
     use: int  # once a use of a chunk
+    load: int  # once a load of a chunk
+    edge: int  # once a use with blocks that need a mask of rows, twice for its two parts
     dead: int  # a q tile of padding
     total: int
     spills: float
@@ -120,6 +122,12 @@ def read_costs(path: str) -> Costs:
     waits = [r for r in before if r.depth == 3 and r.notes and "wait" in r.notes]
     cleared = [r for r in after if r.bundles > 64]
     small = [r for r in before if r is not finish and r not in loads + copies + waits]
+    # The first use of a chunk waits, transposes and starts the next load: once a load, not a use.
+    starts = [i for i, r in enumerate(found[:redo]) if r.depth == 3 and r.has("dma.hbm_to_vmem")]
+    head = next(i for i, r in enumerate(found) if r.depth == 2 and i > at[1])
+    fresh = [found[i] for i in range(head + 1, starts[-1] + 1) if found[i] in small]
+    edges = [found[i - j] for i in at[6:8] for j in (1, 2) if found[i - j] in small]
+    per_use = [r for r in small if r.depth == 2 and r not in fresh + edges]
     spills = sum(found[i].bundles * found[i].use.get("SPILL", 0.0) for i in at[:-2])
     return Costs(
         pieces=pieces,
@@ -130,11 +138,34 @@ def read_costs(path: str) -> Costs:
         + max((r.bundles for r in waits), default=0),
         step=sum(r.bundles for r in small if r.depth == 1)
         + sum(r.bundles for r in after if r not in cleared),
-        use=sum(r.bundles for r in small if r.depth == 2),
+        use=sum(r.bundles for r in per_use),
+        load=sum(r.bundles for r in fresh),
+        edge=sum(r.bundles for r in edges),
         dead=max((r.bundles for r in cleared), default=0),
         total=sum(r.bundles for r in found),
         spills=spills / sum(found[i].bundles for i in at[:-2]),
     )
+
+
+def edge_blocks(use: Any, tile_start: int, blocks: Any) -> int:
+    """Parts of blocks that go through a mask of rows: `_edge` in the kernel."""
+    from packscore_kernels.segment_paged_attention.schedule import edge_parts, window_start
+
+    whole, total = use.last_full - use.first_full, 0
+    if use.last_block - use.first_block - whole <= use.tail:
+        return 0
+    parts = edge_parts(blocks)
+    for part in range(parts):
+        first_row = tile_start + part * blocks.block_q // parts
+        last_row = min(first_row + blocks.block_q // parts, use.last_row) - 1
+        end = use.last_key
+        if use.own or last_row < use.first_item_row:
+            window = max(window_start(last_row), 0 if use.own else tile_start)
+            end = min(window - use.base, end)
+        last_block = min(-(-end // blocks.block_kv), use.last_block - use.tail)
+        if last_row >= max(first_row, use.first_row) and end > use.first_key:
+            total += max(last_block - use.first_block - whole, 0)
+    return total
 
 
 def count(job: Job, costs: Costs, schedule: Any, turn: int) -> dict[str, float]:
@@ -154,7 +185,7 @@ def count(job: Job, costs: Costs, schedule: Any, turn: int) -> dict[str, float]:
     loads = [Load(*row) for row in np.reshape(schedule.loads, (-1, LOAD_FIELDS)).tolist()]
     loads = loads[: int(schedule.counts[1])]
     times = dict.fromkeys(PIECES, 0)
-    live = used = 0
+    live = used = edged = 0
     for tile in range(schedule.num_q_tiles):
         mine = uses[schedule.use_starts[tile] : schedule.use_starts[tile + 1]]
         if tile * blocks.block_q >= schedule.counts[0]:
@@ -177,13 +208,15 @@ def count(job: Job, costs: Costs, schedule: Any, turn: int) -> dict[str, float]:
                 times["rest_and_tail" if rest else "tail"] += 1
             elif rest:
                 times["rest"] += 1
-            edge = use.last_block - use.first_block - whole - use.tail
+            edged += use.last_block - use.first_block - whole > use.tail
+            edge = edge_blocks(use, tile * blocks.block_q, blocks)
             times["own_edge" if use.own else "prefix_edge"] += edge
     if turn != 2:
         raise ValueError("the pieces are named for turns of two blocks")
     per_head = sum(times[name] * costs.pieces[name] for name in PIECES)
     matrix = sum(times[name] * costs.matrix[name] for name in PIECES)
     per_head += live * (costs.finish + costs.step) + used * costs.use
+    per_head += len(loads) * costs.load + 2 * edged * costs.edge
     per_head += (schedule.num_q_tiles - live) * (costs.dead + costs.step)
     copies = sum(load.num_pages if load.paged else 2 * load.num_blocks for load in loads)
     chunk_blocks = sum(load.num_blocks for load in loads)

@@ -28,6 +28,7 @@ from packscore_kernels.segment_paged_attention.schedule import (
     USE_FIELDS,
     Load,
     Use,
+    edge_parts,
 )
 from packscore_kernels.segment_paged_attention.tuning import vmem_bytes
 from packscore_kernels.segment_paged_attention.types import BlockSizes, SegmentSchedule
@@ -41,6 +42,7 @@ NUM_PREFETCH = 6
 AHEAD = 2  # scores issued before the softmax they overlap
 WINDOW_AHEAD = 4
 MIXED_AHEAD = 4
+EDGE_AHEAD = 4
 LEAD = 3
 PIECE = 256
 BIG_PIECE = 1024
@@ -277,20 +279,21 @@ class _Body:
         )
         return self.kv_slots[slot, 0, keys], self.vt_slots[slot, :, keys]
 
-    def _prefix_counts(self, use: Use) -> jax.Array:
-        """How many keys of a prefix's chunk, from `first_key` on, each row sees; i32[1, block_q]."""
-        row = self.first_row + _lanes(self.blocks.block_q)
+    def _prefix_keys(self, use: Use, first_row: jax.Array, rows: int) -> tuple[Any, Any]:
+        """First key and number of keys of a prefix's chunk that each row sees; i32[1, rows]."""
+        row = first_row + _lanes(rows)
         window = jnp.maximum((row & -W) - W, self.first_row) - use.base
         causal = jnp.where(
             row < use.first_item_row, jnp.minimum(window, use.last_key), use.last_key
         )
         in_group = (row >= use.first_row) & (row < use.last_row)
-        return jnp.where(in_group, jnp.maximum(causal - use.first_key, 0), 0)
+        return use.first_key, jnp.where(in_group, jnp.maximum(causal - use.first_key, 0), 0)
 
-    def _own_keys(self, use: Use) -> tuple[jax.Array, jax.Array]:
-        """First key and number of keys of its own item, before its window; i32[1, block_q]."""
-        row = self.first_row + _lanes(self.blocks.block_q)
-        first = self.rows[1:2, :] - use.base
+    def _own_keys(self, use: Use, first_row: jax.Array, rows: int) -> tuple[Any, Any]:
+        """First key and number of keys of its own item, before its window; i32[1, rows]."""
+        row = first_row + _lanes(rows)
+        at = pl.ds(pl.multiple_of(first_row - self.first_row, W), rows)
+        first = self.rows[1:2, at] - use.base
         return first, jnp.maximum((row & -W) - W - use.base - first, 0)
 
     def _block_stages(
@@ -369,11 +372,11 @@ class _Body:
 
         @pl.when(partial & (use.own == 0))
         def _() -> None:
-            self._partial(slot, use, self._mask(use.first_key, self._prefix_counts(use)))
+            self._edge(slot, use, self._prefix_keys)
 
         @pl.when(partial & (use.own == 1))
         def _() -> None:
-            self._partial(slot, use, self._mask(*self._own_keys(use)))
+            self._edge(slot, use, self._own_keys)
 
         if self.shape.count_visits:
             self.visits[self.head, self.tile] += use.last_block - use.first_block
@@ -400,16 +403,50 @@ class _Body:
                 def _(n: int = n) -> None:
                     self._fixed(slot, use.last_full - n, [None] * n)
 
-    def _partial(self, slot: jax.Array, use: Use, mask: Mask) -> None:
-        """The blocks before and after them that only some rows, or some keys, take part in."""
+    def _edge(self, slot: jax.Array, use: Use, keys: Callable[..., tuple[Any, Any]]) -> None:
+        """The blocks that only some rows, or some keys, take part in; half of the rows at a time."""
         whole = use.last_full - use.first_full
+        rows = self.blocks.block_q // edge_parts(self.blocks)
 
-        def body(j: jax.Array, _: None) -> None:
-            block = use.first_block + j
-            self._fixed(slot, jnp.where(block < use.first_full, block, block + whole), [mask])
+        def part(i: jax.Array, _: None) -> None:
+            first_row = pl.multiple_of(self.first_row + i * rows, W)
+            mask = self._mask(*keys(use, first_row, rows))
+            last_row = jnp.minimum(first_row + rows, use.last_row) - 1
+            window = jnp.maximum((last_row & -W) - W, jnp.where(use.own == 1, 0, self.first_row))
+            causal = (use.own == 1) | (last_row < use.first_item_row)
+            end = jnp.where(causal, jnp.minimum(window - use.base, use.last_key), use.last_key)
+            last_block = jnp.minimum(pl.cdiv(end, self.blocks.block_kv), use.last_block - use.tail)
+            some = (last_row >= jnp.maximum(first_row, use.first_row)) & (end > use.first_key)
 
-        masked = use.last_block - use.tail - use.first_block - whole
-        lax.fori_loop(0, masked, body, None)
+            def body(j: jax.Array, _: None) -> None:
+                block = jnp.where(use.first_block + j < use.first_full, j, j + whole)
+                self._edge_block(slot, use.first_block + block, mask, i * rows, rows)
+
+            # Whole blocks lie before the end of every part that has rows.
+            count = last_block - use.first_block - whole
+            lax.fori_loop(0, jnp.where(some, count, 0), body, None)
+
+        lax.fori_loop(0, edge_parts(self.blocks), part, None)
+
+    def _edge_block(
+        self, slot: jax.Array, block: jax.Array, mask: Mask, first: jax.Array, rows: int
+    ) -> None:
+        k, vt = self._keys(slot, block)
+        piece = min(PIECE, rows)
+        work = [(g, r) for r in range(0, rows, piece) for g in self.heads]
+
+        def issue(g: int, r: int) -> jax.Array:
+            at = pl.ds(pl.multiple_of(first + r, W), piece)
+            return mask(_scores(k, self.q[g, at]), block, slice(r, r + piece))
+
+        def finish(g: int, r: int, s: jax.Array) -> None:
+            at = pl.ds(pl.multiple_of(first + r, W), piece)
+            p = jnp.exp2(s - self.m[g, :, at])
+            self.acc[g, :, at] += _dot(vt, p.astype(vt.dtype), 1, 0)
+            self.l[g, :, at] += _sum8(p)
+
+        stages = [Stage(functools.partial(issue, *w), functools.partial(finish, *w)) for w in work]
+        _pipeline(stages, EDGE_AHEAD)
 
     def first_turn(self, use: Use) -> None:
         """The window together with a prefix's first whole blocks: each fills the other's gaps."""
@@ -458,11 +495,11 @@ class _Body:
             use = self._read_use(i)
             self.start_load(use.load, slot)
             self.finish_load(use.load, slot)
-            own_first, own_count = self._own_keys(use)
-            own = use.own == 1
+            rows = self.blocks.block_q
+            own = self._own_keys(use, self.first_row, rows)
+            prefix = self._prefix_keys(use, self.first_row, rows)
             mask = self._mask(
-                jnp.where(own, own_first, use.first_key),
-                jnp.where(own, own_count, self._prefix_counts(use)),
+                *(jnp.where(use.own == 1, *pair) for pair in zip(own, prefix, strict=True))
             )
 
             def block(b: jax.Array, _: None) -> None:

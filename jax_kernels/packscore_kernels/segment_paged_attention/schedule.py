@@ -67,6 +67,11 @@ USE_FIELDS = len(Use._fields)
 LOAD_FIELDS = len(Load._fields)
 
 
+def edge_parts(blocks: BlockSizes) -> int:
+    """In how many parts the rows of a tile go through the blocks that need a mask."""
+    return 2 if blocks.block_q % (2 * LANES) == 0 else 1
+
+
 def window_start(row: int) -> int:
     """First key of the local window of a row: the lane group before its own."""
     return row // LANES * LANES - LANES
@@ -154,7 +159,7 @@ def _prefix_uses(
 
 
 def _own_uses(
-    tile: _Tile, far: tuple[int, int], blocks: BlockSizes
+    rows: tuple[int, int], far: tuple[int, int], blocks: BlockSizes
 ) -> Iterator[tuple[Source, int, Use]]:
     """Chunk by chunk what a tile reads of items that are longer than the local window."""
     bkv, per_chunk = blocks.block_kv, blocks.chunk_kv // blocks.block_kv
@@ -177,9 +182,9 @@ def _own_uses(
                 first_key=0,
                 last_key=blocks.chunk_kv,
                 base=block * bkv,
-                first_row=tile.start,
-                first_item_row=tile.start,
-                last_row=tile.end,
+                first_row=rows[0],
+                first_item_row=rows[0],
+                last_row=rows[1],
             ),
         )
 
@@ -276,8 +281,9 @@ def _work(
             far = far_start[tile.start : tile.end]
             rows = np.flatnonzero(far != NEVER)
             if len(rows):
-                last = window_start(tile.start + int(rows[-1]))
-                for step in _own_uses(tile, (int(far[rows].min()), last), blocks):
+                span = tile.start + int(rows[0]), tile.start + int(rows[-1]) + 1
+                keys = int(far[rows].min()), window_start(span[1] - 1)
+                for step in _own_uses(span, keys, blocks):
                     add(*step)
         ends[tile.start // blocks.block_q] = len(uses)
     return uses, ring.loads, np.maximum.accumulate(ends)
