@@ -25,7 +25,7 @@ import tpu_schedule
 
 # The kernel's pieces that multiply matrices, in the order of its code; the last two are `redo`.
 PIECES = (
-    "first_turn", "window", "turn", "tail", "rest_and_tail", "rest", "prefix_edge", "own_edge",
+    "first_turn", "narrow_window", "window", "turn", "tail", "rest_and_tail", "rest", "prefix_edge", "own_edge",
     "redo_window", "redo_block",
 )  # fmt: skip
 
@@ -124,9 +124,9 @@ def read_costs(path: str) -> Costs:
     small = [r for r in before if r is not finish and r not in loads + copies + waits]
     # The first use of a chunk waits, transposes and starts the next load: once a load, not a use.
     starts = [i for i, r in enumerate(found[:redo]) if r.depth == 3 and r.has("dma.hbm_to_vmem")]
-    head = next(i for i, r in enumerate(found) if r.depth == 2 and i > at[1])
+    head = next(i for i, r in enumerate(found) if r.depth == 2 and i > at[2])
     fresh = [found[i] for i in range(head + 1, starts[-1] + 1) if found[i] in small]
-    edges = [found[i - j] for i in at[6:8] for j in (1, 2) if found[i - j] in small]
+    edges = [found[i - j] for i in at[7:9] for j in (1, 2) if found[i - j] in small]
     per_use = [r for r in small if r.depth == 2 and r not in fresh + edges]
     spills = sum(found[i].bundles * found[i].use.get("SPILL", 0.0) for i in at[:-2])
     return Costs(
@@ -198,7 +198,8 @@ def count(job: Job, costs: Costs, schedule: Any, turn: int) -> dict[str, float]:
             and not first.fresh
             and first.last_full - first.first_full >= turn
         )
-        times["first_turn" if fused else "window"] += 1
+        narrow = "narrow_window" if schedule.narrow[tile] else "window"
+        times["first_turn" if fused else narrow] += 1
         for i, use in enumerate(mine):
             whole = use.last_full - use.first_full
             left = whole - (turn if fused and i == 0 else 0)

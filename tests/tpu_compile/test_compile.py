@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,19 +20,45 @@ HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed here")
 
 
-def run(*command):
+COMMANDS = {
+    **{chip: (SCRIPT, chip) for chip in ("v4", "v5e", "v5p", "v6e", "tpu7x")},
+    "calibrate": (BENCHMARKS / "tpu_schedule.py", "calibrate"),
+    **{
+        f"{chip} cycles": (BENCHMARKS / "kernel_cycles.py", "--chip", chip, "--json", "--sweep")
+        for chip in ("v6e", "v5e")
+    },
+}
+
+
+def run(name):
     environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    command = [sys.executable, *map(str, COMMANDS[name])]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def output(request):
+    """The output of a command; those of the chosen tests start at once, two at a time."""
+    wanted = [
+        item.callspec.params.get("name", "calibrate") if hasattr(item, "callspec") else "calibrate"
+        for item in request.session.items
+        if item.path == Path(__file__)
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        running = {name: pool.submit(run, name) for name in dict.fromkeys(wanted)}
+
+        def wait(name):
+            done = running[name].result()
+            assert done.returncode == 0, done.stderr[-2000:]
+            return done.stdout
+
+        yield wait
 
 
 @needs_libtpu
-@pytest.mark.parametrize("chip", ["v4", "v5e", "v5p", "v6e", "tpu7x"])
-def test_every_variant_compiles(chip):
-    results = [json.loads(line) for line in run(SCRIPT, chip).splitlines()]
+@pytest.mark.parametrize("name", ["v4", "v5e", "v5p", "v6e", "tpu7x"])
+def test_every_variant_compiles(name, output):
+    results = [json.loads(line) for line in output(name).splitlines()]
     gather = results.pop()
     assert gather["name"] == "vector gather"
     # The refusal that shows the check has teeth.
@@ -42,19 +69,15 @@ def test_every_variant_compiles(chip):
 
 
 @needs_libtpu
-def test_the_measuring_rod_is_calibrated():
-    assert "of the peak" in run(BENCHMARKS / "tpu_schedule.py", "calibrate")
+def test_the_measuring_rod_is_calibrated(output):
+    assert "of the peak" in output("calibrate")
 
 
 @needs_libtpu
-@pytest.mark.parametrize(("chip", "most"), [("v6e", 0.95e6), ("v5e", 2.0e6)])
-def test_the_reference_layer_stays_within_its_cycles(chip, most):
-    out = json.loads(run(BENCHMARKS / "kernel_cycles.py", "--chip", chip, "--json", "--sweep"))
+@pytest.mark.parametrize(("name", "most"), [("v6e cycles", 0.95e6), ("v5e cycles", 2.0e6)])
+def test_the_reference_layer_stays_within_its_cycles(name, most, output):
+    out = json.loads(output(name))
     assert out["cycles"] <= most
     assert out["flows"]["extend"]["cycles"] <= most
     assert out["sweep"]["items"]["line_error"] <= 0.05
-    assert out["sweep"]["prefix"]["line_error"] <= PREFIX_LINE[chip]
-
-
-# The first point, no prefix at all, has no whole blocks for the window to hide behind.
-PREFIX_LINE = {"v6e": 0.06, "v5e": 0.06}
+    assert out["sweep"]["prefix"]["line_error"] <= 0.05

@@ -268,8 +268,8 @@ class _Body:
             for c in range(self.blocks.block_q // W)
         ]
 
-    def window(self, safe: bool) -> None:
-        _pipeline(self._window_stages(W, safe), WINDOW_AHEAD)
+    def window(self, back: int, safe: bool = False) -> None:
+        _pipeline(self._window_stages(back, safe), WINDOW_AHEAD)
 
     # Chunks
 
@@ -489,7 +489,7 @@ class _Body:
     def redo(self, first_use: jax.Array, last_use: jax.Array) -> None:
         """The whole tile again, slowly: online maximum, every block masked, own slot."""
         slot = jnp.int32(self.blocks.num_slots)
-        self.window(safe=True)
+        self.window(W, safe=True)
 
         def one(i: jax.Array, _: None) -> None:
             use = self._read_use(i)
@@ -545,9 +545,15 @@ def _kernel(*refs: Ref, shape: Shape) -> None:
         def _() -> None:
             body.first_turn(use)
 
-        @pl.when(~fused)
+        narrow = body.narrow[tile] == 1
+
+        @pl.when(~fused & narrow)
         def _() -> None:
-            body.window(safe=False)
+            body.window(NARROW)
+
+        @pl.when(~narrow)
+        def _() -> None:
+            body.window(W)
 
         def chunk(i: jax.Array, _: None) -> None:
             body.chunk(i, jnp.where(fused & (i == first_use), TURN, 0))
