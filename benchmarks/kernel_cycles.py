@@ -5,11 +5,11 @@
     python benchmarks/kernel_cycles.py --chip v6e --sweep     growth in items and in the prefix
     python benchmarks/kernel_cycles.py --chip v6e --splash    JAX splash attention, static mask
 
-The reference job: 16 q heads, 8 kv heads, head_dim 128, bfloat16, a prefix of 2000 tokens and 500
-items of 20. Two flows: `packed` computes the prefix's rows too; `extend` finds the prefix in pages of
-128. The kernel is compiled once; the schedule of each of its straight pieces is counted as often
-as the layout's work list runs it. DMA that does not hide behind compute is not in the cycles: the
-time that all bytes take at the HBM's bandwidth stands beside them.
+The reference job: 16 q heads, 8 kv heads, head_dim 128, bfloat16, a prefix of 2000 tokens and
+500 items of 20. Two flows: `packed` computes the prefix's rows too; `extend` finds the prefix in
+pages of 128. The kernel is compiled once; the schedule of each of its straight pieces is counted
+as often as the layout's work list runs it. DMA that does not hide behind compute is not in the
+cycles: the time that all bytes take at the HBM's bandwidth stands beside them.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import tpu_schedule
 
 # The kernel's pieces that multiply matrices, in the order of its code; the last two are `redo`.
 PIECES = (
-    "first_turn", "narrow_window", "window", "turn", "tail", "rest_and_tail", "rest", "prefix_edge", "own_edge",
-    "redo_window", "redo_block",
+    "first_turn", "narrow_window", "window", "turn", "tail", "rest_and_tail", "rest",
+    "prefix_edge", "own_edge", "redo_window", "redo_block",
 )  # fmt: skip
 
 
@@ -61,7 +61,6 @@ class Job:
     def layout(self) -> Any:
         """Its tokens, padded to a multiple of 512."""
         import numpy as np
-
         from packscore_kernels import Group, SegmentLayout
 
         items = np.full(self.num_items, self.item_len, np.int32)
@@ -172,7 +171,6 @@ def count(job: Job, costs: Costs, schedule: Any, turn: int) -> dict[str, float]:
     """Cycles of one layer: every piece as often as the work list runs it."""
     import jax.numpy as jnp
     import numpy as np
-
     from packscore_kernels.segment_paged_attention.schedule import (
         LOAD_FIELDS,
         USE_FIELDS,
@@ -242,7 +240,6 @@ class Kernel:
         self.dump = tempfile.mkdtemp(prefix=f"{chip}_")
         tpu_schedule.configure(TOPOLOGIES[chip], self.dump)
         import jax
-
         from packscore_kernels.hardware import CHIPS
 
         self.job, self.chip = job, CHIPS[chip]
@@ -334,6 +331,7 @@ def sweep(kernel: Kernel) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Print the reference job's cycles."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--chip", default="v6e", choices=["v4", "v5e", "v5p", "v6e", "tpu7x"])
     parser.add_argument("--json", action="store_true", help="print one object")

@@ -8,7 +8,7 @@ issues one bundle a cycle, so scheduled bundles x trip counts is the cycle count
     python benchmarks/tpu_schedule.py outline DUMP_DIR [NAME]       regions: bundles, use, branches
 
 The schedule is read before the delay converter. The final bundles leave out the empty ones, because
-the hardware interlocks on the matrix and transpose units: for q k' of 512x128x512 on v5e they number
+the hardware interlocks on the matrix and transpose units: for q k' of 512x128x512 on v5e they are
 460, while its four 128x128 arrays need 512 cycles; the schedule before says 722.
 
 Everything read here is a prediction of the compiler's, not a measurement; expect 5-10 % against
@@ -18,6 +18,7 @@ hardware.
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 import re
 import sys
@@ -141,7 +142,7 @@ def regions(path: str) -> Iterator[Region]:
         if "sbr.rel" in x[3] or "sbr.ind" in x[3]
     }
     ordered = sorted(cuts)
-    for s, e in zip(ordered, ordered[1:], strict=False):
+    for s, e in itertools.pairwise(ordered):
         text = " ".join(x[3] for x in b[s:e])
         share = {
             unit: sum(row[k] for row in use[s:e]) / ((e - s) * n)
@@ -180,7 +181,7 @@ def outline(path: str, at_least: int = 1) -> None:
 def pipelined_cycles(path: str) -> int:
     """Cycles of an instruction with one static pipeline loop: "loop exit at N" is N - 2 turns."""
     found = list(regions(path))
-    turns = max([x - 2 for r in found for x in r.exits][:1] + [1])
+    turns = next((x - 2 for r in found for x in r.exits), 1)
     return sum(r.bundles * (turns if r.depth else 1) for r in found)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -19,6 +20,11 @@ def align_to(a: int, b: int) -> int:
     return cdiv(a, b) * b
 
 
+def shape_of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """A shape and dtype, typed."""
+    return jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]
+
+
 @dataclass(frozen=True)
 class Chip:
     """What the kernel's tiles depend on, and what its cycles are compared with."""
@@ -32,7 +38,7 @@ class Chip:
 
 
 _MIB = 2**20
-# Published peaks; the clocks of v6e, v5e and v5p follow from peak / (matrix units x their size x 2).
+# Published peaks; clocks follow from them and the matrix units' number and size.
 CHIPS = {
     chip.name: chip
     for chip in (

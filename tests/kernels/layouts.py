@@ -1,7 +1,6 @@
 """Layouts that put every boundary on, before and behind the edge of a block."""
 
 import numpy as np
-
 from packscore_kernels import Group, SegmentLayout
 
 TOKENS = 512

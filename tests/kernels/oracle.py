@@ -1,4 +1,4 @@
-"""Attention in float64 numpy, row by row from the groups' lengths; shares nothing with the package."""
+"""Attention in float64 numpy, row by row from the groups' lengths; shares no code."""
 
 import numpy as np
 

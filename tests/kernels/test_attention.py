@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from layouts import MAX_GROUPS, MAX_PAGES, NUM_PAGES, TOKENS, drawn, edges
 from oracle import attention
+from packscore_kernels import BlockSizes, build_schedule, segment_paged_attention
 from tolerances import assert_close
-
-from packscore_kernels import BlockSizes, SegmentLayout, build_schedule, segment_paged_attention
 
 BLOCKS = BlockSizes(block_q=256, block_kv=128, chunk_kv=256, num_slots=2)
 D = 64

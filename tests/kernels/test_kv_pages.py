@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from packscore_kernels import (
     ArgumentError,
     BlockSizes,

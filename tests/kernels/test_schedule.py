@@ -9,7 +9,6 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from layouts import MAX_GROUPS, MAX_PAGES, NUM_PAGES, drawn, edges
 from oracle import rows
-
 from packscore_kernels import (
     ArgumentError,
     BlockSizes,
@@ -21,7 +20,7 @@ from packscore_kernels import (
     resolve_block_sizes,
     segment_paged_attention,
 )
-from packscore_kernels.segment_paged_attention.kernel import segment_attention_pallas
+from packscore_kernels.segment_paged_attention.launch import segment_attention_pallas
 from packscore_kernels.segment_paged_attention.schedule import visited_blocks
 
 BLOCKS = BlockSizes(256, 128, 256)

@@ -1,4 +1,4 @@
-"""Dtypes, head sizes, GQA ratios, block and page sizes, and scores that break the fixed reference."""
+"""Dtypes, head sizes, GQA ratios, tiles, pages, and scores that break the fixed reference."""
 
 import functools
 
@@ -10,10 +10,9 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call, race_detecti
 from jax.experimental.pallas import tpu as pltpu
 from layouts import drawn, group
 from oracle import attention
-from tolerances import assert_close
-
 from packscore_kernels import BlockSizes, SegmentLayout, build_schedule, segment_paged_attention
-from packscore_kernels.segment_paged_attention.kernel import segment_attention_pallas
+from packscore_kernels.segment_paged_attention.launch import segment_attention_pallas
+from tolerances import assert_close
 
 IMPLEMENTATIONS = ["dense", "xla", "pallas_interpret"]
 

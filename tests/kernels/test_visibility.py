@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from layouts import NUM_PAGES, drawn, edges
 from oracle import rows
-
 from packscore_kernels import (
     PREFIX_SEGMENT,
     BlockSizes,

@@ -1,4 +1,4 @@
-"""Compile the kernels for a real TPU and print one JSON object a line. Run as a script, per chip."""
+"""Compile the kernels for a real TPU; one JSON object a line. A script, run per chip."""
 
 import json
 import os
@@ -38,7 +38,6 @@ VARIANTS = [
 def attention(variant, chip):
     import jax
     import numpy as np
-
     from packscore_kernels import (
         BlockSizes,
         SegmentLayout,
@@ -93,7 +92,6 @@ def page_writer(dtype, head_dim, page_size):
     import jax
     import jax.numpy as jnp
     import numpy as np
-
     from packscore_kernels import SegmentLayout, build_page_writes, write_kv_pages
 
     layout = SegmentLayout.single(1000, [20], 2048)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from packscore_kernels.hardware import align_to
-from packscore_kernels.segment_paged_attention.kernel import segment_attention_pallas
+from packscore_kernels.segment_paged_attention.launch import segment_attention_pallas
 from packscore_kernels.segment_paged_attention.reference import segment_attention_reference
 from packscore_kernels.segment_paged_attention.schedule import build_schedule
 from packscore_kernels.segment_paged_attention.tuning import resolve_block_sizes

@@ -5,7 +5,7 @@ the sum of a row are vectors along lanes. A q tile first does its local window (
 of 128 rows against itself and the one before), whose maximum is then the fixed reference of all
 exponentials to come: they wait for nothing. Then it reads its prefix, and items longer than the
 window, chunk by chunk as the schedule says. Where the reference turns out too low (a row's sum
-passes 2^64, or anything is not finite), `_redo` does the tile again with an online maximum.
+passes 2^64, or anything is not finite), `redo` does the tile again with an online maximum.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from packscore_kernels.hardware import LANES
+from packscore_kernels.segment_paged_attention.pieces import (
+    Stage,
+    dot,
+    lanes,
+    pipeline,
+    scores,
+    sublanes,
+    sum8,
+    tame,
+    within,
+)
 from packscore_kernels.segment_paged_attention.schedule import (
     LOAD_FIELDS,
     NARROW,
@@ -30,23 +41,20 @@ from packscore_kernels.segment_paged_attention.schedule import (
     Use,
     edge_parts,
 )
-from packscore_kernels.segment_paged_attention.tuning import vmem_bytes
-from packscore_kernels.segment_paged_attention.types import BlockSizes, SegmentSchedule
+from packscore_kernels.segment_paged_attention.types import BlockSizes
 
 LOG2E = 1.4426950408889634
 MASKED = -1e30
 SUM_LIMIT = 2.0**64  # leaves as much room again for the values
 W = LANES  # rows of a window's tile, and how far it looks back
-SUBLANES = 8
 NUM_PREFETCH = 6
-AHEAD = 2  # scores issued before the softmax they overlap
-WINDOW_AHEAD = 4
-MIXED_AHEAD = 4
-EDGE_AHEAD = 4
-LEAD = 3
-PIECE = 256
-BIG_PIECE = 1024
 TURN = 2  # whole blocks a turn of the loop over them
+# How the stages of a straight piece of code are cut and how far their scores run ahead of their
+# softmax: found by reading the compiler's schedule on v6e, and good on v5e.
+BIG_PIECE, AHEAD = 1024, 2  # rows of a stage over whole blocks
+PIECE = 256  # rows of a stage that is mixed with the window's, or masked
+WINDOW_AHEAD = MIXED_AHEAD = EDGE_AHEAD = 4
+LEAD = 3  # lane groups of the window before the first whole block
 
 Ref = Any
 Mask = Callable[..., jax.Array]  # scores, block, rows -> scores
@@ -64,60 +72,6 @@ class Shape:
     page_size: int  # 0 without pages
     blocks: BlockSizes
     count_visits: bool
-
-
-class Stage(NamedTuple):
-    """Work in two halves: scores on the matrix unit, then their softmax and product."""
-
-    issue: Callable[[], Any]
-    finish: Callable[[Any], None]
-
-
-def _pipeline(stages: Sequence[Stage], ahead: int) -> None:
-    """Run the stages in order, with `ahead` of them issued before each is finished."""
-    issued = [stage.issue() for stage in stages[:ahead]]
-    for i, stage in enumerate(stages):
-        if i + ahead < len(stages):
-            issued.append(stages[i + ahead].issue())
-        stage.finish(issued.pop(0))
-
-
-def _dot(x: jax.Array, y: jax.Array, x_dim: int, y_dim: int) -> jax.Array:
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    dims = (((x_dim,), (y_dim,)), ((), ()))
-    return lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _scores(k: jax.Array, q: jax.Array) -> jax.Array:
-    return _dot(k, q, 1, 1)
-
-
-def _sum8(p: jax.Array) -> jax.Array:
-    """Sums over keys that stop at one register's eight sublanes."""
-    return jnp.sum(p.reshape(-1, SUBLANES, p.shape[-1]), axis=0)
-
-
-def _lanes(size: int) -> jax.Array:
-    return lax.broadcasted_iota(jnp.int32, (1, size), 1)
-
-
-def _sublanes(keys: int, rows: int) -> jax.Array:
-    return lax.broadcasted_iota(jnp.int32, (keys, rows), 0)
-
-
-def _within(key: jax.Array, first: jax.Array, count: jax.Array) -> jax.Array:
-    """first <= key < first + count, as one unsigned compare."""
-    return (key - first).astype(jnp.uint32) < count.astype(jnp.uint32)
-
-
-def _tame(k: jax.Array, v: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
-    """Scaled keys and values where a non-finite value is 0 and poisons its own key instead.
-
-    A masked key then reaches nobody, while a row that sees it still turns NaN.
-    """
-    finite = jnp.abs(v.astype(jnp.float32)) < jnp.inf
-    tamed_k = jnp.where(finite, k.astype(jnp.float32) * scale, jnp.nan).astype(k.dtype)
-    return tamed_k, jnp.where(finite, v.astype(jnp.float32), 0.0).astype(v.dtype)
 
 
 class _Body:
@@ -150,7 +104,7 @@ class _Body:
         kv_slots: Ref,  # [num_slots + 1, 2, chunk_kv, head_dim]
         vt_slots: Ref,  # [num_slots + 1, head_dim, chunk_kv]
         m: Ref,  # f32[group_size, 1, block_q]: reference of the exponentials
-        l: Ref,  # f32[group_size, 8, block_q]: sums, still apart by sublane
+        total: Ref,  # f32[group_size, 8, block_q]: sums, still apart by sublane
         acc: Ref,  # f32[group_size, head_dim, block_q]
         sems: Ref,  # one DMA semaphore a slot
     ) -> None:
@@ -161,7 +115,7 @@ class _Body:
         self.k_before, self.k_here, self.v_before, self.v_here = k_before, k_here, v_before, v_here
         self.k_hbm, self.v_hbm, self.kv_pages = k_hbm, v_hbm, kv_pages
         self.kv_slots, self.vt_slots, self.sems = kv_slots, vt_slots, sems
-        self.m, self.l, self.acc = m, l, acc
+        self.m, self.total, self.acc = m, total, acc
         self.head, self.tile = pl.program_id(0), pl.program_id(1)
         self.first_row = self.tile * self.blocks.block_q
         self.heads = range(shape.group_size)
@@ -215,7 +169,7 @@ class _Body:
 
         def body(b: jax.Array, _: None) -> None:
             keys = pl.ds(pl.multiple_of(b * self.blocks.block_kv, LANES), self.blocks.block_kv)
-            k, v = _tame(
+            k, v = tame(
                 self.kv_slots[slot, 0, keys], self.kv_slots[slot, 1, keys], self.shape.scale
             )
             self.kv_slots[slot, 0, keys] = k
@@ -235,7 +189,7 @@ class _Body:
         else:
             k = jnp.concatenate([self.k_before[0, W - back :], self.k_here[0, :W]], axis=0)
             v = jnp.concatenate([self.v_before[0, W - back :], self.v_here[0, :W]], axis=0)
-        return _tame(k, v, 1.0) if safe else (k, v)
+        return tame(k, v, 1.0) if safe else (k, v)
 
     def _window_stages(self, back: int, safe: bool) -> list[Stage]:
         """Each lane group of rows against its own keys and the `back` before them."""
@@ -244,24 +198,24 @@ class _Body:
         def issue(c: int) -> tuple[jax.Array, jax.Array]:
             k, v = self._window_keys(c, back, safe)
             q = jnp.concatenate([self.q[g, c * W : (c + 1) * W] for g in self.heads], axis=0)
-            return _scores(k, q), v
+            return scores(k, q), v
 
         def finish(c: int, issued: tuple[jax.Array, jax.Array]) -> None:
             s, v = issued
             own = self.rows[:1, c * W : (c + 1) * W] - (self.first_row + c * W - back)
             first = jnp.concatenate([jnp.maximum(own, 0)] * self.shape.group_size, axis=1)
-            last = (_lanes(size) & (W - 1)) + back
-            seen = _within(_sublanes(*s.shape), first, last - first + 1)
+            last = (lanes(size) & (W - 1)) + back
+            seen = within(sublanes(*s.shape), first, last - first + 1)
             s = jnp.where(seen, s * self.shape.scale, MASKED)
             m = jnp.max(s, axis=0, keepdims=True)
             p = jnp.exp2(s - m)
-            out = _dot(v.T, p.astype(v.dtype), 1, 0)
-            total = _sum8(p)
+            out = dot(v.T, p.astype(v.dtype), 1, 0)
+            total = sum8(p)
             for g in self.heads:
-                rows, lanes = slice(c * W, (c + 1) * W), slice(g * W, (g + 1) * W)
-                self.m[g, :, rows] = m[:, lanes]
-                self.l[g, :, rows] = total[:, lanes]
-                self.acc[g, :, rows] = out[:, lanes]
+                rows, columns = slice(c * W, (c + 1) * W), slice(g * W, (g + 1) * W)
+                self.m[g, :, rows] = m[:, columns]
+                self.total[g, :, rows] = total[:, columns]
+                self.acc[g, :, rows] = out[:, columns]
 
         return [
             Stage(functools.partial(issue, c), functools.partial(finish, c))
@@ -269,7 +223,7 @@ class _Body:
         ]
 
     def window(self, back: int, safe: bool = False) -> None:
-        _pipeline(self._window_stages(back, safe), WINDOW_AHEAD)
+        pipeline(self._window_stages(back, safe), WINDOW_AHEAD)
 
     # Chunks
 
@@ -281,7 +235,7 @@ class _Body:
 
     def _prefix_keys(self, use: Use, first_row: jax.Array, rows: int) -> tuple[Any, Any]:
         """First key and number of keys of a prefix's chunk that each row sees; i32[1, rows]."""
-        row = first_row + _lanes(rows)
+        row = first_row + lanes(rows)
         window = jnp.maximum((row & -W) - W, self.first_row) - use.base
         causal = jnp.where(
             row < use.first_item_row, jnp.minimum(window, use.last_key), use.last_key
@@ -291,7 +245,7 @@ class _Body:
 
     def _own_keys(self, use: Use, first_row: jax.Array, rows: int) -> tuple[Any, Any]:
         """First key and number of keys of its own item, before its window; i32[1, rows]."""
-        row = first_row + _lanes(rows)
+        row = first_row + lanes(rows)
         at = pl.ds(pl.multiple_of(first_row - self.first_row, W), rows)
         first = self.rows[1:2, at] - use.base
         return first, jnp.maximum((row & -W) - W - use.base - first, 0)
@@ -314,20 +268,20 @@ class _Body:
 
         def issue(b: int, g: int, r: int) -> jax.Array:
             k, _ = self._keys(slot, first_block + b)
-            s, mask = _scores(k, self.q[g, r : r + piece]), masks[b]
+            s, mask = scores(k, self.q[g, r : r + piece]), masks[b]
             return s if mask is None else mask(s, first_block + b, slice(r, r + piece))
 
         def finish(b: int, g: int, r: int, s: jax.Array) -> None:
             rows = slice(r, r + piece)
             p = jnp.exp2(s - self.m[g, :, rows])
             _, vt = self._keys(slot, first_block + b)
-            out, total = _dot(vt, p.astype(vt.dtype), 1, 0), _sum8(p)
+            out, total = dot(vt, p.astype(vt.dtype), 1, 0), sum8(p)
             if b:
                 out, total = done[g, r][0] + out, done[g, r][1] + total
             done[g, r] = out, total
             if b == blocks[-1]:
                 self.acc[g, :, rows] += out
-                self.l[g, :, rows] += total
+                self.total[g, :, rows] += total
 
         return [
             Stage(functools.partial(issue, b, g, r), functools.partial(finish, b, g, r))
@@ -335,14 +289,14 @@ class _Body:
         ]
 
     def _fixed(self, slot: jax.Array, first_block: jax.Array, masks: Sequence[Mask | None]) -> None:
-        _pipeline(self._block_stages(slot, first_block, masks, by_rows=False), AHEAD)
+        pipeline(self._block_stages(slot, first_block, masks, by_rows=False), AHEAD)
 
     def _mask(self, first: jax.Array, count: jax.Array) -> Mask:
         """Keep `count` keys of the chunk from `first` on; scalars, or one number a row."""
 
         def mask(s: jax.Array, block: jax.Array, rows: slice = slice(None)) -> jax.Array:
             at, number = (x[:, rows] if jnp.ndim(x) else x for x in (first, count))
-            seen = _within(_sublanes(*s.shape), at - block * self.blocks.block_kv, number)
+            seen = within(sublanes(*s.shape), at - block * self.blocks.block_kv, number)
             return jnp.where(seen, s, MASKED)
 
         return mask
@@ -354,7 +308,7 @@ class _Body:
         return Use(*(self.uses[i * USE_FIELDS + f] for f in range(USE_FIELDS)))
 
     def chunk(self, i: jax.Array, done: jax.Array) -> None:
-        """One use of a chunk: whole blocks without a mask, but for the first `done`, and the rest."""
+        """One use of a chunk: whole blocks after the first `done`, without a mask, and the rest."""
         use = self._read_use(i)
         slot = self.slot_of(use.load)
 
@@ -404,7 +358,7 @@ class _Body:
                     self._fixed(slot, use.last_full - n, [None] * n)
 
     def _edge(self, slot: jax.Array, use: Use, keys: Callable[..., tuple[Any, Any]]) -> None:
-        """The blocks that only some rows, or some keys, take part in; half of the rows at a time."""
+        """The blocks that only some rows or keys take part in, part of the rows at a time."""
         whole = use.last_full - use.first_full
         rows = self.blocks.block_q // edge_parts(self.blocks)
 
@@ -437,16 +391,16 @@ class _Body:
 
         def issue(g: int, r: int) -> jax.Array:
             at = pl.ds(pl.multiple_of(first + r, W), piece)
-            return mask(_scores(k, self.q[g, at]), block, slice(r, r + piece))
+            return mask(scores(k, self.q[g, at]), block, slice(r, r + piece))
 
         def finish(g: int, r: int, s: jax.Array) -> None:
             at = pl.ds(pl.multiple_of(first + r, W), piece)
             p = jnp.exp2(s - self.m[g, :, at])
-            self.acc[g, :, at] += _dot(vt, p.astype(vt.dtype), 1, 0)
-            self.l[g, :, at] += _sum8(p)
+            self.acc[g, :, at] += dot(vt, p.astype(vt.dtype), 1, 0)
+            self.total[g, :, at] += sum8(p)
 
         stages = [Stage(functools.partial(issue, *w), functools.partial(finish, *w)) for w in work]
-        _pipeline(stages, EDGE_AHEAD)
+        pipeline(stages, EDGE_AHEAD)
 
     def first_turn(self, use: Use) -> None:
         """The window together with a prefix's first whole blocks: each fills the other's gaps."""
@@ -458,7 +412,7 @@ class _Body:
         for i in range(0, len(blocks), each):
             stages += blocks[i : i + each]
             stages += window[LEAD + i // each : LEAD + i // each + 1]
-        _pipeline(stages, MIXED_AHEAD)
+        pipeline(stages, MIXED_AHEAD)
 
     # The end of a tile
 
@@ -467,21 +421,21 @@ class _Body:
         rows = self.blocks.block_q
         worst = jnp.zeros((1, rows), jnp.float32)
         for g in self.heads:
-            total = jnp.sum(self.l[g], axis=0, keepdims=True)
+            total = jnp.sum(self.total[g], axis=0, keepdims=True)
             # Not finite where any of the row's outputs is not.
-            whole = jnp.abs(jnp.sum(_sum8(self.acc[g]), axis=0, keepdims=True))
+            whole = jnp.abs(jnp.sum(sum8(self.acc[g]), axis=0, keepdims=True))
             worst = jnp.where((total < SUM_LIMIT) & (whole < jnp.inf), worst, 1.0)
-        real = self.first_row + _lanes(rows) < self.counts[0]
+        real = self.first_row + lanes(rows) < self.counts[0]
         return jnp.max(jnp.where(real, worst, 0.0)) > 0.0
 
     def write(self) -> None:
         for g in self.heads:
-            total = jnp.sum(self.l[g], axis=0, keepdims=True)
+            total = jnp.sum(self.total[g], axis=0, keepdims=True)
             self.o[g] = (self.acc[g] * (1.0 / total)).astype(self.o.dtype).T
 
     def clear_padding(self) -> None:
         """Zeros in the rows behind the last token."""
-        row = self.first_row + _sublanes(self.blocks.block_q, self.shape.head_dim)
+        row = self.first_row + sublanes(self.blocks.block_q, self.shape.head_dim)
         for g in self.heads:
             o = self.o[g].astype(jnp.float32)
             self.o[g] = jnp.where(row < self.counts[0], o, 0.0).astype(self.o.dtype)
@@ -505,11 +459,11 @@ class _Body:
             def block(b: jax.Array, _: None) -> None:
                 def head(g: jax.Array, _: None) -> None:
                     k, vt = self._keys(slot, b)
-                    s = mask(_scores(k, self.q[g]), b)
+                    s = mask(scores(k, self.q[g]), b)
                     m = jnp.maximum(self.m[g], jnp.max(s, axis=0, keepdims=True))
                     p, keep = jnp.exp2(s - m), jnp.exp2(self.m[g] - m)
-                    self.acc[g] = self.acc[g] * keep + _dot(vt, p.astype(vt.dtype), 1, 0)
-                    self.l[g] = self.l[g] * keep + _sum8(p)
+                    self.acc[g] = self.acc[g] * keep + dot(vt, p.astype(vt.dtype), 1, 0)
+                    self.total[g] = self.total[g] * keep + sum8(p)
                     self.m[g] = m
 
                 lax.fori_loop(0, self.shape.group_size, head, None)
@@ -519,7 +473,8 @@ class _Body:
         lax.fori_loop(first_use, last_use, one, None)
 
 
-def _kernel(*refs: Ref, shape: Shape) -> None:
+def attend(*refs: Ref, shape: Shape) -> None:
+    """One grid step: one q tile of one kv head."""
     body = _Body(shape, *refs)
     tile = body.tile
 
@@ -575,117 +530,3 @@ def _kernel(*refs: Ref, shape: Shape) -> None:
     @pl.when(body.first_row >= body.counts[0])
     def _() -> None:
         body.o[...] = jnp.zeros_like(body.o)
-
-
-def _vmem_limit(used: int) -> int:
-    """Room for what we count and for the compiler's own, within the chip's memory."""
-    limit = int(1.3 * used) + 2**22
-    try:
-        return min(limit, pltpu.get_tpu_info().vmem_capacity_bytes)
-    except (ValueError, NotImplementedError):  # no TPU, as where the kernel is interpreted
-        return limit
-
-
-def segment_attention_pallas(
-    q: jax.Array,  # [num_q_heads, num_tokens, head_dim]
-    k: jax.Array,  # [num_kv_heads, num_tokens, head_dim]
-    v: jax.Array,  # [num_kv_heads, num_tokens, head_dim]
-    kv_pages: jax.Array | None,  # [num_pages, num_kv_heads, 2, page_size, head_dim]
-    schedule: SegmentSchedule,
-    *,
-    sm_scale: float,
-    interpret: Any = False,
-    count_visits: bool = False,
-) -> Any:
-    """The kernel over arrays whose number of tokens is a multiple of `block_kv`.
-
-    Returns:
-      [num_q_heads, num_tokens, head_dim], and with `count_visits` also the blocks each (kv head,
-      q tile) read beyond its window, i32[num_kv_heads, num_q_tiles].
-    """
-    num_q_heads, _, head_dim = q.shape
-    num_kv_heads = k.shape[0]
-    blocks = schedule.block_sizes
-    shape = Shape(
-        group_size=num_q_heads // num_kv_heads,
-        head_dim=head_dim,
-        num_kv_heads=num_kv_heads,
-        dtype=q.dtype,
-        scale=sm_scale * LOG2E,
-        page_size=0 if kv_pages is None else schedule.page_size,
-        blocks=blocks,
-        count_visits=count_visits,
-    )
-    group, bq = shape.group_size, blocks.block_q
-    used = vmem_bytes(group, head_dim, q.dtype.itemsize, blocks)
-    num_tiles = schedule.num_q_tiles
-    here = lambda h, t, *_: (h, t, 0)  # noqa: E731
-    before = lambda h, t, *_: (h, jnp.maximum(t * (bq // W) - 1, 0), 0)  # noqa: E731
-    hbm = pl.BlockSpec(memory_space=pl.ANY)
-    in_specs = [
-        pl.BlockSpec((2, bq), lambda h, t, *_: (0, t)),
-        pl.BlockSpec((group, bq, head_dim), here),
-        pl.BlockSpec((1, W, head_dim), before),
-        pl.BlockSpec((1, bq, head_dim), here),
-        pl.BlockSpec((1, W, head_dim), before),
-        pl.BlockSpec((1, bq, head_dim), here),
-        hbm,
-        hbm,
-        hbm,
-    ]
-    out_shape = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
-    out_specs = [pl.BlockSpec((group, bq, head_dim), here)]
-    if count_visits:
-        out_shape.append(jax.ShapeDtypeStruct((num_kv_heads, num_tiles), jnp.int32))
-        out_specs.append(pl.BlockSpec(memory_space=pltpu.SMEM))
-    slots = blocks.num_slots + 1  # the last is `redo`'s
-    scratch = [
-        pltpu.VMEM((slots, 2, blocks.chunk_kv, head_dim), k.dtype),
-        pltpu.VMEM((slots, head_dim, blocks.chunk_kv), k.dtype),
-        pltpu.VMEM((group, 1, bq), jnp.float32),
-        pltpu.VMEM((group, SUBLANES, bq), jnp.float32),
-        pltpu.VMEM((group, head_dim, bq), jnp.float32),
-        pltpu.SemaphoreType.DMA((slots,)),
-    ]
-
-    def kernel(*refs: Ref) -> None:
-        refs_in, rest = refs[: NUM_PREFETCH + 9], refs[NUM_PREFETCH + 9 :]
-        out, rest = rest[0], rest[1:]
-        visits, rest = (rest[0], rest[1:]) if count_visits else (None, rest)
-        _kernel(*refs_in, out, visits, *rest, shape=shape)
-
-    result = pl.pallas_call(
-        functools.partial(kernel),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=NUM_PREFETCH,
-            grid=(num_kv_heads, num_tiles),
-            in_specs=in_specs,
-            out_specs=out_specs,
-            scratch_shapes=scratch,
-        ),
-        out_shape=out_shape,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary" if count_visits else "parallel", "arbitrary"),
-            disable_bounds_checks=True,
-            vmem_limit_bytes=_vmem_limit(used),
-        ),
-        interpret=interpret,
-        name="segment_paged_attention",
-    )(
-        schedule.use_starts,
-        schedule.narrow,
-        schedule.uses,
-        schedule.loads,
-        schedule.page_indices,
-        schedule.counts,
-        schedule.rows,
-        q,
-        k,
-        k,
-        v,
-        v,
-        k,
-        v,
-        k if kv_pages is None else kv_pages,
-    )
-    return result if count_visits else result[0]

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from packscore_kernels.hardware import align_to, cdiv
+from packscore_kernels.hardware import align_to, cdiv, shape_of
 from packscore_kernels.segment_paged_attention.types import Int32Array, SegmentLayout
 from packscore_kernels.segment_paged_attention.validation import ArgumentError, LayoutError
 
@@ -116,7 +116,7 @@ def _kernel(
     # inputs
     k: Any,  # [num_kv_heads, num_tokens, head_dim]
     v: Any,  # [num_kv_heads, num_tokens, head_dim]
-    _: Any,  # the pool again: aliased with the output
+    aliased: Any,  # the pool again: aliased with the output
     # outputs
     kv_pages: Any,  # [num_pages, num_kv_heads, 2, page_size, head_dim]
     # scratch
@@ -124,16 +124,17 @@ def _kernel(
     page: Any,  # [num_kv_heads, 2, page_size, head_dim]
     sem: Any,
 ) -> None:
+    del aliased
     at = pl.program_id(0) * FIELDS
     num_heads, _, page_size, _ = page.shape
     window = tokens.shape[2]
 
     @pl.when(pl.program_id(0) < count[0])
-    def _() -> None:
+    def write() -> None:
         number, token, low, high = (writes[at + i] for i in range(FIELDS))
         start = jnp.clip(token, 0, k.shape[1] - window) // ALIGNMENT * ALIGNMENT
         start = pl.multiple_of(start, ALIGNMENT)
-        copies = [
+        copies: list[Any] = [
             pltpu.make_async_copy(source.at[:, pl.ds(start, window)], tokens.at[i], sem)
             for i, source in enumerate((k, v))
         ]
@@ -151,7 +152,7 @@ def _kernel(
                 new = pltpu.roll(tokens[i, head].astype(jnp.float32), turn, 0)[:page_size]
                 old = page[head, i].astype(jnp.float32)
                 page[head, i] = jnp.where(used, new, old).astype(page.dtype)
-        back = pltpu.make_async_copy(page, kv_pages.at[number], sem)
+        back: Any = pltpu.make_async_copy(page, kv_pages.at[number], sem)
         back.start()
         back.wait()
 
@@ -212,7 +213,7 @@ def write_kv_pages(
                 pltpu.SemaphoreType.DMA,
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct(kv_pages.shape, kv_pages.dtype),
+        out_shape=shape_of(kv_pages.shape, kv_pages.dtype),
         input_output_aliases={4: 0},
         interpret=pltpu.InterpretParams() if implementation == "pallas_interpret" else False,
         name="write_kv_pages",

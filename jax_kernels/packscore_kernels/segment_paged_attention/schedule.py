@@ -1,10 +1,10 @@
-"""From a layout to the kernel's work list: numpy on the host, once per batch, shared by all layers."""
+"""From a layout to the kernel's work list: numpy, once per batch, shared by all layers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -36,31 +36,34 @@ class Source(NamedTuple):
 
 
 class Use(NamedTuple):
-    """One q tile reads one chunk. Rows are storage indices; keys and blocks count within the chunk."""
+    """One q tile reads one chunk. Rows are storage indices; keys and blocks count in the chunk.
 
-    load: int  # which load of the ring holds it
-    fresh: int  # 1 for the first use of that load
-    own: int  # 1: rows see their own item from its start; 0: rows see a prefix
-    tail: int  # 1: block last_full is the last, and all rows see the same first keys of it
-    first_block: int
-    first_full: int  # blocks first_full..last_full - 1 are seen whole by every row
-    last_full: int
-    last_block: int
-    first_key: int
-    last_key: int
-    base: int  # storage index of key 0, NO_CLIP for pages
-    first_row: int
-    first_item_row: int  # rows before it are prefix rows: causal
-    last_row: int
+    Numbers on the host; scalars of the kernel's memory on the device.
+    """
+
+    load: Any  # which load of the ring holds it
+    fresh: Any  # 1 for the first use of that load
+    own: Any  # 1: rows see their own item from its start; 0: rows see a prefix
+    tail: Any  # 1: block last_full is the last, and all rows see the same first keys of it
+    first_block: Any
+    first_full: Any  # blocks first_full..last_full - 1 are seen whole by every row
+    last_full: Any
+    last_block: Any
+    first_key: Any
+    last_key: Any
+    base: Any  # storage index of key 0, NO_CLIP for pages
+    first_row: Any
+    first_item_row: Any  # rows before it are prefix rows: causal
+    last_row: Any
 
 
 class Load(NamedTuple):
     """One chunk on its way into the ring."""
 
-    start: int  # as in Source
-    paged: int
-    num_blocks: int
-    num_pages: int
+    start: Any  # as in Source
+    paged: Any
+    num_blocks: Any
+    num_pages: Any
 
 
 USE_FIELDS = len(Use._fields)
@@ -386,4 +389,5 @@ def is_padding(layout: SegmentLayout) -> Array:
 
 def to_device(schedule: SegmentSchedule, device: jax.Device | None = None) -> SegmentSchedule:
     """The same schedule in device memory, so that layers share one copy."""
-    return jax.device_put(schedule, device)
+    moved: SegmentSchedule = jax.device_put(schedule, device)
+    return moved

@@ -39,6 +39,7 @@ class Group:
 
     @property
     def num_items(self) -> int:
+        """Items that share the prefix, empty ones included."""
         return len(self.item_lens)
 
     @property
@@ -49,7 +50,7 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class SegmentLayout:
-    """Packed tokens in storage order: group by group, each its prefix and then its items; padding last.
+    """Packed tokens in storage order: each group's prefix and then its items; padding last.
 
     `visible = (kv_segment == q_segment) | (kv_segment == PREFIX_SEGMENT)` inside one group, and-ed
     with storage order `kv_index <= q_index`; the pages of a group come before its packed tokens.
@@ -101,7 +102,7 @@ class SegmentLayout:
 
     @cached_property
     def segment_ids(self) -> Int32Array:
-        """i32[num_tokens]: PREFIX_SEGMENT for the prefix, k for a group's k-th item, PAD_SEGMENT."""
+        """i32[num_tokens]: PREFIX_SEGMENT, k for a group's k-th item, PAD_SEGMENT for padding."""
         ids = [
             np.repeat(
                 np.arange(group.num_items + 1, dtype=np.int32),
@@ -204,8 +205,10 @@ class SegmentSchedule:
 
     @property
     def num_tokens(self) -> int:
+        """Packed tokens with padding, i.e. the bucket."""
         return int(self.group_ids.shape[0])
 
     @property
     def num_q_tiles(self) -> int:
+        """Tiles of `block_q` rows."""
         return cdiv(self.num_tokens, self.block_sizes.block_q)

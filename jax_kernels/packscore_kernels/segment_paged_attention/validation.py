@@ -1,4 +1,4 @@
-"""What can be wrong with a layout or with the op's arguments, said before it goes wrong silently."""
+"""What can be wrong with a layout or the op's arguments, said before it is wrong silently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same attention without Pallas: a composed path for any device, and a dense one to check with."""
+"""The same attention without Pallas: composed for any device, and dense to check with."""
 
 from __future__ import annotations
 
@@ -138,8 +138,8 @@ def segment_attention_xla(
         _, total, acc = lax.fori_loop(starts[t], starts[t + 1], one, state)
         return jnp.where(row < schedule.counts[0], acc / total, 0.0).astype(q.dtype)
 
-    out = lax.map(tile, jnp.arange(num_tiles))  # [tiles, kv heads, group, block_q, head_dim]
-    out = jnp.moveaxis(out, 0, 2).reshape(num_q_heads, num_tiles * bq, head_dim)
+    tiles = lax.map(tile, jnp.arange(num_tiles))  # [tiles, kv heads, group, block_q, head_dim]
+    out: jax.Array = jnp.moveaxis(tiles, 0, 2).reshape(num_q_heads, num_tiles * bq, head_dim)
     return out[:, : schedule.num_tokens]
 
 
@@ -153,20 +153,21 @@ def dense_mask(schedule: SegmentSchedule) -> jax.Array:
     group_ids = jnp.asarray(schedule.group_ids)
     num_tokens = schedule.num_tokens
     groups = jnp.asarray(schedule.groups)
-    real = (group_ids >= 0)[:, None]
+    real: jax.Array = (group_ids >= 0)[:, None]
     if not groups.shape[0]:
         groups = jnp.zeros((1, 4), jnp.int32)
     start, prefix_end, cached_len, first_page = (x[:, None] for x in groups[group_ids].T)
     index = jnp.arange(num_tokens)
     own = jnp.asarray(schedule.rows)[0, :num_tokens, None]
-    packed = ((index >= own) & (index <= index[:, None])) | (
+    packed: jax.Array = ((index >= own) & (index <= index[:, None])) | (
         (index >= start) & (index < prefix_end) & (index <= index[:, None])
     )
-    if not schedule.page_size:
-        return packed & real
-    entry = jnp.arange(len(schedule.page_indices) * schedule.page_size)
-    cached = entry - first_page * schedule.page_size
-    return jnp.concatenate([(cached >= 0) & (cached < cached_len), packed], axis=1) & real
+    if schedule.page_size:
+        entry = jnp.arange(len(schedule.page_indices) * schedule.page_size)
+        at = entry - first_page * schedule.page_size
+        packed = jnp.concatenate([(at >= 0) & (at < cached_len), packed], axis=1)
+    mask: jax.Array = packed & real
+    return mask
 
 
 def segment_attention_dense(
