@@ -338,12 +338,20 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="growth in items and in the prefix")
     parser.add_argument("--splash", action="store_true", help="JAX splash attention instead")
     parser.add_argument("--block-sizes", help="block_q,block_kv,chunk_kv,num_slots")
+    parser.add_argument("--heads", type=int, nargs=2, default=(16, 8), help="q heads, kv heads")
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     args = parser.parse_args()
-    job = Job()
+    job = Job(
+        num_q_heads=args.heads[0],
+        num_kv_heads=args.heads[1],
+        head_dim=args.head_dim,
+        dtype=args.dtype,
+    )
     if args.splash:
         import splash_cycles
 
-        got = splash_cycles.measure(job, args.chip)
+        got = splash_cycles.measure(job, TOPOLOGIES[args.chip])
         print(json.dumps(got) if args.json else f"splash, {args.chip}: {got}")
         return
     sizes = None

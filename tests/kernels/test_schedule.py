@@ -20,8 +20,10 @@ from packscore_kernels import (
     resolve_block_sizes,
     segment_paged_attention,
 )
+from packscore_kernels.hardware import CHIPS
 from packscore_kernels.segment_paged_attention.launch import segment_attention_pallas
 from packscore_kernels.segment_paged_attention.schedule import visited_blocks
+from packscore_kernels.segment_paged_attention.tuning import tuned_rows
 
 BLOCKS = BlockSizes(256, 128, 256)
 
@@ -66,7 +68,7 @@ def test_the_kernel_visits_what_the_schedule_says():
     )  # fmt: skip
     q, k, v = (jnp.ones((2, 512, 64)) for _ in range(3))
     pages = jnp.ones((NUM_PAGES, 2, 2, 16, 64))
-    for layout in all_layouts()[::5]:
+    for layout in all_layouts()[::8]:
         schedule = build_schedule(
             layout, block_sizes=BLOCKS, page_size=16, max_groups=MAX_GROUPS, max_pages=MAX_PAGES
         )
@@ -291,3 +293,30 @@ def test_unknown_chips_and_page_sizes_are_refused():
         resolve_block_sizes(**sizes, chip="v1")
     with pytest.raises(ArgumentError, match="page_size=100 must divide 512"):
         resolve_block_sizes(**sizes, chip="v6e", page_size=100)
+
+
+def tuned():
+    return [(chip, row) for chip in CHIPS for row in tuned_rows(chip)]
+
+
+def test_every_tuned_row_is_legal_and_reached():
+    assert tuned()
+    for chip, row in tuned():
+        found = resolve_block_sizes(
+            num_q_heads=2 * row["group_size"],
+            num_kv_heads=2,
+            head_dim=row["head_dim"],
+            dtype=row["dtype"],
+            num_tokens=12288,
+            page_size=128,
+            chip=chip,
+        )
+        assert found == BlockSizes(**row["block_sizes"])
+        assert row["chip"] == chip
+        assert row["predicted_cycles"] > 0
+        assert {"compiler", "date", "job"} <= set(row)
+
+
+def test_a_tuned_row_that_does_not_fit_the_bucket_gives_way():
+    sizes = {"num_q_heads": 2, "num_kv_heads": 1, "head_dim": 128, "dtype": "bfloat16"}
+    assert resolve_block_sizes(**sizes, num_tokens=256, chip="v6e").block_q <= 256

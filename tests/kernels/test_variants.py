@@ -59,7 +59,7 @@ def test_shapes(implementation, dtype, heads, head_dim, page, blocks):
     assert_close(got.astype(jnp.float32), want, dtype)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 100, 129, 300, 640])
+@pytest.mark.parametrize("num_tokens", [1, 129, 300])
 def test_a_bucket_that_is_no_multiple_of_a_block(num_tokens):
     layout = SegmentLayout.single(num_tokens // 2, [num_tokens // 4], num_tokens)
     q, k, v = (draw(i, 1, num_tokens, 64) for i in range(3))
