@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from packscore.errors import InputError
-from packscore_kernels.segment_paged_attention.types import SegmentLayout
+from packscore_kernels.segment_paged_attention.layout import SegmentLayout
 
 # Scores of one tile of rows in the math path, which serves devices without a fused kernel.
 MATH_TILE_BYTES = 64 * 2**20

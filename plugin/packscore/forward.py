@@ -14,7 +14,7 @@ from packscore.attention import PrefixCache, SegmentPlan
 from packscore.errors import MaskTooLargeError
 from packscore.packing import PackedBatch, PackedRequest
 from packscore.results import MaskImpl
-from packscore_kernels.segment_paged_attention.types import PREFIX_SEGMENT, SegmentLayout
+from packscore_kernels.segment_paged_attention.layout import PREFIX_SEGMENT, SegmentLayout
 
 logger = logging.getLogger("packscore")
 

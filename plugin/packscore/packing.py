@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from packscore_kernels.segment_paged_attention.types import Group, SegmentLayout
+from packscore_kernels.segment_paged_attention.layout import Group, SegmentLayout
 
 TokenIds = npt.NDArray[np.int64]
 

@@ -10,8 +10,8 @@ import torch
 
 from packscore import InputError
 from packscore.attention import PrefixCache, SegmentPlan, attend, attend_math, segment_attention
+from packscore_kernels.segment_paged_attention.layout import Group, SegmentLayout
 from packscore_kernels.segment_paged_attention.reference import segment_attention_reference
-from packscore_kernels.segment_paged_attention.types import Group, SegmentLayout
 from tolerances import ATTENTION_BFLOAT16, ATTENTION_FLOAT32
 
 LAYOUTS = {

@@ -1,138 +1,82 @@
-"""Who sees whom: groups of one prefix and its items, laid out in one packed sequence."""
+"""What the op takes besides arrays of tokens: tiles, and a layout as data of a program."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+import jax
 
-Int32Array = npt.NDArray[np.int32]
-
-PREFIX_SEGMENT = 0
-PAD_SEGMENT = -1
+from packscore_kernels.hardware import LANES, cdiv
 
 
-def _no_pages() -> Int32Array:
-    return np.zeros(0, np.int32)
+@dataclass(frozen=True)
+class BlockSizes:
+    """The kernel's tiles, in tokens.
 
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """One prefix and the items that share it.
-
-    The first `cached_len` tokens of the prefix lie in pages and are not part of the packed
-    tokens; the next `prefix_len` tokens, and every item, are.
+    Raises:
+      ValueError: sizes that do not divide each other.
     """
 
-    prefix_len: int  # prefix tokens among the packed tokens
-    item_lens: Int32Array  # i32[num_items], tokens
-    cached_len: int = 0  # prefix tokens that lie in pages
-    page_indices: Int32Array = field(default_factory=_no_pages)  # i32[cdiv(cached_len, page_size)]
+    block_q: int  # rows of one q head in a q tile
+    block_kv: int  # keys scored at a time
+    chunk_kv: int  # keys loaded at a time
+    num_slots: int = 2  # chunks in VMEM, one of them on its way
 
-    @property
-    def num_items(self) -> int:
-        """Items of this group, empty ones too."""
-        return len(self.item_lens)
+    def __post_init__(self) -> None:
+        if self.block_q <= 0 or self.block_q % LANES:
+            raise ValueError(f"{self.block_q=} must be a multiple of {LANES}")
+        if self.block_kv <= 0 or self.block_kv % LANES:
+            raise ValueError(f"{self.block_kv=} must be a multiple of {LANES}")
+        if self.chunk_kv <= 0 or self.chunk_kv % self.block_kv:
+            raise ValueError(f"{self.chunk_kv=} must be a multiple of {self.block_kv=}")
+        if self.num_slots < 2:
+            raise ValueError(f"{self.num_slots=} must be at least 2")
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "rows",
+        "group_ids",
+        "groups",
+        "page_indices",
+        "use_starts",
+        "narrow",
+        "uses",
+        "loads",
+        "counts",
+    ],
+    meta_fields=["block_sizes", "page_size"],
+)
+@dataclass(frozen=True, eq=False)
+class SegmentSchedule:
+    """A layout as the op takes it: small int32 arrays, whose shapes depend on the bucket alone.
+
+    Lengths, boundaries, the number of items and page numbers are data: no recompilation.
+    """
+
+    rows: (
+        Any  # i32[2, num_tokens up to block_q]: first own key; the same for items beyond the window
+    )
+    group_ids: Any  # i32[num_tokens], PAD_SEGMENT for padding
+    groups: Any  # i32[max_groups, 4]: start, prefix end, cached_len, first entry of page_indices
+    page_indices: Any  # i32[max_pages], group by group
+    use_starts: Any  # i32[num_q_tiles + 1]: first chunk use of each q tile
+    narrow: Any  # i32[num_q_tiles]: 1 where the narrow window holds all of every row's own keys
+    uses: Any  # i32[capacity * fields of schedule.Use]
+    loads: Any  # i32[capacity * fields of schedule.Load]
+    counts: Any  # i32[2]: real tokens, loads
+    block_sizes: BlockSizes
+    page_size: int
 
     @property
     def num_tokens(self) -> int:
-        """Packed tokens of this group, without padding."""
-        return self.prefix_len + int(self.item_lens.sum())
-
-
-@dataclass(frozen=True, eq=False)
-class SegmentLayout:
-    """Packed tokens in storage order: group by group, each a prefix, then its items; padding last.
-
-    `visible = (kv_segment == q_segment) | (kv_segment == PREFIX_SEGMENT)` inside one group, and-ed
-    with storage order `kv_index <= q_index`; the pages of a group come before its packed tokens.
-    All arrays are int32 numpy and derived from `groups` once.
-    """
-
-    groups: tuple[Group, ...]
-    num_tokens: int  # packed tokens with padding, i.e. the bucket
-
-    @classmethod
-    def single(
-        cls, prefix_len: int, item_lens: Sequence[int] | Int32Array, num_tokens: int | None = None
-    ) -> SegmentLayout:
-        """The layout of one prefix and its items, padded to `num_tokens` (default: no padding)."""
-        group = Group(prefix_len, np.asarray(item_lens, np.int32))
-        return cls((group,), group.num_tokens if num_tokens is None else num_tokens)
+        """Packed tokens with padding, i.e. the bucket."""
+        return int(self.group_ids.shape[0])
 
     @property
-    def num_real_tokens(self) -> int:
-        """Packed tokens without padding."""
-        return sum(group.num_tokens for group in self.groups)
-
-    @cached_property
-    def group_starts(self) -> Int32Array:
-        """i32[num_groups + 1]: storage index of each group's first packed token, and the end."""
-        return np.cumsum([0, *(group.num_tokens for group in self.groups)], dtype=np.int32)
-
-    @cached_property
-    def item_bounds(self) -> Int32Array:
-        """i32[num_items, 2]: storage start and end of every item, group by group."""
-        bounds = []
-        for group, start in zip(self.groups, self.group_starts, strict=False):
-            ends = start + group.prefix_len + np.cumsum(group.item_lens, dtype=np.int32)
-            bounds.append(np.stack([ends - group.item_lens, ends], axis=1))
-        return np.concatenate(bounds).astype(np.int32) if bounds else np.zeros((0, 2), np.int32)
-
-    def _per_token(self, per_group: list[Int32Array], pad: int) -> Int32Array:
-        out = np.full(self.num_tokens, pad, np.int32)
-        if per_group:
-            real = np.concatenate(per_group)
-            out[: len(real)] = real
-        return out
-
-    @cached_property
-    def group_ids(self) -> Int32Array:
-        """i32[num_tokens]: group of every token, PAD_SEGMENT for padding."""
-        ids = [np.full(group.num_tokens, g, np.int32) for g, group in enumerate(self.groups)]
-        return self._per_token(ids, PAD_SEGMENT)
-
-    @cached_property
-    def segment_ids(self) -> Int32Array:
-        """i32[num_tokens]: PREFIX_SEGMENT, k for a group's k-th item, or PAD_SEGMENT."""
-        ids = [
-            np.repeat(
-                np.arange(group.num_items + 1, dtype=np.int32),
-                np.concatenate([[group.prefix_len], group.item_lens]),
-            )
-            for group in self.groups
-        ]
-        return self._per_token(ids, PAD_SEGMENT)
-
-    @cached_property
-    def position_ids(self) -> Int32Array:
-        """i32[num_tokens]: rotary positions; every item restarts at its whole prefix's length."""
-        positions = []
-        for group in self.groups:
-            lens = np.concatenate([[group.prefix_len], group.item_lens])
-            starts = np.cumsum(lens) - lens
-            restart = np.full(len(lens), group.cached_len + group.prefix_len)
-            restart[0] = group.cached_len
-            index = np.arange(group.num_tokens)
-            positions.append((index + np.repeat(restart - starts, lens)).astype(np.int32))
-        return self._per_token(positions, 0)
-
-    @cached_property
-    def scored_rows(self) -> Int32Array:
-        """i32[num_items]: storage index of every item's last token.
-
-        An empty item is scored at the last packed token of its prefix, and at -1 where its group
-        has no packed prefix token.
-        """
-        prefix_ends = np.repeat(
-            [
-                start + group.prefix_len if group.prefix_len else 0
-                for group, start in zip(self.groups, self.group_starts, strict=False)
-            ],
-            [group.num_items for group in self.groups],
-        )
-        starts, ends = self.item_bounds.T
-        return (np.where(ends > starts, ends, prefix_ends) - 1).astype(np.int32)
+    def num_q_tiles(self) -> int:
+        """Tiles of `block_q` rows."""
+        return cdiv(self.num_tokens, self.block_sizes.block_q)

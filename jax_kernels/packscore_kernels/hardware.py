@@ -1,0 +1,67 @@
+"""Small facts about numbers and chips: the one copy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+LANES = 128
+
+
+def cdiv(a: int, b: int) -> int:
+    """Ceiling of a / b."""
+    return -(-a // b)
+
+
+def align_to(a: int, b: int) -> int:
+    """The smallest multiple of b that is at least a."""
+    return cdiv(a, b) * b
+
+
+def shape_of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """A shape and dtype, typed."""
+    return jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What the kernel's tiles depend on, and what its cycles are compared with."""
+
+    name: str
+    vmem_bytes: int  # of one core
+    clock_hz: float
+    peak_flops: float  # bf16, of one chip
+    hbm_bytes_per_s: float
+    topology: str  # what libtpu calls one such chip
+
+
+_MIB = 2**20
+# Published peaks; clocks follow from them and the matrix units' number and size.
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", 16 * _MIB, 1.05e9, 275e12, 1.2e12, "v4:1x1x1"),
+        Chip("v5e", 128 * _MIB, 1.5e9, 197e12, 0.82e12, "v5e:1x1"),
+        Chip("v5p", 64 * _MIB, 1.75e9, 459e12, 2.76e12, "v5p:1x1x1"),
+        Chip("v6e", 128 * _MIB, 1.75e9, 918e12, 1.64e12, "v6e:1x1"),
+        Chip("tpu7x", 64 * _MIB, 2.2e9, 2307e12, 7.4e12, "tpu7x:1x1x1"),
+    )
+}
+_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+    "TPU v7x": "tpu7x",
+}
+
+
+def chip_of(device: jax.Device) -> str | None:
+    """The name in `CHIPS` of a TPU device, None for anything else."""
+    return _KINDS.get(device.device_kind)

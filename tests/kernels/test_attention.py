@@ -1,0 +1,91 @@
+"""Every implementation against the float64 oracle, on layouts that are data to one program."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from layouts import MAX_GROUPS, MAX_PAGES, NUM_PAGES, TOKENS, drawn, edges
+from oracle import attention
+
+from packscore_kernels import BlockSizes, build_schedule, segment_paged_attention
+from tolerances import assert_close
+
+BLOCKS = BlockSizes(block_q=256, block_kv=128, chunk_kv=256, num_slots=2)
+D = 64
+SCALE = D**-0.5
+DRAWN = 160
+
+
+def arrays(rng, dtype, num_q_heads, num_kv_heads, head_dim, num_tokens, page_size):
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)  # noqa: E731
+    q = draw(num_q_heads, num_tokens, head_dim)
+    k, v = (draw(num_kv_heads, num_tokens, head_dim) for _ in range(2))
+    return q, k, v, draw(NUM_PAGES, num_kv_heads, 2, page_size, head_dim)
+
+
+def poisoned(layout, k, v, pages, page_size):
+    """NaN wherever nobody may look: padding, unused pages, the rest of partly filled pages."""
+    k = k.at[:, layout.num_real_tokens :].set(jnp.nan)
+    v = v.at[:, layout.num_real_tokens :].set(jnp.nan)
+    used = np.zeros((NUM_PAGES, page_size), bool)
+    for one in layout.groups:
+        index = np.arange(one.cached_len)
+        if one.cached_len:
+            used[one.page_indices[index // page_size], index % page_size] = True
+    return k, v, jnp.where(used[:, None, None, :, None], pages, jnp.nan)
+
+
+@functools.cache
+def program(implementation, num_q_heads):
+    def op(q, k, v, pages, schedule):
+        return segment_paged_attention(
+            q, k, v, pages, schedule, sm_scale=SCALE, implementation=implementation
+        )
+
+    return jax.jit(op)
+
+
+def schedule_of(layout, page_size, blocks=BLOCKS, max_groups=MAX_GROUPS, max_pages=MAX_PAGES):
+    return build_schedule(
+        layout,
+        block_sizes=blocks,
+        page_size=page_size,
+        num_pages=NUM_PAGES,
+        max_groups=max_groups,
+        max_pages=max_pages,
+    )
+
+
+def check(layouts, implementation, page_size, num_q_heads):
+    rng = np.random.default_rng(1)
+    q, k, v, pages = arrays(rng, jnp.float32, num_q_heads, 1, D, TOKENS, page_size)
+    run = program(implementation, num_q_heads)
+    count = 0
+    for name, layout in layouts:
+        bad_k, bad_v, bad_pages = poisoned(layout, k, v, pages, page_size)
+        got = run(q, bad_k, bad_v, bad_pages, schedule_of(layout, page_size))
+        if name not in WANT:  # the same for all implementations
+            WANT[name] = attention(q, k, v, layout, SCALE, pages)
+        try:
+            assert_close(got, WANT[name], "float32")
+        except AssertionError as error:
+            raise AssertionError(f"{implementation} on {name}: {error}") from error
+        count += 1
+    assert run._cache_size() == 1  # the layout is data
+    return count
+
+
+WANT: dict[str, np.ndarray] = {}
+
+
+@pytest.mark.parametrize("implementation", ["dense", "xla", "pallas_interpret"])
+def test_boundaries_on_every_side_of_a_block_edge(implementation):
+    assert check(edges(16), implementation, 16, num_q_heads=1) >= 143
+
+
+@pytest.mark.parametrize("implementation", ["dense", "xla", "pallas_interpret"])
+def test_drawn_layouts_of_several_groups(implementation):
+    layouts = [(f"seed {seed}", drawn(seed, 16)) for seed in range(DRAWN)]
+    assert check(layouts, implementation, 16, num_q_heads=2) == DRAWN

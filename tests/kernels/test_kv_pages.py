@@ -1,0 +1,110 @@
+"""The page writer: exactly the asked slots change, and what it wrote reads back as the prefix."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from packscore_kernels import (
+    ArgumentError,
+    BlockSizes,
+    Group,
+    LayoutError,
+    SegmentLayout,
+    build_page_writes,
+    segment_paged_attention,
+    write_kv_pages,
+)
+
+IMPLEMENTATIONS = ["xla", "pallas_interpret"]
+NO_ITEMS = np.zeros(0, np.int32)
+
+
+def pages(*numbers):
+    return np.asarray(numbers, np.int32)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_only_the_slots_of_packed_prefix_tokens_change(implementation, dtype):
+    rng = np.random.default_rng(0)
+    layout = SegmentLayout(
+        (
+            Group(37, pages(5), 20, pages(9, 3)),  # 20 cached: the rest of page 3, pages 7, 1
+            Group(16, pages(2)),
+            Group(30, pages(3)),  # left out
+        ),
+        112,
+    )
+    tables = [pages(9, 3, 7, 1), pages(4), NO_ITEMS]
+    pool = jnp.asarray(rng.standard_normal((12, 2, 2, 16, 64)), dtype)
+    k, v = (jnp.asarray(rng.standard_normal((2, 112, 64)), dtype) for _ in range(2))
+    plan = build_page_writes(layout, tables, page_size=16, num_pages=12, max_writes=9)
+    got = np.asarray(
+        jax.jit(write_kv_pages, static_argnames="implementation")(
+            pool, k, v, plan, implementation=implementation
+        ).astype(jnp.float32)
+    )
+
+    want = np.asarray(pool.astype(jnp.float32)).copy()
+    k, v = (np.asarray(x.astype(jnp.float32)) for x in (k, v))
+    for table, cached, first, count in ((tables[0], 20, 0, 37), (tables[1], 0, 42, 16)):
+        for i in range(count):
+            page, slot = table[(cached + i) // 16], (cached + i) % 16
+            want[page, :, 0, slot], want[page, :, 1, slot] = k[:, first + i], v[:, first + i]
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_attention_from_the_written_pages_equals_attention_over_the_packed_prefix(implementation):
+    rng = np.random.default_rng(1)
+    items = pages(20, 7, 33)
+    whole = SegmentLayout.single(100, items, 256)
+    q, k, v = (jnp.asarray(rng.standard_normal((h, 256, 64)), jnp.float32) for h in (2, 1, 1))
+    table = pages(5, 0, 3, 6, 2, 7, 1)
+    plan = build_page_writes(whole, [table], page_size=16, num_pages=8)
+    pool = jnp.full((8, 1, 2, 16, 64), jnp.nan)
+    pool = write_kv_pages(pool, k, v, plan, implementation=implementation)
+    blocks = BlockSizes(128, 128, 128)
+    one = segment_paged_attention(q, k, v, None, whole, sm_scale=0.125, block_sizes=blocks)
+    rest = [jnp.roll(x, -100, axis=1) for x in (q, k, v)]
+    extend = SegmentLayout((Group(0, items, 100, table),), 256)
+    two = segment_paged_attention(*rest, pool, extend, sm_scale=0.125, block_sizes=blocks)
+    np.testing.assert_allclose(two[:, :60], one[:, 100:160], atol=1e-6)
+
+
+def test_the_pool_is_changed_in_place_when_donated():
+    layout = SegmentLayout.single(32, [4], 48)
+    plan = build_page_writes(layout, [pages(0, 1)], page_size=16, num_pages=4)
+    pool, kv = jnp.zeros((4, 1, 2, 16, 64)), jnp.ones((1, 48, 64))
+    run = jax.jit(write_kv_pages, donate_argnums=0)
+    text = run.lower(pool, kv, kv, plan).compile().as_text()
+    assert "input_output_alias" in text
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ([pages(0)], r"page table 0 has 1 pages; 20 prefix tokens must have 2"),
+        ([pages(0, 9)], r"page table 0 names page 9; it must lie below 4"),
+        ([], r"must be the number of groups, 1"),
+    ],
+)
+def test_wrong_tables_are_refused(tables, message):
+    with pytest.raises(LayoutError, match=message):
+        build_page_writes(SegmentLayout.single(20, [3]), tables, page_size=16, num_pages=4)
+
+
+def test_a_page_of_two_groups_is_refused():
+    layout = SegmentLayout((Group(16, NO_ITEMS), Group(16, NO_ITEMS)), 32)
+    with pytest.raises(LayoutError, match="page 2 is written by groups 0 and 1"):
+        build_page_writes(layout, [pages(2), pages(2)], page_size=16, num_pages=4)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    plan = build_page_writes(SegmentLayout.single(5, []), [pages(0)], page_size=16, num_pages=4)
+    k = jnp.zeros((2, 16, 64))
+    with pytest.raises(ArgumentError, match="must end in"):
+        write_kv_pages(jnp.zeros((4, 1, 2, 16, 64)), k, k, plan)
+    with pytest.raises(ArgumentError, match="must be equal"):
+        write_kv_pages(jnp.zeros((4, 2, 2, 16, 64), jnp.bfloat16), k, k, plan)

@@ -1,0 +1,152 @@
+"""Compile the kernels for a real TPU; one JSON object a line. A script, run per chip."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import tpu_schedule
+
+TOPOLOGIES = {
+    "v4": "v4:1x1x1",
+    "v5e": "v5e:1x1",
+    "v5p": "v5p:1x1x1",
+    "v6e": "v6e:1x1",
+    "tpu7x": "tpu7x:1x1x1",
+}
+# (dtype, head_dim, num_q_heads, num_kv_heads, page_size, groups, tiles): 0 is without pages.
+# Every dtype, head size, GQA ratio and page size, one and many groups; `tiles` None is what the
+# table or the heuristic picks, which is what users run; small ones compile in a few seconds.
+SMALL = (128, 256, 256, 2)
+TINY = (128, 128, 128, 2)
+VARIANTS = [
+    ("bfloat16", 128, 4, 2, 128, 1, None),
+    ("float32", 64, 1, 1, 16, 1, TINY),
+    ("bfloat16", 64, 6, 2, 256, 8, SMALL),
+    ("bfloat16", 256, 4, 1, 64, 1, TINY),
+    ("float32", 128, 3, 1, 16, 8, TINY),
+    ("bfloat16", 128, 10, 2, 32, 1, TINY),
+    ("bfloat16", 64, 7, 1, 0, 8, TINY),
+    ("float32", 256, 1, 1, 0, 8, TINY),
+    ("bfloat16", 128, 8, 1, 0, 1, TINY),
+]
+
+
+def attention(variant, chip):
+    import jax
+    import numpy as np
+
+    from packscore_kernels import (
+        BlockSizes,
+        SegmentLayout,
+        build_schedule,
+        resolve_block_sizes,
+        segment_paged_attention,
+    )
+
+    dtype, head_dim, num_q_heads, num_kv_heads, page_size, groups, tiles = variant
+    num_tokens = 4096
+    blocks = (
+        BlockSizes(*tiles)
+        if tiles
+        else resolve_block_sizes(
+            num_q_heads=num_q_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            dtype=dtype,
+            num_tokens=num_tokens,
+            page_size=page_size,
+            chip=chip,
+        )
+    )
+    schedule = build_schedule(
+        SegmentLayout.single(100, np.full(50, 20), num_tokens),
+        block_sizes=blocks,
+        page_size=page_size,
+        max_groups=groups,
+        max_pages=32 if page_size else 0,
+    )
+    shape = lambda *s: jax.ShapeDtypeStruct(s, dtype)  # noqa: E731
+    kv = shape(num_kv_heads, num_tokens, head_dim)
+    pages = shape(64, num_kv_heads, 2, page_size, head_dim) if page_size else None
+    args = [
+        shape(num_q_heads, num_tokens, head_dim),
+        kv,
+        kv,
+        pages,
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), schedule),
+    ]
+
+    def op(q, k, v, pages, schedule):
+        return segment_paged_attention(
+            q, k, v, pages, schedule, sm_scale=0.1, implementation="pallas"
+        )
+
+    tpu_schedule.compile_for_tpu(op, args)
+    return str(blocks)
+
+
+def page_writer(dtype, head_dim, page_size):
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from packscore_kernels import SegmentLayout, build_page_writes, write_kv_pages
+
+    layout = SegmentLayout.single(1000, [20], 2048)
+    plan = build_page_writes(layout, [np.arange(64)], page_size=page_size, num_pages=64)
+    kv = jax.ShapeDtypeStruct((2, 2048, head_dim), dtype)
+    pool = jax.ShapeDtypeStruct((64, 2, 2, page_size, head_dim), dtype)
+
+    def op(pool, k, v):
+        return write_kv_pages(pool, k, v, jax.tree.map(jnp.asarray, plan), implementation="pallas")
+
+    tpu_schedule.compile_for_tpu(op, [pool, kv, kv])
+
+
+def vector_gather():
+    """The access that crashed the kernel this project began with: a ref indexed with a vector."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import pallas as pl
+
+    def kernel(index, table, out):
+        out[...] = table[index[...], :]
+
+    def op(index, table):
+        return pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32))(
+            index, table
+        )
+
+    index = jax.ShapeDtypeStruct((8,), jnp.int32)
+    tpu_schedule.compile_for_tpu(op, [index, jax.ShapeDtypeStruct((64, 128), jnp.float32)])
+
+
+def attempt(name, call, *args):
+    start = time.time()
+    try:
+        result, error = call(*args), None
+    except Exception as caught:  # whatever the compiler says is the result
+        result, error = None, f"{type(caught).__name__}: {caught}"
+    seconds = round(time.time() - start, 1)
+    print(json.dumps({"name": name, "result": result, "error": error, "seconds": seconds}))
+    sys.stdout.flush()
+
+
+def main(chip, only=None):
+    tpu_schedule.configure(TOPOLOGIES[chip])
+    os.environ["TPU_STDERR_LOG_LEVEL"] = "3"
+    for i, variant in enumerate(VARIANTS):
+        if only is None or i == int(only):
+            attempt(str(variant), attention, variant, chip)
+    if only is None:
+        for variant in (("float32", 64, 16), ("bfloat16", 128, 256), ("bfloat16", 256, 32)):
+            attempt(f"page writer {variant}", page_writer, *variant)
+        attempt("vector gather", vector_gather)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
