@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         NotPatchedError,
         PackscoreError,
         ScoringError,
+        UnexpectedCompileError,
         UnsupportedModelError,
     )
     from packscore.patching import is_patched, patch_model, patched, unpatch_model
@@ -34,6 +35,7 @@ _HOMES = {
         "NotPatchedError",
         "PackscoreError",
         "ScoringError",
+        "UnexpectedCompileError",
         "UnsupportedModelError",
     ),
     "packscore.patching": ("is_patched", "patch_model", "patched", "unpatch_model"),
@@ -56,6 +58,7 @@ __all__ = [
     "RankedDocument",
     "ScoreResult",
     "ScoringError",
+    "UnexpectedCompileError",
     "UnsupportedModelError",
     "Usage",
     "is_patched",

@@ -30,6 +30,10 @@ class MaskTooLargeError(PackscoreError, MemoryError):
     """A dense mask would not fit into the memory that is free."""
 
 
+class UnexpectedCompileError(PackscoreError, RuntimeError):
+    """A request would compile a program, and `strict` forbids it."""
+
+
 class ScoringError(PackscoreError, RuntimeError):
     """A forward failed; `scores` keeps what was computed before and after it.
 

@@ -67,3 +67,19 @@ def pack(
         token_ids = np.concatenate([own, *(items[i] for i in members)]).astype(np.int64)
         batches.append(PackedBatch(token_ids, SegmentLayout((group,), len(token_ids))))
     return PackedRequest(tuple(batches), order)
+
+
+def split_items(prefix_len: int, item_lens: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices of the items of every batch of at most `max_tokens`, each with its own prefix.
+
+    An item that does not fit beside the prefix is a batch of its own.
+    """
+    parts: list[list[int]] = []
+    room = 0
+    for i, length in enumerate(item_lens):
+        if not parts or length > room:
+            parts.append([])
+            room = max_tokens - prefix_len
+        parts[-1].append(i)
+        room -= length
+    return parts

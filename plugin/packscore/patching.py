@@ -7,7 +7,8 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -18,6 +19,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from packscore.attention import PrefixCache, SegmentPlan, segment_attention
 from packscore.errors import InputTypeError, UnsupportedModelError
 
+if TYPE_CHECKING:
+    from packscore.program import ModelProgram
+
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
@@ -27,6 +31,8 @@ REGISTERED_NAMES = {"sdpa": "packscore", "eager": "packscore_eager"}
 BASES = {name: base for base, name in REGISTERED_NAMES.items()}
 # Rotary embeddings whose angles depend on the longest sequence of the batch.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+# The compiled programs of models patched with a device, for as long as the models live.
+_programs: WeakKeyDictionary[PreTrainedModel, ModelProgram] = WeakKeyDictionary()
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -97,7 +103,7 @@ def is_patched(model: nn.Module) -> bool:
     return base_model(model).config._attn_implementation in BASES
 
 
-def patch_model(model: ModelT) -> ModelT:
+def patch_model(model: ModelT, *, device: str | None = None) -> ModelT:
     """Give `model` the packed attention, in place.
 
     Only this instance changes: its configuration is copied first, so that models which shared it
@@ -107,6 +113,9 @@ def patch_model(model: ModelT) -> ModelT:
     Args:
       model: a causal Hugging Face decoder (Qwen3, Qwen3-MoE, Qwen2, Llama), PEFT-wrapped or not,
         using the "sdpa" or "eager" attention.
+      device: None scores in torch, where the model is. "tpu" and "jax" (the device jax prefers)
+        score through compiled programs that share the weights of a model on the CPU; "auto" is
+        "tpu" where jax sees one. Other calls of the model stay in torch.
 
     Returns:
       The same object.
@@ -118,7 +127,25 @@ def patch_model(model: ModelT) -> ModelT:
     if not is_patched(model):
         _register()
         _switch(model, REGISTERED_NAMES[base_model(model).config._attn_implementation])
+    if device is not None:
+        _compile(model, device)
     return model
+
+
+def _compile(model: nn.Module, device: str) -> None:
+    # imported here: jax and torchax come into the process on the JAX path only
+    from packscore.program import ModelProgram, resolve_device
+
+    found = resolve_device(device)
+    inner = base_model(model)
+    if found is None or (inner in _programs and _programs[inner].device == found[0]):
+        return
+    _programs[inner] = ModelProgram(inner, device=found[0], implementation=found[1])
+
+
+def program_of(model: nn.Module) -> ModelProgram | None:
+    """The compiled programs of a model patched with a `device`; None where torch scores it."""
+    return _programs.get(base_model(model))
 
 
 def unpatch_model(model: ModelT) -> ModelT:
@@ -129,6 +156,7 @@ def unpatch_model(model: ModelT) -> ModelT:
     """
     if is_patched(model):
         _switch(model, BASES[base_model(model).config._attn_implementation])
+        _programs.pop(base_model(model), None)
     return model
 
 

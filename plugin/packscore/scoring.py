@@ -21,20 +21,12 @@ from packscore.encoding import (
     group_by_query,
 )
 from packscore.errors import InputError, NotPatchedError, ScoringError
-from packscore.forward import chunk_tokens_of, scored_hidden_states
 from packscore.head import LabelHead
 from packscore.inputs import Text, as_list, as_pairs, check_choice, check_count, short
-from packscore.packing import pack
-from packscore.patching import base_model, check_supported, is_patched
+from packscore.patching import base_model, check_supported, is_patched, program_of
 from packscore.prompts import PromptSpec, resolve_prompt
-from packscore.results import (
-    Flow,
-    MaskImpl,
-    RankedDocument,
-    ScoreResult,
-    Usage,
-    merge_usages,
-)
+from packscore.results import RankedDocument, ScoreResult, Usage, merge_usages
+from packscore.running import LabelLogits, run_program, run_torch
 from packscore.tokenizing import PieceTokenizer
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -175,12 +167,11 @@ class MultiItemScorer:
             raise InputError("labels are missing, and the prompt has none; pass labels=[...]")
         found = as_list("items", items)
         request = self._encoder.encode(query, found, ArgumentNames(), item_first=item_first)
-        hidden, usage = self._forward(request)
+        result = self._label_logits(request, label_ids, over_vocabulary=not apply_softmax)
         with torch.inference_mode():
-            logits = self._head.label_logits(hidden, label_ids)
-            normalizer = logits.logsumexp(-1) if apply_softmax else self._head.logsumexp(hidden)
-            scores: list[list[float]] = (logits - normalizer[:, None]).exp().tolist()
-        return ScoreResult(scores, usage) if return_usage else scores
+            log_probs = result.logits - result.normalizer[:, None]
+            scores: list[list[float]] = log_probs.exp().tolist()
+        return ScoreResult(scores, result.usage) if return_usage else scores
 
     @overload
     def rank(
@@ -325,35 +316,20 @@ class MultiItemScorer:
     def _activated_log_odds(
         self, request: EncodedRequest, label_ids: list[int], activation_fn: Activation | None
     ) -> tuple[Scores, Usage]:
-        hidden, usage = self._forward(request)
+        found = self._label_logits(request, label_ids, over_vocabulary=False)
         with torch.inference_mode():
-            negative, positive = self._head.label_logits(hidden, label_ids).unbind(-1)
+            negative, positive = found.logits.unbind(-1)
             activated = (activation_fn or torch.sigmoid)(positive - negative)
-        return activated.float().cpu().numpy(), usage
+        return activated.float().cpu().numpy(), found.usage
 
-    def _forward(self, request: EncodedRequest) -> tuple[torch.Tensor, Usage]:
-        """([num_items, hidden_size] at the scored tokens, usage)."""
-        # one forward of everything is what dense means; segment keeps its activations in cache
-        chunk_tokens = chunk_tokens_of(self._base.device) if self.mask_impl == "segment" else None
-        packed = pack(request.prefix, request.items, chunk_tokens=chunk_tokens)
-        mask_impl: MaskImpl = "causal" if packed.is_causal else self.mask_impl
-        with torch.inference_mode():
-            hidden = scored_hidden_states(self._base, packed, mask_impl)
-        layouts = [batch.layout for batch in packed.batches]
-        computed = sum(layout.num_real_tokens for layout in layouts)
-        prompt = len(request.prefix) * len(request.items) + sum(map(len, request.items))
-        flow: Flow = "packed" if len(layouts) == 1 else "chunked"
-        if not len(request.prefix) or len(request.items) == 1:
-            flow = "plain"
-        return hidden, Usage(
-            prompt_tokens=prompt,
-            computed_tokens=computed,
-            prefix_tokens_saved=prompt - computed,
-            padding_tokens=sum(layout.num_tokens for layout in layouts) - computed,
-            truncated_items=tuple(request.truncated_items),
-            special_token_items=tuple(request.special_token_items),
-            flow=flow,
-            mask_impl=mask_impl,
+    def _label_logits(
+        self, request: EncodedRequest, label_ids: list[int], *, over_vocabulary: bool
+    ) -> LabelLogits:
+        program = program_of(self._base)
+        if program is not None and self.mask_impl == "segment":
+            return run_program(program, request, label_ids, over_vocabulary)
+        return run_torch(
+            self._base, self._head, request, label_ids, over_vocabulary, self.mask_impl
         )
 
     def _check_ready(self) -> None:

@@ -1,0 +1,89 @@
+"""Compile the real program for a TPU that is not there, to see that it fits and what it takes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from packscore.bridge import TracedModel
+from packscore.errors import InputError
+from packscore.program import block_sizes_for, compile_program, program_inputs, program_key
+from packscore_kernels import BlockSizes, SegmentLayout
+from packscore_kernels.hardware import CHIPS
+
+
+@dataclass(frozen=True, eq=False)
+class AheadOfTime:
+    """A program compiled for a chip, and what the compiler says of it."""
+
+    compiled: Any  # jax.stages.Compiled
+    block_sizes: BlockSizes
+    num_tokens: int  # the bucket
+    compile_seconds: float
+    code_bytes: int
+    weight_bytes: int
+    temporary_bytes: int
+
+
+def compile_ahead(
+    config: PreTrainedConfig,
+    layout: SegmentLayout,
+    *,
+    chip: str,
+    num_labels: int = 2,
+    over_vocabulary: bool = False,
+    dtype: Any = jnp.bfloat16,
+) -> AheadOfTime:
+    """Compile the program that would score `layout` with a model of this configuration.
+
+    libtpu compiles for a named chip on any x86-64 Linux machine (`pip install 'packscore[tpu]'`).
+    It reads its environment when it loads: set TPU_SKIP_MDS_QUERY=1, ALLOW_MULTIPLE_LIBTPU_LOAD=1,
+    TPU_WORKER_HOSTNAMES=localhost and TPU_ACCELERATOR_TYPE=v6e-1 (or another chip's) before jax is
+    imported.
+
+    Args:
+      config: of a Qwen3, Qwen2 or Llama causal model.
+      layout: the packed request; it is data, and any other that fits its bucket runs too.
+      chip: "v4", "v5e", "v5p", "v6e" or "tpu7x".
+      num_labels: how many labels are read.
+      over_vocabulary: with the log-sum-exp over the whole vocabulary.
+      dtype: of the weights.
+
+    Returns:
+      The compiled program with its sizes in bytes.
+
+    Raises:
+      InputError: the chip has no such name.
+    """
+    if chip not in CHIPS:
+        raise InputError(f"{chip=} must be one of {', '.join(sorted(CHIPS))}")
+    name = CHIPS[chip].topology
+    bounds = {"chips_per_host_bounds": (1, 1, 1)}
+    (device, *_) = topologies.get_topology_desc(
+        platform="tpu", topology_name=name, **bounds
+    ).devices
+    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    traced = TracedModel(model_class, config)
+    key = program_key(layout.num_real_tokens, len(layout.scored_rows), num_labels, over_vocabulary)
+    blocks = block_sizes_for(config, dtype, key.num_tokens, chip)
+    token_ids = np.zeros(layout.num_real_tokens, np.int64)
+    inputs = program_inputs(key, blocks, layout, token_ids, list(range(num_labels)))
+    start = time.perf_counter()
+    compiled = compile_program(traced, traced.weight_shapes(dtype), key, inputs, device, "pallas")
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    return AheadOfTime(
+        compiled,
+        blocks,
+        key.num_tokens,
+        seconds,
+        memory.generated_code_size_in_bytes,
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+    )
