@@ -6,6 +6,8 @@ import os
 
 # before transformers loads: the suite must never reach for a hub
 os.environ["HF_HUB_OFFLINE"] = "1"
+# and jax for a TPU, which libtpu makes it look for
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from typing import Any
 

@@ -1,5 +1,9 @@
 """Every tolerance of the test suite, with where it comes from."""
 
+from typing import Any
+
+import numpy as np
+
 # The contract on probabilities against the unpacked eager model. In float32 the difference is the
 # order of summation: 1e-7 relative a step, over a few hundred keys and six layers.
 PROBABILITY_MAX_FLOAT32 = 1e-5
@@ -10,3 +14,21 @@ PROBABILITY_MEAN_BFLOAT16 = 0.01
 ATTENTION_FLOAT32 = 5e-6
 # One rounding to bfloat16 of each part before they are merged: 2 ** -8 of values up to about 4.
 ATTENTION_BFLOAT16 = 4 * 2**-8
+# float32 in and out: sums of at most some thousand terms of size 1 in float32, eps 6e-8 each step.
+KERNEL_FLOAT32 = 2e-5
+# bfloat16 keeps 8 bits. Inputs are the same for both sides; what differs is one rounding of the
+# scaled keys (scores of size 3, summed over head_dim: 0.01), of each weight and of the output:
+# 2**-9 relative each. Values are N(0, 1), and a row that sees one key returns it whole.
+KERNEL_BFLOAT16_MAX = 0.04
+KERNEL_BFLOAT16_MEAN = 0.004
+
+
+def assert_close(got: Any, want: np.ndarray, dtype: str) -> None:
+    """Within the band of a dtype, entry for entry and on average."""
+    error = np.abs(np.asarray(got, np.float64) - want)
+    assert np.isfinite(error).all(), "an output is not finite"
+    if dtype == "float32":
+        assert error.max() <= KERNEL_FLOAT32, error.max()
+    else:
+        assert error.max() <= KERNEL_BFLOAT16_MAX, error.max()
+        assert error.mean() <= KERNEL_BFLOAT16_MEAN, error.mean()

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 import packscore.forward
-import packscore.scoring
+import packscore.running
 from helpers import random_qwen3
 from packscore import (
     InputError,
@@ -32,7 +32,7 @@ def no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise AssertionError("the model ran before the input was checked")
 
-    monkeypatch.setattr(packscore.scoring, "scored_hidden_states", fail)
+    monkeypatch.setattr(packscore.running, "scored_hidden_states", fail)
 
 
 IDS: list[tuple[str, Call, type[PackscoreError], str]] = [

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 import packscore.forward
-import packscore.scoring
+import packscore.running
 from helpers import FrozenCase, one_by_one, random_ids
 from packscore import MultiItemScorer, PromptSpec, ScoringError, Usage
 from tolerances import PROBABILITY_MAX_FLOAT32
@@ -112,7 +112,7 @@ def test_predict_keeps_the_scores_of_other_queries_when_one_fails(
 ) -> None:
     pairs = [("a", "x"), ("b", "x"), ("a", "y"), ("c", "x")]
     whole = scorer.predict(pairs)
-    forward = packscore.scoring.scored_hidden_states
+    forward = packscore.running.scored_hidden_states
     calls = iter(range(3))
 
     def fails_once(*args: Any) -> torch.Tensor:
@@ -120,7 +120,7 @@ def test_predict_keeps_the_scores_of_other_queries_when_one_fails(
             raise RuntimeError("out of memory")
         return forward(*args)
 
-    monkeypatch.setattr(packscore.scoring, "scored_hidden_states", fails_once)
+    monkeypatch.setattr(packscore.running, "scored_hidden_states", fails_once)
     with pytest.raises(
         ScoringError, match=r"1 of 3 queries failed.*pairs\[1\] \(out of mem"
     ) as info:

@@ -1,0 +1,176 @@
+"""What one request takes on a TPU, as the compiler schedules the whole program: a prediction.
+
+    python benchmarks/predict_tpu.py --chip v6e            Qwen3-0.6B, query 2 000, 500 items x 20
+    python benchmarks/predict_tpu.py --chip v5e --json     one object
+
+The program is the one that runs on a TPU (`packscore.ahead.compile_ahead`), compiled without one.
+Every instruction's schedule is counted once, and as often as there are layers where it stands in the
+scanned layer; attention is counted piece by piece as `kernel_cycles.py` does. Assumptions: one bundle
+issues a cycle; copies between HBM and VMEM hide behind compute, and the time that all weights take at
+the HBM's bandwidth stands beside it; the clock is the chip's published peak over its matrix units; the
+host's work overlaps the device's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import tempfile
+from typing import Any
+
+import tpu_schedule
+from kernel_cycles import TOPOLOGIES, Job, count, read_costs
+
+MODELS = {
+    "0.6B": {"hidden": 1024, "intermediate": 3072, "layers": 28, "heads": 16, "tied": True},
+    "4B": {"hidden": 2560, "intermediate": 9728, "layers": 36, "heads": 32, "tied": True},
+    "8B": {"hidden": 4096, "intermediate": 12288, "layers": 36, "heads": 32, "tied": False},
+}
+KV_HEADS, HEAD_DIM, VOCAB_SIZE = 8, 128, 151_936
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = ")
+FILE = re.compile(r"\d+-(.+)-\d+-packed-bundles-post-ra\.txt$")
+
+
+def scanned_instructions(hlo: str) -> set[str]:
+    """Names of the instructions of the computation that holds the attention: the scanned layer."""
+    names: list[str] = []
+    found: set[str] = set()
+    for line in hlo.splitlines():
+        if line and not line.startswith(" "):
+            names = []
+        elif match := INSTRUCTION.match(line):
+            names.append(match[1])
+            if match[1].startswith("segment_paged_attention"):
+                found = set(names)
+                names_of_layer = names
+        if found and line.startswith("}") and names is names_of_layer:
+            return set(names_of_layer)
+    return set(names_of_layer) if found else found
+
+
+def multiplies(path: str) -> bool:
+    """Whether an instruction uses the matrix unit."""
+    return any(region.has("vmatmul") for region in tpu_schedule.regions(path))
+
+
+def floor_ms(shape: dict[str, Any], job: Job, peak_flops: float) -> float:
+    """The arithmetic alone, at the chip's published peak."""
+    tokens = job.prefix_len + job.num_items * job.item_len
+    heads = shape["heads"] * HEAD_DIM
+    weights = shape["hidden"] * (2 * heads + 2 * KV_HEADS * HEAD_DIM + 3 * shape["intermediate"])
+    own = job.prefix_len**2 / 2 + job.num_items * (
+        job.item_len**2 / 2 + job.item_len * job.prefix_len
+    )
+    flops = shape["layers"] * (2 * tokens * weights + 4 * own * heads)
+    return 1e3 * flops / peak_flops
+
+
+def predict(chip: str, model: str, job: Job) -> dict[str, Any]:
+    """Compile the program for a chip and count it."""
+    dump = tempfile.mkdtemp(prefix=f"{chip}_")
+    tpu_schedule.configure(TOPOLOGIES[chip], dump)
+    from transformers import Qwen3Config
+
+    from packscore.ahead import compile_ahead
+    from packscore_kernels import SegmentLayout, build_schedule
+    from packscore_kernels.hardware import CHIPS
+    from packscore_kernels.segment_paged_attention.kernel import TURN
+
+    shape, facts = MODELS[model], CHIPS[chip]
+    config = Qwen3Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=shape["hidden"],
+        intermediate_size=shape["intermediate"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=40_960,
+        tie_word_embeddings=shape["tied"],
+        dtype="bfloat16",
+    )
+    layout = SegmentLayout.single(job.prefix_len, [job.item_len] * job.num_items)
+    ahead = compile_ahead(config, layout, chip=chip)
+    scanned = scanned_instructions(ahead.compiled.as_text())
+
+    schedule = build_schedule(
+        SegmentLayout(layout.groups, ahead.num_tokens), block_sizes=ahead.block_sizes
+    )
+    parts = {"attention": 0.0, "matmuls": 0.0, "rest": 0.0, "once": 0.0}
+    for path in tpu_schedule.find(dump):
+        match = FILE.search(os.path.basename(path))
+        name = match[1] if match else ""
+        if name.startswith("segment_paged_attention"):
+            cycles = count(job, read_costs(path), schedule, TURN)["cycles"]
+            parts["attention"] += shape["layers"] * cycles
+        elif name in scanned:
+            part = "matmuls" if multiplies(path) else "rest"
+            parts[part] += shape["layers"] * tpu_schedule.pipelined_cycles(path)
+        else:
+            parts["once"] += tpu_schedule.pipelined_cycles(path)
+    total_ms = sum(parts.values()) / facts.clock_hz * 1e3
+    floor = floor_ms(shape, job, facts.peak_flops)
+    return {
+        "chip": chip,
+        "model": model,
+        "prefix_len": job.prefix_len,
+        "num_items": job.num_items,
+        "item_len": job.item_len,
+        "num_tokens": ahead.num_tokens,
+        "predicted": True,
+        "mega_cycles": {part: round(cycles / 1e6, 2) for part, cycles in parts.items()},
+        "total_ms": total_ms,
+        "items_per_s": job.num_items / total_ms * 1e3,
+        "floor_ms": floor,
+        "share_of_floor": floor / total_ms,
+        "weights_hbm_ms": ahead.weight_bytes / facts.hbm_bytes_per_s * 1e3,
+        "weight_bytes": ahead.weight_bytes,
+        "temporary_bytes": ahead.temporary_bytes,
+        "code_bytes": ahead.code_bytes,
+        "compile_seconds": ahead.compile_seconds,
+    }
+
+
+def main() -> None:
+    """Predict and print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--chip", choices=sorted(TOPOLOGIES), default="v6e")
+    parser.add_argument("--model", choices=sorted(MODELS), default="0.6B")
+    parser.add_argument("--prefix", type=int, default=2000)
+    parser.add_argument("--items", type=int, default=500)
+    parser.add_argument("--item-len", type=int, default=20)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    job = Job(
+        prefix_len=args.prefix,
+        num_items=args.items,
+        item_len=args.item_len,
+        num_q_heads=MODELS[args.model]["heads"],
+        num_kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+    )
+    got = predict(args.chip, args.model, job)
+    if args.json:
+        print(json.dumps(got))
+        return
+    print(
+        f"Qwen3-{got['model']}, query {args.prefix}, {args.items} items x {args.item_len}, "
+        f"bfloat16, one {got['chip']} chip: predicted from the compiler's schedule"
+    )
+    clock = got["total_ms"] / math.fsum(got["mega_cycles"].values())
+    for part, mega in got["mega_cycles"].items():
+        print(f"  {part:12} {mega:8.2f} M cycles {mega * clock:8.2f} ms")
+    print(f"  total        {got['total_ms']:17.2f} ms, {got['items_per_s']:,.0f} items/s")
+    print(f"  arithmetic   {got['floor_ms']:17.2f} ms, {got['share_of_floor']:.0%} of it reached")
+    print(
+        f"  weights {got['weight_bytes'] / 2**30:.2f} GiB ({got['weights_hbm_ms']:.2f} ms of HBM), "
+        f"temporaries {got['temporary_bytes'] / 2**20:.0f} MiB, code {got['code_bytes'] / 1e6:.1f} MB, "
+        f"compiled in {got['compile_seconds']:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()
