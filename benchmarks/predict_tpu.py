@@ -4,11 +4,11 @@
     python benchmarks/predict_tpu.py --chip v5e --json     one object
 
 The program is the one that runs on a TPU (`packscore.ahead.compile_ahead`), compiled without one.
-Every instruction's schedule is counted once, and as often as there are layers where it stands in the
-scanned layer; attention is counted piece by piece as `kernel_cycles.py` does. Assumptions: one bundle
-issues a cycle; copies between HBM and VMEM hide behind compute, and the time that all weights take at
-the HBM's bandwidth stands beside it; the clock is the chip's published peak over its matrix units; the
-host's work overlaps the device's.
+Every instruction's schedule is counted once, and as often as there are layers where it stands in
+the scanned layer; attention is counted piece by piece as `kernel_cycles.py` does. Assumptions: one
+bundle issues a cycle; copies between HBM and VMEM hide behind compute, and the time that all
+weights take at the HBM's bandwidth stands beside; the clock is the chip's published one; the host's
+work overlaps the device's.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ import json
 import math
 import os
 import re
-import tempfile
 from typing import Any
 
 import tpu_schedule
-from kernel_cycles import TOPOLOGIES, Job, count, read_costs
+from kernel_cycles import TOPOLOGIES, Job, Kernel
 
 MODELS = {
     "0.6B": {"hidden": 1024, "intermediate": 3072, "layers": 28, "heads": 16, "tied": True},
@@ -70,14 +69,13 @@ def floor_ms(shape: dict[str, Any], job: Job, peak_flops: float) -> float:
 
 def predict(chip: str, model: str, job: Job) -> dict[str, Any]:
     """Compile the program for a chip and count it."""
-    dump = tempfile.mkdtemp(prefix=f"{chip}_")
-    tpu_schedule.configure(TOPOLOGIES[chip], dump)
+    kernel = Kernel(job, chip)  # before anything imports jax
+    attention_files = set(tpu_schedule.find(kernel.dump))
     from transformers import Qwen3Config
 
     from packscore.ahead import compile_ahead
-    from packscore_kernels import SegmentLayout, build_schedule
+    from packscore_kernels import SegmentLayout
     from packscore_kernels.hardware import CHIPS
-    from packscore_kernels.segment_paged_attention.kernel import TURN
 
     shape, facts = MODELS[model], CHIPS[chip]
     config = Qwen3Config(
@@ -96,17 +94,14 @@ def predict(chip: str, model: str, job: Job) -> dict[str, Any]:
     ahead = compile_ahead(config, layout, chip=chip)
     scanned = scanned_instructions(ahead.compiled.as_text())
 
-    schedule = build_schedule(
-        SegmentLayout(layout.groups, ahead.num_tokens), block_sizes=ahead.block_sizes
-    )
-    parts = {"attention": 0.0, "matmuls": 0.0, "rest": 0.0, "once": 0.0}
-    for path in tpu_schedule.find(dump):
+    attention = shape["layers"] * kernel.cycles(job)["cycles"]
+    parts = {"attention": attention, "matmuls": 0.0, "rest": 0.0, "once": 0.0}
+    for path in sorted(set(tpu_schedule.find(kernel.dump)) - attention_files):
         match = FILE.search(os.path.basename(path))
         name = match[1] if match else ""
         if name.startswith("segment_paged_attention"):
-            cycles = count(job, read_costs(path), schedule, TURN)["cycles"]
-            parts["attention"] += shape["layers"] * cycles
-        elif name in scanned:
+            continue
+        if name in scanned:
             part = "matmuls" if multiplies(path) else "rest"
             parts[part] += shape["layers"] * tpu_schedule.pipelined_cycles(path)
         else:
@@ -167,7 +162,8 @@ def main() -> None:
     print(f"  arithmetic   {got['floor_ms']:17.2f} ms, {got['share_of_floor']:.0%} of it reached")
     print(
         f"  weights {got['weight_bytes'] / 2**30:.2f} GiB ({got['weights_hbm_ms']:.2f} ms of HBM), "
-        f"temporaries {got['temporary_bytes'] / 2**20:.0f} MiB, code {got['code_bytes'] / 1e6:.1f} MB, "
+        f"temporaries {got['temporary_bytes'] / 2**20:.0f} MiB, "
+        f"code {got['code_bytes'] / 1e6:.1f} MB, "
         f"compiled in {got['compile_seconds']:.0f} s"
     )
 
