@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         UnexpectedCompileError,
         UnsupportedModelError,
     )
-    from packscore.patching import is_patched, patch_model, patched, unpatch_model
+    from packscore.patching import is_patched, patch_model, patched, program_of, unpatch_model
     from packscore.prompts import PROMPTS, PromptSpec
     from packscore.results import RankedDocument, ScoreResult, Usage
     from packscore.scoring import MultiItemScorer
@@ -38,7 +38,7 @@ _HOMES = {
         "UnexpectedCompileError",
         "UnsupportedModelError",
     ),
-    "packscore.patching": ("is_patched", "patch_model", "patched", "unpatch_model"),
+    "packscore.patching": ("is_patched", "patch_model", "patched", "program_of", "unpatch_model"),
     "packscore.prompts": ("PROMPTS", "PromptSpec"),
     "packscore.results": ("RankedDocument", "ScoreResult", "Usage"),
     "packscore.scoring": ("MultiItemScorer",),
@@ -64,6 +64,7 @@ __all__ = [
     "is_patched",
     "patch_model",
     "patched",
+    "program_of",
     "shipped_model_path",
     "unpatch_model",
 ]

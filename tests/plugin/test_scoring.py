@@ -12,8 +12,12 @@ from transformers import PreTrainedModel
 import packscore.forward
 import packscore.running
 from helpers import FrozenCase, one_by_one, random_ids
-from packscore import MultiItemScorer, PromptSpec, ScoringError, Usage
-from tolerances import PROBABILITY_MAX_FLOAT32
+from packscore import MultiItemScorer, PromptSpec, ScoringError, Usage, patch_model
+from tolerances import (
+    PROBABILITY_MAX_BFLOAT16,
+    PROBABILITY_MAX_FLOAT32,
+    PROBABILITY_MEAN_BFLOAT16,
+)
 
 QUERY = "shuffle a list"
 DOCUMENTS = [
@@ -45,6 +49,16 @@ def test_text_through_the_reranker_prompt_equals_the_official_recipe(
     expected = expected_scores(unpatched, tokenizer, QUERY)
     assert (torch.tensor(scores) - expected).abs().max() <= PROBABILITY_MAX_FLOAT32
     assert all(isinstance(p, float) for row in scores for p in row)
+
+
+def test_text_in_bfloat16(fresh: PreTrainedModel, tokenizer: Any) -> None:
+    """The shipped model as `dtype="auto"` loads it, on text like it was trained on."""
+    model = fresh.bfloat16()
+    expected = expected_scores(model, tokenizer, QUERY)
+    scorer = MultiItemScorer(patch_model(model), tokenizer, prompt="qwen3-reranker")
+    difference = (torch.tensor(scorer.score(QUERY, DOCUMENTS, apply_softmax=True)) - expected).abs()
+    assert difference.max() <= PROBABILITY_MAX_BFLOAT16
+    assert difference.mean() <= PROBABILITY_MEAN_BFLOAT16
 
 
 def test_rank_sorts_best_first_with_ties_by_position(scorer: MultiItemScorer) -> None:
