@@ -14,8 +14,10 @@ from packscore_kernels.segment_paged_attention.layout import SegmentLayout
 
 # Scores of one tile of rows in the math path, which serves devices without a fused kernel.
 MATH_TILE_BYTES = 64 * 2**20
-# Items are batched with others up to this share longer, so that few calls serve many lengths.
+# Short segments are batched with others up to this share longer, so that few calls serve many;
+# one of this many tokens is worth a call of its own, which needs no copies.
 MAX_LENGTH_WASTE = 1 / 4
+OWN_CALL_TOKENS = 64
 FUSED_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -117,7 +119,9 @@ def _batch_by_length(
     order = order[lens[order] > 0]
     while len(order):
         shortest = lens[order[0]]
-        longest = max(shortest, math.floor(shortest * (1 + MAX_LENGTH_WASTE)))
+        longest = shortest
+        if shortest < OWN_CALL_TOKENS:
+            longest = min(math.floor(shortest * (1 + MAX_LENGTH_WASTE)), OWN_CALL_TOKENS - 1)
         count = int(np.searchsorted(lens[order], longest, side="right"))
         batch, order = np.sort(order[:count]), order[count:]
         length = int(lens[batch].max())
