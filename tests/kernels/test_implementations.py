@@ -19,7 +19,9 @@ DRAWN = 160
 
 
 def arrays(rng, dtype, num_q_heads, num_kv_heads, head_dim, num_tokens, page_size):
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)  # noqa: E731
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape), dtype)
+
     q = draw(num_q_heads, num_tokens, head_dim)
     k, v = (draw(num_kv_heads, num_tokens, head_dim) for _ in range(2))
     return q, k, v, draw(NUM_PAGES, num_kv_heads, 2, page_size, head_dim)

@@ -69,7 +69,10 @@ def attention(variant, chip):
         max_groups=groups,
         max_pages=32 if page_size else 0,
     )
-    shape = lambda *s: jax.ShapeDtypeStruct(s, dtype)  # noqa: E731
+
+    def shape(*s):
+        return jax.ShapeDtypeStruct(s, dtype)
+
     kv = shape(num_kv_heads, num_tokens, head_dim)
     pages = shape(64, num_kv_heads, 2, page_size, head_dim) if page_size else None
     args = [

@@ -6,12 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from packscore_kernels.hardware import LANES, align_to, cdiv
 from packscore_kernels.segment_paged_attention.layout import (
-    PAD_SEGMENT,
     PREFIX_SEGMENT,
     Array,
     Int32Array,
@@ -378,15 +376,3 @@ def visited_blocks(schedule: SegmentSchedule) -> tuple[Int32Array, Int32Array]:
     full = np.cumsum([0, *(col["last_full"] - col["first_full"])])
     seen, whole = np.diff(total[starts]), np.diff(full[starts])
     return seen.astype(np.int32), (seen - whole).astype(np.int32)
-
-
-def is_padding(layout: SegmentLayout) -> Array:
-    """bool[num_tokens]: rows nobody reads."""
-    padding: Array = layout.group_ids == PAD_SEGMENT
-    return padding
-
-
-def to_device(schedule: SegmentSchedule, device: jax.Device | None = None) -> SegmentSchedule:
-    """The same schedule in device memory, so that layers share one copy."""
-    moved: SegmentSchedule = jax.device_put(schedule, device)
-    return moved
