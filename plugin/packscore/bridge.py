@@ -201,12 +201,12 @@ class TracedModel:
         *,
         over_vocabulary: bool,
         implementation: Any = None,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array | None]:
         """From token ids to the logits of the labels at the scored rows.
 
         Returns:
-          (float32[num_items, num_labels], float32[num_items]): logits, and what to subtract from
-          them: the log-sum-exp over the vocabulary, or over the labels.
+          (float32[num_items, num_labels], float32[num_items] or None): logits, and with
+          `over_vocabulary` their log-sum-exp over the vocabulary.
         """
         decoder = self._skeleton.get_decoder()
         hidden = self._call(decoder.embed_tokens, weights["embed_tokens"], token_ids[None])
@@ -247,7 +247,7 @@ def label_head(
     weight: jax.Array,  # [vocab_size, hidden_size]
     label_ids: jax.Array,  # i32[num_labels]
     over_vocabulary: bool,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array | None]:
     """Label logits and their normaliser, in float32; the logits of the vocabulary never exist."""
     rows = rows.astype(jnp.float32)
 
@@ -256,7 +256,7 @@ def label_head(
 
     chosen = logits(weight[label_ids])
     if not over_vocabulary:
-        return chosen, jax.nn.logsumexp(chosen, axis=-1)
+        return chosen, None
     chunk = min(VOCAB_CHUNK, weight.shape[0])
     starts = np.arange(0, weight.shape[0], chunk)
 

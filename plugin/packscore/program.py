@@ -160,7 +160,7 @@ class ModelProgram:
         )
         logits, normalizer = self._executable(key, inputs)(self._weights, *inputs)
         num_items, num_labels = len(rows), len(label_ids)
-        # the normaliser over labels would count the padding labels, so it is taken here
+        # over the labels it is taken here, without the padding labels
         chosen = np.asarray(logits)[:num_items, :num_labels]
         if over_vocabulary:
             return chosen, np.asarray(normalizer)[:num_items]
@@ -245,7 +245,7 @@ def compile_program(
 ) -> Any:
     """Compile one program from shapes alone, for a device that need not be there."""
 
-    def program(weights: Any, *arrays: Any) -> tuple[jax.Array, jax.Array]:
+    def program(weights: Any, *arrays: Any) -> tuple[jax.Array, jax.Array | None]:
         return traced.label_logits(
             weights, *arrays, over_vocabulary=key.over_vocabulary, implementation=implementation
         )
