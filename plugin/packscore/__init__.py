@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         NotPatchedError,
         PackscoreError,
         ScoringError,
+        StalePrefixError,
         UnexpectedCompileError,
         UnsupportedModelError,
     )
@@ -35,6 +36,7 @@ _HOMES = {
         "NotPatchedError",
         "PackscoreError",
         "ScoringError",
+        "StalePrefixError",
         "UnexpectedCompileError",
         "UnsupportedModelError",
     ),
@@ -58,6 +60,7 @@ __all__ = [
     "RankedDocument",
     "ScoreResult",
     "ScoringError",
+    "StalePrefixError",
     "UnexpectedCompileError",
     "UnsupportedModelError",
     "Usage",

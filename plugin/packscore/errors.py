@@ -34,6 +34,10 @@ class UnexpectedCompileError(PackscoreError, RuntimeError):
     """A request would compile a program, and `strict` forbids it."""
 
 
+class StalePrefixError(PackscoreError, RuntimeError):
+    """A prefix was released, or the model's weights changed since it was computed."""
+
+
 class ScoringError(PackscoreError, RuntimeError):
     """A forward failed; `scores` keeps what was computed before and after it.
 
