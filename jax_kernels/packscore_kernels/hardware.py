@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
+if TYPE_CHECKING:
+    import jax
 
 LANES = 128
 
@@ -22,6 +23,9 @@ def align_to(a: int, b: int) -> int:
 
 def shape_of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     """A shape and dtype, typed."""
+    # imported here: numbers are wanted by code that runs without jax
+    import jax
+
     return jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]
 
 

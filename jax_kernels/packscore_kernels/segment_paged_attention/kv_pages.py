@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import jax
@@ -20,7 +20,7 @@ from packscore_kernels.segment_paged_attention.validation import ArgumentError, 
 
 PageImplementation = Literal["pallas", "pallas_interpret", "xla"]
 ALIGNMENT = 16  # tokens at which a copy of packed bfloat16 keys may begin
-FIELDS = 4  # page, token of its first slot, first and last slot written
+FIELDS = 5  # page it was before, page, token of its first slot, first and last slot written
 
 
 @functools.partial(
@@ -30,9 +30,15 @@ FIELDS = 4  # page, token of its first slot, first and last slot written
 class PageWrites:
     """Which slots of which pages take which packed tokens; a pytree of data."""
 
-    writes: Any  # i32[max_writes * 4]: page, token of its first slot, first and last slot written
+    # page it was before, page, token of its first slot, first and last slot written
+    writes: Any  # i32[max_writes * FIELDS]
     count: Any  # i32[1]: how many writes there are
     page_size: int
+
+    def moved(self, first_page: Any) -> PageWrites:
+        """The same writes to a pool that begins at another page, as a layer's does."""
+        offset = first_page * np.array([1, 1, 0, 0, 0], np.int32)
+        return replace(self, writes=self.writes + jnp.tile(offset, self.writes.shape[0] // FIELDS))
 
 
 def build_page_writes(
@@ -42,6 +48,7 @@ def build_page_writes(
     page_size: int,
     num_pages: int,
     max_writes: int | None = None,
+    copied_pages: Sequence[int | None] = (),
 ) -> PageWrites:
     """Where the packed prefix tokens of each group go, behind its cached ones.
 
@@ -52,6 +59,8 @@ def build_page_writes(
       page_size: tokens a page.
       num_pages: pages in the pool.
       max_writes: static bound on the pages written (default: this layout's).
+      copied_pages: per group the page whose cached slots the first written page takes over, None
+        where that page holds them itself (default: for all groups).
 
     Returns:
       A `PageWrites` of numpy arrays.
@@ -59,7 +68,7 @@ def build_page_writes(
     Raises:
       LayoutError: a table too short, out of range, or shared by two groups.
     """
-    writes: list[tuple[int, int, int, int]] = []
+    writes: list[tuple[int, int, int, int, int]] = []
     owners: dict[int, int] = {}
     if len(page_tables) != len(layout.groups):
         raise LayoutError(f"{len(page_tables)=} must be the number of groups, {len(layout.groups)}")
@@ -83,7 +92,8 @@ def build_page_writes(
                 raise LayoutError(f"page {page} is written by groups {owners[page]} and {g}")
             if high > low:
                 token = int(layout.group_starts[g]) + first - group.cached_len
-                writes.append((page, token, low, high))
+                copied = copied_pages[g] if copied_pages and low else None
+                writes.append((page if copied is None else copied, page, token, low, high))
     max_writes = max(len(writes), 1) if max_writes is None else max_writes
     if len(writes) > max_writes:
         raise LayoutError(f"{len(writes)} pages are written, more than {max_writes=}")
@@ -99,19 +109,20 @@ def _write_xla(
     v: jax.Array,
     plan: PageWrites,
 ) -> jax.Array:
-    page, token, low, high = jnp.reshape(plan.writes, (-1, FIELDS)).T[:, :, None]
+    source, page, token, low, high = jnp.reshape(plan.writes, (-1, FIELDS)).T[:, :, None]
     slot = jnp.arange(plan.page_size)
-    used = (slot >= low) & (slot < high) & (jnp.arange(page.shape[0])[:, None] < plan.count)
+    used = (slot >= low) & (slot < high)
     tokens = jnp.clip(token + slot, 0, k.shape[1] - 1)
     new = jnp.stack([k[:, tokens], v[:, tokens]]).transpose(2, 1, 0, 3, 4)
+    whole = jnp.where(used[:, None, None, :, None], new, kv_pages[source[:, 0]])
     # Out of range is dropped.
-    target = jnp.where(used, page, kv_pages.shape[0])
-    return kv_pages.at[target, :, :, slot[None, :]].set(new.transpose(0, 3, 1, 2, 4), mode="drop")
+    target = jnp.where(jnp.arange(page.shape[0]) < plan.count, page[:, 0], kv_pages.shape[0])
+    return kv_pages.at[target].set(whole, mode="drop")
 
 
 def _kernel(
     # prefetch
-    writes: Any,  # i32[max_writes * 4]
+    writes: Any,  # i32[max_writes * FIELDS]
     count: Any,  # i32[1]
     # inputs
     k: Any,  # [num_kv_heads, num_tokens, head_dim]
@@ -131,14 +142,14 @@ def _kernel(
 
     @pl.when(pl.program_id(0) < count[0])
     def write() -> None:
-        number, token, low, high = (writes[at + i] for i in range(FIELDS))
+        source_page, number, token, low, high = (writes[at + i] for i in range(FIELDS))
         start = jnp.clip(token, 0, k.shape[1] - window) // ALIGNMENT * ALIGNMENT
         start = pl.multiple_of(start, ALIGNMENT)
         copies: list[Any] = [
             pltpu.make_async_copy(source.at[:, pl.ds(start, window)], tokens.at[i], sem)
             for i, source in enumerate((k, v))
         ]
-        copies.append(pltpu.make_async_copy(kv_pages.at[number], page, sem))
+        copies.append(pltpu.make_async_copy(kv_pages.at[source_page], page, sem))
         for copy in copies:
             copy.start()
         for copy in copies:

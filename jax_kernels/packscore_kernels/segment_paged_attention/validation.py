@@ -42,7 +42,7 @@ def check_layout(
         raise LayoutError(f"the layout has {len(layout.groups)} groups, more than {max_groups=}")
     if page_size and block_sizes.block_kv % page_size:
         raise LayoutError(f"{block_sizes.block_kv=} must be a multiple of {page_size=}")
-    owners: dict[int, int] = {}
+    places: dict[int, tuple[int, int]] = {}
     total = 0
     for g, group in enumerate(layout.groups):
         lens = np.asarray(group.item_lens)
@@ -65,11 +65,14 @@ def check_layout(
             )
         if len(np.unique(pages)) != len(pages):
             raise LayoutError(f"page_indices of group {g} name one page twice")
-        for p in pages.tolist():
-            owner = owners.setdefault(p, g)
-            # Two groups may read one prefix; then they name the same pages in the same order.
-            if owner != g and list(layout.groups[owner].page_indices) != list(pages):
-                raise LayoutError(f"page {p} is shared by groups {owner} and {g}, which differ")
+        for index, p in enumerate(pages.tolist()):
+            # groups may share the start of their prefixes, and then the pages it lies in
+            owner, place = places.setdefault(p, (g, index))
+            if place != index:
+                raise LayoutError(
+                    f"page {p} is entry {place} of group {owner} and entry {index} of group {g}; "
+                    "groups may share the start of a prefix only"
+                )
     if total > max_pages:
         raise LayoutError(f"the layout names {total} pages, more than {max_pages=}")
 
