@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from packscore.errors import InputError
+from packscore.kv_pages import KvPages, PageWrite, Run, slot_runs
+from packscore.paging import PAGE_SIZE
 from packscore_kernels.segment_paged_attention.layout import SegmentLayout
 
 # Scores of one tile of rows in the math path, which serves devices without a fused kernel.
@@ -19,9 +21,6 @@ MATH_TILE_BYTES = 64 * 2**20
 MAX_LENGTH_WASTE = 1 / 4
 OWN_CALL_TOKENS = 64
 FUSED_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,47 +42,66 @@ class SequenceBatch:
         return replace(self, rows=self.rows.to(device), is_real=is_real)
 
 
+@dataclass(frozen=True)
+class PrefixPart:
+    """Rows that all see the same keys: those of packed tokens, or of slots in pages."""
+
+    rows: tuple[int, int]  # storage indices
+    packed: tuple[int, int] | None
+    slots: tuple[Run, ...] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class SegmentPlan:
     """What one packed batch asks of every attention layer, computed once and shared by all layers.
 
     `visible = (kv_segment == q_segment) | (kv_segment == PREFIX_SEGMENT)`, and-ed with storage
-    order `kv_index <= q_index`, is two things: every segment is causal in itself, and the items of
-    a group see all of its prefix.
+    order `kv_index <= q_index`, is three things: every segment is causal in itself, the items of
+    a group see all of its packed prefix, and both see what of the prefix lies in pages.
     """
 
     num_tokens: int
     num_real_tokens: int
     device: torch.device
     sequences: tuple[SequenceBatch, ...]
-    # (prefix start or None where it is in the cache, items start, items end), storage indices
-    prefixes: tuple[tuple[int | None, int, int], ...]
+    parts: tuple[PrefixPart, ...]
+    writes: tuple[PageWrite, ...] = ()
     _elsewhere: dict[torch.device, SegmentPlan] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def build(cls, layout: SegmentLayout) -> SegmentPlan:
-        """Plan the attention of `layout` for tensors on the CPU."""
-        prefixes, starts, lens = [], [], []
+    def build(
+        cls, layout: SegmentLayout, writes: Sequence[PageWrite] = (), page_size: int = PAGE_SIZE
+    ) -> SegmentPlan:
+        """Plan the attention of `layout` for tensors on the CPU.
+
+        Args:
+          layout: who sees whom; cached tokens lie in the pages that its groups name.
+          writes: prefix tokens among the packed ones that go into pages.
+          page_size: tokens a page.
+        """
+        parts: list[PrefixPart] = []
+        starts, lens = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         for group, start in zip(layout.groups, layout.group_starts.tolist(), strict=False):
-            if group.cached_len and (group.prefix_len or len(layout.groups) > 1):
-                raise InputError(
-                    f"cached_len={group.cached_len}: torch attention takes a prefix whole, from "
-                    "the packed tokens or from one cache"
-                )
             items_start, end = start + group.prefix_len, start + group.num_tokens
-            if items_start < end and (group.prefix_len or group.cached_len):
-                prefixes.append((None if group.cached_len else start, items_start, end))
-            starts.append(start)
-            lens.append(group.prefix_len)
-        item_starts, item_ends = layout.item_bounds.T
-        all_starts = np.concatenate([starts, item_starts]).astype(np.int64)
-        all_lens = np.concatenate([lens, item_ends - item_starts]).astype(np.int64)
+            own, item_lens = [group.prefix_len], group.item_lens
+            alone = not group.cached_len and int((item_lens > 0).sum()) == 1
+            if alone:  # prefix and item are one causal sequence
+                own, item_lens = [group.num_tokens], item_lens[:0]
+            elif group.prefix_len and items_start < end:
+                parts.append(PrefixPart((items_start, end), (start, items_start)))
+            if group.cached_len and start < end:
+                slots = slot_runs(group.page_indices, 0, group.cached_len, page_size)
+                _add_cached(parts, PrefixPart((start, end), None, slots))
+            all_lens = np.concatenate([own, item_lens]).astype(np.int64)
+            starts.append(start + np.cumsum(all_lens) - all_lens)
+            lens.append(all_lens)
         return cls(
             layout.num_tokens,
             layout.num_real_tokens,
             torch.device("cpu"),
-            tuple(_batch_by_length(all_starts, all_lens)),
-            tuple(prefixes),
+            tuple(_batch_by_length(np.concatenate(starts), np.concatenate(lens))),
+            tuple(parts),
+            tuple(writes),
         )
 
     def on(self, device: torch.device) -> SegmentPlan:
@@ -96,19 +114,13 @@ class SegmentPlan:
         return self._elsewhere[device]
 
 
-@dataclass(eq=False)
-class PrefixCache:
-    """Keys and values of one prefix, kept layer by layer between the batches of a request."""
-
-    prefix_len: int
-    layers: dict[int, KeysValues] = field(default_factory=dict)
-
-    def keep(self, layer_idx: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Keep the prefix of a layer's k and v, [1, num_kv_heads, num_tokens, head_dim]."""
-        self.layers[layer_idx] = (
-            k[:, :, : self.prefix_len].contiguous(),
-            v[:, :, : self.prefix_len].contiguous(),
-        )
+def _add_cached(parts: list[PrefixPart], part: PrefixPart) -> None:
+    """Neighbouring groups that read the same pages are served by one call."""
+    for i, other in enumerate(parts):
+        if other.slots == part.slots and other.rows[1] == part.rows[0]:
+            parts[i] = PrefixPart((other.rows[0], part.rows[1]), None, part.slots)
+            return
+    parts.append(part)
 
 
 def _batch_by_length(
@@ -145,7 +157,8 @@ def segment_attention(
     plan: SegmentPlan,
     *,
     sm_scale: float,
-    cached: KeysValues | None = None,
+    pages: KvPages | None = None,
+    layer_idx: int = 0,
 ) -> torch.Tensor:
     """Attention of packed tokens, each item to the prefix and to itself only.
 
@@ -157,35 +170,51 @@ def segment_attention(
       v: values.
       plan: `SegmentPlan.build(layout)`, on any device.
       sm_scale: factor on the scores before the softmax.
-      cached: keys and values of a prefix that is not among the packed tokens,
-        [1, num_kv_heads, cached_len, head_dim] each.
+      pages: where cached prefix tokens are, and where the plan writes new ones; None where the
+        plan has neither.
+      layer_idx: whose pages.
 
     Returns:
       [1, num_tokens, num_q_heads, head_dim] in q's dtype; padding rows are zeros.
 
+    Raises:
+      InputError: the plan needs pages and there are none.
+
     Source: partial softmaxes merged by their log-sum-exp, as in FlashAttention-2 (Dao, 2023).
     """
     plan = plan.on(q.device)
+    if pages is None and (plan.writes or any(part.packed is None for part in plan.parts)):
+        raise InputError("pages=None, and the plan has prefix tokens in pages; pass a KvPages")
     out = q.new_empty(plan.num_tokens, q.shape[1], q.shape[3])
     lse = q.new_empty(plan.num_tokens, q.shape[1], dtype=torch.float32)
     out[plan.num_real_tokens :] = 0
     for batch in plan.sequences:
         _attend_within(q[0], k[0], v[0], batch, sm_scale, out, lse)
-    for prefix_start, items_start, items_end in plan.prefixes:
-        items = slice(items_start, items_end)
-        if prefix_start is not None:
-            prefix_k, prefix_v = (x[:, :, prefix_start:items_start] for x in (k, v))
-        elif cached is not None:
-            prefix_k, prefix_v = cached
+    if pages is not None:
+        pages.write(layer_idx, k, v, plan.writes)
+    for part in plan.parts:
+        if part.packed is not None:
+            keys, values = (x[:, :, slice(*part.packed)] for x in (k, v))
         else:
-            raise InputError("cached=None, and the plan's prefix is not among the packed tokens")
-        prefix_out, prefix_lse = attend(
-            q[:, :, items], prefix_k, prefix_v, is_causal=False, sm_scale=sm_scale
-        )
-        # exp(prefix_lse) / (exp(prefix_lse) + exp(lse)), which cannot overflow
-        prefix_share = torch.sigmoid(prefix_lse[0].T - lse[items])[..., None]
-        out[items] = out[items].float().lerp_(prefix_out[0].transpose(0, 1).float(), prefix_share)
+            assert pages is not None
+            keys, values = pages.read(layer_idx, part.slots)
+        rows = slice(*part.rows)
+        part_out, part_lse = attend(q[:, :, rows], keys, values, is_causal=False, sm_scale=sm_scale)
+        _merge(out[rows], lse[rows], part_out[0].transpose(0, 1), part_lse[0].T)
     return out[None]
+
+
+def _merge(
+    out: torch.Tensor,  # [num_rows, num_q_heads, head_dim], changed in place
+    lse: torch.Tensor,  # float32[num_rows, num_q_heads], changed in place
+    part_out: torch.Tensor,  # [num_rows, num_q_heads, head_dim]
+    part_lse: torch.Tensor,  # float32[num_rows, num_q_heads]
+) -> None:
+    """Fold the attention to further keys into what is there."""
+    # exp(part_lse) / (exp(part_lse) + exp(lse)), which cannot overflow
+    share = torch.sigmoid(part_lse - lse)[..., None]
+    out.copy_(out.float().lerp_(part_out.float(), share))
+    torch.logaddexp(lse, part_lse, out=lse)
 
 
 def _attend_within(

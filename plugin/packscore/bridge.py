@@ -1,4 +1,4 @@
-"""Every line that touches torchax and jax arrays: the model as one traced function of its weights.
+"""The model as one traced function of its weights.
 
 The user's model stays what it is. A skeleton on the meta device is traced through torchax; its
 weights come in as an argument, so that nothing is baked into the program, and the decoder layers'
@@ -8,7 +8,7 @@ weights are stacked, so that one layer is compiled and scanned.
 from __future__ import annotations
 
 import copy
-import threading
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,57 +19,47 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.moe import ExpertsInterface
 
 from packscore.errors import UnsupportedModelError
-from packscore_kernels import SegmentSchedule, segment_paged_attention
+from packscore.head import is_classifier, output_head
+from packscore.mapped import MappedFiles
+from packscore.traced_ops import (
+    NAME,
+    LayerPages,
+    program_attention,
+    program_experts,
+    torchax_environment,
+)
+from packscore_kernels import SegmentSchedule
 from packscore_kernels.hardware import shape_of
 
-ATTENTION_NAME = "packscore_program"
-UNTRACEABLE_MODEL_TYPES = ("qwen3_moe",)
 # Vocabulary rows of one step of the log-sum-exp: bounds the logits in memory.
 VOCAB_CHUNK = 8192
+# Bytes to which arrays must be aligned that jax reads in place; others it copies.
+JAX_ALIGNMENT = 64
 
-# "embed_tokens", "rotary", "norm", "layers" (stacked), and "head" where it is not tied
+# "embed_tokens", "rotary", "norm", "layers" (stacked), and "head" (vocabulary or classes) where it
+# is not tied
 Weights = dict[str, dict[str, Any]]
 
-_lock = threading.Lock()
 
+def _check_equal_layers(model: Any) -> None:
+    """Refuse layers of several kinds: one is traced and scanned for all.
 
-def torchax_environment() -> Any:
-    """torchax's default environment, imported so that torch stays as it was in this process.
-
-    Importing torchax registers an accelerator that is none: without this, `torch.compile` and
-    `pin_memory` would believe in it.
+    Raises:
+      UnsupportedModelError: some layers have other weights than the first.
     """
-    with _lock:
-        fast_path = torch.backends.mha.get_fastpath_enabled()
-        import torchax
-
-        torchax.device_module.is_available = lambda: False
-        torchax.device_module.device_count = lambda: 0
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        return torchax.default_env()
-
-
-def program_attention(
-    module: nn.Module,
-    query: torch.Tensor,  # [1, num_q_heads, num_tokens, head_dim]
-    key: torch.Tensor,  # [1, num_kv_heads, num_tokens, head_dim]
-    value: torch.Tensor,  # [1, num_kv_heads, num_tokens, head_dim]
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    segment_schedule: SegmentSchedule,
-    implementation: Any = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """The attention that the skeleton's layers call while they are traced."""
-    env = torchax_environment()
-    q, k, v = (env.t2j_iso(x)[0] for x in (query, key, value))
-    out = segment_paged_attention(
-        q, k, v, None, segment_schedule, sm_scale=scaling, implementation=implementation
-    )
-    result: torch.Tensor = env.j2t_iso(jnp.transpose(out, (1, 0, 2))[None])
-    return result, None
+    kinds = [
+        {name: p.shape for name, p in layer.named_parameters()}
+        for layer in model.get_decoder().layers
+    ]
+    odd = [i for i, kind in enumerate(kinds) if kind != kinds[0]]
+    if odd:
+        raise UnsupportedModelError(
+            f"layer {odd[0]} has other weights than layer 0 (mlp_only_layers, decoder_sparse_step),"
+            " and programs scan layers that are equal; patch the model without device=..."
+        )
 
 
 def stack_layers(layers: nn.ModuleList) -> dict[str, torch.Tensor]:
@@ -82,19 +72,36 @@ def stack_layers(layers: nn.ModuleList) -> dict[str, torch.Tensor]:
       {name inside a layer: [num_layers, ...]}.
     """
     stacks = {}
+    files = MappedFiles()
     owners = [dict(layer.named_parameters()) for layer in layers]
     for name, first in owners[0].items():
         stack = torch.empty((len(owners), *first.shape), dtype=first.dtype)
         for row, owner in zip(stack, owners, strict=True):
-            row.copy_(owner[name].detach())
-            owner[name].data = row
+            owner[name].data = files.move(owner[name].detach().contiguous(), row)
         stacks[name] = stack
     return stacks
 
 
 def to_jax(tensor: torch.Tensor) -> jax.Array:
-    """The same memory as a jax array, where its alignment allows."""
-    return jnp.from_dlpack(tensor.detach().contiguous())
+    """The same memory as a jax array; a weight that jax could not read in place is moved first."""
+    if tensor.data_ptr() % JAX_ALIGNMENT or not tensor.is_contiguous():
+        before = tensor.detach().contiguous()
+        tensor.data = MappedFiles().move(before, torch.empty_like(before))
+    return jnp.from_dlpack(tensor.detach())
+
+
+def shares_memory(array: jax.Array, tensor: torch.Tensor) -> bool:
+    """Whether jax reads what torch writes; on another device it reads a copy."""
+    on_cpu = all(device.platform == "cpu" for device in array.devices())
+    return on_cpu and array.unsafe_buffer_pointer() == tensor.data_ptr()
+
+
+def to_torch(array: Any) -> torch.Tensor:
+    """A jax array's values as a torch tensor on the CPU, of the same dtype."""
+    values = np.asarray(array)
+    if values.dtype == jnp.bfloat16:  # numpy's is an extension that torch does not know
+        return torch.from_numpy(values.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(values.copy())
 
 
 class TracedModel:
@@ -109,23 +116,22 @@ class TracedModel:
     """
 
     def __init__(self, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
-        if config.model_type in UNTRACEABLE_MODEL_TYPES:
-            raise UnsupportedModelError(
-                f"model_type={config.model_type!r} routes tokens to experts in a way that torchax "
-                "cannot trace; patch the model without device=..."
-            )
         self._env = torchax_environment()
-        AttentionInterface.register(ATTENTION_NAME, program_attention)
+        AttentionInterface.register(NAME, program_attention)
+        ExpertsInterface.register(NAME, program_experts)
         config = copy.deepcopy(config)
-        config._attn_implementation_internal = ATTENTION_NAME
+        config._attn_implementation_internal = NAME
+        config._experts_implementation_internal = NAME
         with torch.device("meta"):
             build: Any = model_class._from_config
             self._skeleton: Any = build(config).eval()
-        self._skeleton.config._attn_implementation_internal = ATTENTION_NAME
+        self._skeleton.config._attn_implementation_internal = NAME
+        self._skeleton.config._experts_implementation_internal = NAME
+        _check_equal_layers(self._skeleton)
 
     def weight_shapes(self, dtype: Any) -> Weights:
         """What `weights_of` returns, as shapes alone."""
-        decoder, head = self._skeleton.get_decoder(), self._skeleton.get_output_embeddings()
+        decoder, head = self._skeleton.get_decoder(), output_head(self._skeleton)
         num_layers = len(decoder.layers)
 
         def shapes(named: Iterator[tuple[str, torch.Tensor]], *lead: int) -> dict[str, Any]:
@@ -140,7 +146,7 @@ class TracedModel:
                 for name, x in decoder.rotary_emb.named_buffers()
             },
         }
-        if not self._skeleton.config.tie_word_embeddings:
+        if is_classifier(self._skeleton) or not self._skeleton.config.tie_word_embeddings:
             found["head"] = shapes(head.named_parameters())
         return found
 
@@ -159,17 +165,22 @@ class TracedModel:
                     f"parameter {name!r} is on {parameter.device}; load the model on the CPU, "
                     "without device_map"
                 )
+            if parameter.dtype not in (torch.float32, torch.bfloat16):
+                raise UnsupportedModelError(
+                    f"parameter {name!r} is {parameter.dtype}; programs compute in bfloat16 or "
+                    "float32: load the model with dtype='bfloat16'"
+                )
 
     def weights_of(self, model: PreTrainedModel) -> Weights:
         """The weights of a model as jax arrays, in the memory that torch keeps using.
 
         Raises:
           UnsupportedModelError: its modules are not those of its configuration (an adapter or a
-            quantised layer in place), or its weights are not on the CPU.
+            quantised layer in place), or its weights are of another dtype or not on the CPU.
         """
         self._check_same_modules(model)
         whole: Any = model
-        decoder, head = whole.get_decoder(), whole.get_output_embeddings()
+        decoder, head = whole.get_decoder(), output_head(model)
         stacks = stack_layers(decoder.layers)
         weights: Weights = {
             "layers": {name: to_jax(stack) for name, stack in stacks.items()},
@@ -190,6 +201,68 @@ class TracedModel:
             out = functional_call(module, state, env.j2t_iso(args), env.j2t_iso(kwargs))
             return env.t2j_iso(out)
 
+    def hidden_rows(
+        self,
+        weights: Weights,
+        token_ids: jax.Array,  # i32[num_tokens]
+        position_ids: jax.Array,  # i32[num_tokens]
+        schedule: SegmentSchedule,
+        rows: jax.Array,  # i32[num_rows]
+        *,
+        pages: LayerPages | None = None,
+        implementation: Any = None,
+    ) -> jax.Array:
+        """From token ids to the hidden states that the head reads, at some tokens.
+
+        Args:
+          weights: from `weights_of`.
+          token_ids: of the packed tokens.
+          position_ids: rotary positions.
+          schedule: who sees whom.
+          rows: indices into the packed tokens.
+          pages: the pool and what is written to it, changed in place; None where nothing is cached.
+          implementation: of the attention, as `segment_paged_attention` names them.
+
+        Returns:
+          [num_rows, hidden_size] after the final norm, in the model's dtype.
+        """
+        decoder = self._skeleton.get_decoder()
+        hidden = self._call(decoder.embed_tokens, weights["embed_tokens"], token_ids[None])
+        positions = position_ids[None]
+        rotary = self._call(decoder.rotary_emb, weights["rotary"], hidden, positions)
+        num_layers = len(decoder.layers)
+
+        def layer(carry: Any, scanned: tuple[Mapping[str, jax.Array], jax.Array]) -> Any:
+            hidden, kv_pages = carry
+            stacked, index = scanned
+            own = None if pages is None else LayerPages(kv_pages, pages.writes)
+            at = schedule
+            if own is not None:
+                first_page = index * (kv_pages.shape[0] // num_layers)
+                at = dataclasses.replace(schedule, page_indices=schedule.page_indices + first_page)
+                own.writes = own.writes.moved(first_page)
+            out = self._call(
+                _Bound(
+                    decoder.layers[0],
+                    segment_schedule=at,
+                    implementation=implementation,
+                    pages=own,
+                ),
+                {f"module.{name}": array for name, array in stacked.items()},
+                hidden,
+                position_embeddings=rotary,
+                position_ids=positions,
+            )
+            return (out, None if own is None else own.kv_pages), None
+
+        start = hidden, None if pages is None else pages.kv_pages
+        scanned = weights["layers"], jnp.arange(num_layers)
+        (hidden, written), _ = jax.lax.scan(layer, start, scanned)
+        if pages is not None:
+            pages.kv_pages = written
+        found: jax.Array = self._call(decoder.norm, weights["norm"], hidden[0, rows])
+        return found
+
     def label_logits(
         self,
         weights: Weights,
@@ -200,6 +273,7 @@ class TracedModel:
         label_ids: jax.Array,  # i32[num_labels]
         *,
         over_vocabulary: bool,
+        pages: LayerPages | None = None,
         implementation: Any = None,
     ) -> tuple[jax.Array, jax.Array | None]:
         """From token ids to the logits of the labels at the scored rows.
@@ -208,25 +282,37 @@ class TracedModel:
           (float32[num_items, num_labels], float32[num_items] or None): logits, and with
           `over_vocabulary` their log-sum-exp over the vocabulary.
         """
-        decoder = self._skeleton.get_decoder()
-        hidden = self._call(decoder.embed_tokens, weights["embed_tokens"], token_ids[None])
-        positions = position_ids[None]
-        rotary = self._call(decoder.rotary_emb, weights["rotary"], hidden, positions)
+        rows = self.hidden_rows(
+            weights,
+            token_ids,
+            position_ids,
+            schedule,
+            scored_rows,
+            pages=pages,
+            implementation=implementation,
+        )
+        return label_head(rows, head_weight(weights), label_ids, over_vocabulary)
 
-        def layer(hidden: jax.Array, stacked: Mapping[str, jax.Array]) -> tuple[jax.Array, None]:
-            out = self._call(
-                _Bound(decoder.layers[0], segment_schedule=schedule, implementation=implementation),
-                {f"module.{name}": array for name, array in stacked.items()},
-                hidden,
-                position_embeddings=rotary,
-                position_ids=positions,
-            )
-            return out, None
 
-        hidden, _ = jax.lax.scan(layer, hidden, weights["layers"])
-        rows = self._call(decoder.norm, weights["norm"], hidden[0, scored_rows])
-        head = weights.get("head", weights["embed_tokens"])["weight"]
-        return label_head(rows, head, label_ids, over_vocabulary)
+def head_weight(weights: Weights) -> jax.Array:
+    """[vocab_size or num_classes, hidden_size], which may be the embedding."""
+    weight: jax.Array = weights.get("head", weights["embed_tokens"])["weight"]
+    return weight
+
+
+def whole_head(
+    weights: Weights,
+    rows: jax.Array,  # [num_rows, hidden_size]
+) -> jax.Array:
+    """Logits of the whole vocabulary at a few rows, rounded as the model's own head rounds them.
+
+    Returns:
+      [num_rows, vocab_size] in the dtype of the rows.
+    """
+    logits = jnp.dot(
+        rows, head_weight(weights).T, precision="highest", preferred_element_type=jnp.float32
+    )
+    return logits.astype(rows.dtype)
 
 
 class _Bound(nn.Module):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
+from typing import Any
 
 
 class PackscoreError(Exception):
@@ -34,6 +33,13 @@ class UnexpectedCompileError(PackscoreError, RuntimeError):
     """A request would compile a program, and `strict` forbids it."""
 
 
+class MissingPackageError(PackscoreError, ImportError):
+    """An optional package is not installed."""
+
+    def __init__(self, feature: str, extra: str) -> None:
+        super().__init__(f"{feature} needs more packages; pip install 'packscore[{extra}]'")
+
+
 class StalePrefixError(PackscoreError, RuntimeError):
     """A prefix was released, or the model's weights changed since it was computed."""
 
@@ -41,10 +47,10 @@ class StalePrefixError(PackscoreError, RuntimeError):
 class ScoringError(PackscoreError, RuntimeError):
     """A forward failed; `scores` keeps what was computed before and after it.
 
-    `scores` has one row per pair and NaN where no score could be computed; the failure itself is
-    the exception's `__cause__`.
+    `scores` has one row per pair and NaN where no score could be computed, or one result per
+    request and None there; the failure itself is the exception's `__cause__`.
     """
 
-    def __init__(self, message: str, scores: npt.NDArray[np.float32]) -> None:
+    def __init__(self, message: str, scores: Any) -> None:
         super().__init__(message)
         self.scores = scores

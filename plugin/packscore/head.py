@@ -1,4 +1,4 @@
-"""Label scores from hidden states: only the rows that are scored, in float32."""
+"""Logits from hidden states, in float32: only the rows that are scored, only what is asked for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GenericForSequenceClassification
 
+from packscore.encoding import EncodedRequest
 from packscore.errors import InputError, InputTypeError, UnsupportedModelError
 from packscore.inputs import as_list, short, token_ids
 from packscore.tokenizing import PieceTokenizer
@@ -19,9 +21,119 @@ from packscore.tokenizing import PieceTokenizer
 VOCAB_CHUNK = 16_384
 # Rows of one step through a head that is not a plain linear layer and gives the whole vocabulary.
 ROW_CHUNK = 256
+PLURALS = {"token": "tokens", "class": "classes"}
 
 
-class LabelHead:
+def is_classifier(model: nn.Module) -> bool:
+    """Whether the model is a sequence classifier, which reads classes and not tokens."""
+    return isinstance(model, GenericForSequenceClassification)
+
+
+def class_count(model: PreTrainedModel) -> int:
+    """How many classes a sequence classifier has; 0 for another model."""
+    config: Any = model.config
+    return int(config.num_labels) if is_classifier(model) else 0
+
+
+def output_head(model: PreTrainedModel) -> Any:
+    """The module that turns hidden states into logits of the vocabulary or of classes.
+
+    Raises:
+      UnsupportedModelError: the model has neither.
+    """
+    if is_classifier(model):
+        return model.score
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if head is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no language-model head and is no sequence classifier; "
+            "load it with AutoModelForCausalLM or AutoModelForSequenceClassification"
+        )
+    return head
+
+
+class LinearHead:
+    """The head of a model, read at a few of its rows.
+
+    Raises:
+      UnsupportedModelError: the model has no head that gives scores.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        # Any: modules and hooks of other libraries stand in for a linear layer here
+        self._head: Any = output_head(model)
+
+    @property
+    def _is_plain(self) -> bool:
+        # an adapter, a quantised layer or an offloaded weight has to run as the module it is
+        return (
+            type(self._head) is nn.Linear
+            and not hasattr(self._head, "_hf_hook")
+            and self._head.weight.device.type != "meta"
+        )
+
+    def _check_trained(self, name: str, kind: str, row_ids: list[int]) -> None:
+        """Refuse rows that are not finite, all zero or not all different: nothing trained them."""
+        if not self._is_plain:
+            return
+        rows = self._head.weight.detach()[row_ids].float()
+        for row, row_id in zip(rows, row_ids, strict=True):
+            if not torch.isfinite(row).all() or not row.any():
+                state = "all zero" if torch.isfinite(row).all() else "not finite"
+                raise UnsupportedModelError(
+                    f"{name}: the head's row of {kind} {row_id} is {state}, so it was "
+                    "never trained or not loaded; load a trained checkpoint or name other labels"
+                )
+        if len(rows.unique(dim=0)) < len(rows):
+            raise UnsupportedModelError(
+                f"{name}: the head's rows of {PLURALS[kind]} {row_ids} are not all different, so "
+                "it was never trained; load a trained checkpoint or name other labels"
+            )
+
+    def label_logits(
+        self,
+        hidden: torch.Tensor,  # [num_rows, hidden_size]
+        label_ids: list[int],
+    ) -> torch.Tensor:
+        """Logits of a few of the head's rows.
+
+        Returns:
+          float32[num_rows, num_labels].
+        """
+        if self._is_plain:
+            return self._linear(hidden, torch.tensor(label_ids, device=self._head.weight.device))
+        return torch.cat([logits[:, label_ids] for logits in self._whole(hidden)])
+
+    def logsumexp(
+        self,
+        hidden: torch.Tensor,  # [num_rows, hidden_size]
+    ) -> torch.Tensor:
+        """Log-sum-exp of all logits, which never exist all at once.
+
+        Returns:
+          float32[num_rows].
+        """
+        if self._is_plain:
+            chunks = [
+                self._linear(hidden, slice(start, start + VOCAB_CHUNK)).logsumexp(-1)
+                for start in range(0, self._head.weight.shape[0], VOCAB_CHUNK)
+            ]
+            return torch.stack(chunks).logsumexp(0)
+        return torch.cat([logits.logsumexp(-1) for logits in self._whole(hidden)])
+
+    def _whole(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
+        """float32[ROW_CHUNK, vocab_size] at a time, through the module itself."""
+        for start in range(0, len(hidden), ROW_CHUNK):
+            logits: torch.Tensor = self._head(hidden[start : start + ROW_CHUNK])
+            yield logits.float()
+
+    def _linear(self, hidden: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
+        weight, bias = self._head.weight, self._head.bias
+        hidden = hidden.to(weight.device).float()
+        return F.linear(hidden, weight[rows].float(), None if bias is None else bias[rows].float())
+
+
+class LabelHead(LinearHead):
     """The language-model head of a model, read at a few labels.
 
     Raises:
@@ -29,13 +141,7 @@ class LabelHead:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PieceTokenizer | None) -> None:
-        # Any: modules and hooks of other libraries stand in for a linear layer here
-        self._head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        if self._head is None:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} has no language-model head; load it with "
-                "AutoModelForCausalLM"
-            )
+        super().__init__(model)
         self.vocab_size = int(model.config.vocab_size)
         self._tokenizer = tokenizer
         # rows of the head past the tokenizer's last token are padding that nothing trained
@@ -66,7 +172,7 @@ class LabelHead:
                 f"labels: token id {max(ids)} must be below {self._label_limit}, the size of the "
                 "model's vocabulary; use the model's own tokenizer"
             )
-        self._check_trained(ids)
+        self._check_trained("label_token_ids", "token", ids)
         return ids
 
     def _text_ids(self, labels: list[object]) -> list[int]:
@@ -81,70 +187,37 @@ class LabelHead:
             ids.append(self._tokenizer.label_id(f"labels[{i}]", label))
         return ids
 
-    @property
-    def _is_plain(self) -> bool:
-        # an adapter, a quantised layer or an offloaded weight has to run as the module it is
-        return (
-            type(self._head) is nn.Linear
-            and not hasattr(self._head, "_hf_hook")
-            and self._head.weight.device.type != "meta"
-        )
+    def defaults(self, prompt_labels: Sequence[str] | None) -> list[int] | None:
+        """The labels of a scorer that names none: its prompt's."""
+        return self.resolve(prompt_labels or None, None)
 
-    def _check_trained(self, label_ids: list[int]) -> None:
-        if not self._is_plain:
-            return
-        rows = self._head.weight.detach()[label_ids].float()
-        for row, label_id in zip(rows, label_ids, strict=True):
-            if not torch.isfinite(row).all() or not row.any():
-                state = "all zero" if torch.isfinite(row).all() else "not finite"
-                raise UnsupportedModelError(
-                    f"label_token_ids: the head's row of token {label_id} is {state}, so it was "
-                    "never trained or not loaded; load a trained checkpoint or name other labels"
-                )
-        if len(rows.unique(dim=0)) < len(rows):
-            raise UnsupportedModelError(
-                f"label_token_ids: the head's rows of tokens {label_ids} are not all different, so "
-                "it was never trained; load a trained checkpoint or name other labels"
+    def for_ranking(self, label_ids: list[int] | None) -> list[int]:
+        """Labels (negative, positive).
+
+        Raises:
+          InputError: the scorer has another number of labels.
+        """
+        if label_ids is None or len(label_ids) != 2:
+            raise InputError(
+                f"labels: rank and predict compare two, (negative, positive), and this scorer has "
+                f"{len(label_ids or ())}; pass MultiItemScorer(..., labels=['no', 'yes'])"
             )
+        return label_ids
 
-    def label_logits(
+    def pooled(self, request: EncodedRequest) -> EncodedRequest:
+        """The request up to where the model reads labels: its last tokens."""
+        return request
+
+    def to_compute(self, label_ids: list[int], over_vocabulary: bool) -> tuple[list[int], bool]:
+        """Labels to compute, and whether their normaliser runs over the vocabulary."""
+        return label_ids, over_vocabulary
+
+    def chosen(
         self,
-        hidden: torch.Tensor,  # [num_rows, hidden_size]
+        logits: torch.Tensor,  # float32[num_items, num_labels]
+        normalizer: torch.Tensor,  # float32[num_items]
         label_ids: list[int],
-    ) -> torch.Tensor:
-        """Logits of the labels.
-
-        Returns:
-          float32[num_rows, num_labels].
-        """
-        if self._is_plain:
-            return self._linear(hidden, torch.tensor(label_ids, device=self._head.weight.device))
-        return torch.cat([logits[:, label_ids] for logits in self._whole(hidden)])
-
-    def logsumexp(
-        self,
-        hidden: torch.Tensor,  # [num_rows, hidden_size]
-    ) -> torch.Tensor:
-        """Log-sum-exp of the logits over the vocabulary, which never exist all at once.
-
-        Returns:
-          float32[num_rows].
-        """
-        if self._is_plain:
-            chunks = [
-                self._linear(hidden, slice(start, start + VOCAB_CHUNK)).logsumexp(-1)
-                for start in range(0, self._head.weight.shape[0], VOCAB_CHUNK)
-            ]
-            return torch.stack(chunks).logsumexp(0)
-        return torch.cat([logits.logsumexp(-1) for logits in self._whole(hidden)])
-
-    def _whole(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
-        """float32[ROW_CHUNK, vocab_size] at a time, through the module itself."""
-        for start in range(0, len(hidden), ROW_CHUNK):
-            logits: torch.Tensor = self._head(hidden[start : start + ROW_CHUNK])
-            yield logits.float()
-
-    def _linear(self, hidden: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
-        weight, bias = self._head.weight, self._head.bias
-        hidden = hidden.to(weight.device).float()
-        return F.linear(hidden, weight[rows].float(), None if bias is None else bias[rows].float())
+        over_vocabulary: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(logits of the labels, their normaliser), of what was computed."""
+        return logits, normalizer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -111,8 +111,8 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise InputError(f"{name}={short(value)} must be one of {', '.join(map(repr, choices))}")
 
 
-def check_count(name: str, value: object, at_most: int | None = None) -> None:
-    """Refuse what is neither None nor an integer from 1 to `at_most`.
+def check_count(name: str, value: object, at_most: int | None = None, *, least: int = 1) -> None:
+    """Refuse what is neither None nor an integer from `least` to `at_most`.
 
     Raises:
       InputTypeError: it is of another type.
@@ -122,9 +122,9 @@ def check_count(name: str, value: object, at_most: int | None = None) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int):
         raise InputTypeError(f"{name}={short(value)} must be an int or None")
-    if value < 1 or (at_most is not None and value > at_most):
+    if value < least or (at_most is not None and value > at_most):
         upper = "" if at_most is None else f" and at most {at_most}"
-        raise InputError(f"{name}={value} must be at least 1{upper}")
+        raise InputError(f"{name}={value} must be at least {least}{upper}")
 
 
 def as_pairs(name: str, values: Iterable[Any]) -> list[tuple[Any, Any]]:
@@ -139,3 +139,28 @@ def as_pairs(name: str, values: Iterable[Any]) -> list[tuple[Any, Any]]:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise InputTypeError(f"{name}[{i}]={short(pair)} must be (query, document)")
     return [(query, document) for query, document in found]
+
+
+def as_requests(name: str, values: Iterable[Any]) -> list[tuple[Any, list[Any]]]:
+    """(query, items) each.
+
+    Raises:
+      InputTypeError: an entry is not such a pair.
+      InputError: there are none, or one has no items.
+    """
+    found = as_list(name, values)
+    for i, entry in enumerate(found):
+        if not isinstance(entry, list | tuple) or len(entry) != 2:
+            raise InputTypeError(f"{name}[{i}]={short(entry)} must be (query, items)")
+    return [(query, as_list(f"{name}[{i}][1]", items)) for i, (query, items) in enumerate(found)]
+
+
+def as_iterator(name: str, values: Iterable[Any]) -> Iterator[Any]:
+    """An iterator over values that need not end.
+
+    Raises:
+      InputTypeError: it is a single text, or nothing to iterate over.
+    """
+    if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
+        raise InputTypeError(f"{name}={short(values)} must be an iterable of texts or token ids")
+    return iter(values)

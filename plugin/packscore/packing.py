@@ -1,4 +1,4 @@
-"""Token ids to packed batches: `[prefix, item 1, ..., item N]`, no delimiter, no padding."""
+"""Token ids to packed batches: `[prefix, item 1, ..., item N]` a group, nothing between them."""
 
 from __future__ import annotations
 
@@ -8,65 +8,82 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from packscore.paging import PrefixLease
+from packscore_kernels.hardware import cdiv
 from packscore_kernels.segment_paged_attention.layout import Group, SegmentLayout
 
 TokenIds = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
-class PackedBatch:
-    """What one forward computes: a prefix and items, or items behind a prefix computed before."""
+class Share:
+    """The items of one request that one launch computes, and what it computes of their prefix.
 
-    token_ids: TokenIds  # i64[num_tokens]
-    layout: SegmentLayout
+    Args:
+      request: which request of the run.
+      prefix: i64[prefix_len], whole, may be empty.
+      items: token ids of each item, may be empty.
+      index: i64[num_items], which items of the request they are.
+      lease: pages that hold the first `lease.cached_len` prefix tokens and take the others; None
+        packs the whole prefix and keeps nothing.
+    """
+
+    request: int
+    prefix: TokenIds
+    items: Sequence[TokenIds]
+    index: npt.NDArray[np.int64]
+    lease: PrefixLease | None = None
+
+    @property
+    def cached_len(self) -> int:
+        """Prefix tokens to read from pages now: more once the lease is committed.
+
+        An empty item is scored at the prefix's last token, which then is computed again.
+        """
+        if self.lease is None:
+            return 0
+        has_empty = any(not len(item) for item in self.items)
+        return self.lease.cached_len - int(self.lease.is_whole and has_empty)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the launch computes for it."""
+        return len(self.prefix) - self.cached_len + sum(map(len, self.items))
+
+    @property
+    def group(self) -> Group:
+        """Its group in the packed sequence."""
+        cached = self.cached_len
+        lens = np.array([len(item) for item in self.items], np.int32)
+        if self.lease is None:
+            return Group(len(self.prefix), lens)
+        pages = self.lease.pages[: cdiv(cached, self.lease.pool.page_size)]
+        return Group(len(self.prefix) - cached, lens, cached, pages)
 
 
 @dataclass(frozen=True, eq=False)
-class PackedRequest:
-    """One query and its items as one or more batches, items sorted by length."""
+class PackedBatch:
+    """What one launch computes: a group for each share, where there are shares."""
 
-    batches: tuple[PackedBatch, ...]
-    order: npt.NDArray[np.int64]  # i64[num_items]: whose score each scored row is, batch by batch
+    token_ids: TokenIds  # i64[num_tokens]
+    layout: SegmentLayout
+    shares: tuple[Share, ...] = ()
 
     @property
     def is_causal(self) -> bool:
         """Whether plain causal attention already shows every token what it may see."""
-        item_lens = [batch.layout.groups[0].item_lens for batch in self.batches]
-        return int((np.concatenate(item_lens) > 0).sum()) <= 1
+        (group, *others) = self.layout.groups
+        return not others and not group.cached_len and int((group.item_lens > 0).sum()) <= 1
 
 
-def pack(
-    prefix: TokenIds, items: Sequence[TokenIds], *, chunk_tokens: int | None = None
-) -> PackedRequest:
-    """Pack a prefix and the items behind it.
-
-    Items go in by length, so that those of one length are neighbours and few calls serve all.
-
-    Args:
-      prefix: i64[prefix_len], may be empty.
-      items: one i64[item_len] for each item, each may be empty.
-      chunk_tokens: split the items over several batches of about so many item tokens, the first of
-        which holds the prefix; None packs one batch.
-
-    Returns:
-      The batches and the order of their scored rows.
-    """
-    item_lens = np.array([len(item) for item in items], np.int64)
-    order = np.argsort(item_lens, kind="stable")
-    starts = np.cumsum(item_lens[order]) - item_lens[order]
-    total = int(item_lens.sum())
-    num_chunks = -(-total // chunk_tokens) if chunk_tokens else 1
-    # chunks of equal share; empty items come first, with the prefix whose end they are scored at
-    chunk_of_item = starts * num_chunks // max(total, 1)
-    batches = []
-    for chunk in np.unique(chunk_of_item):
-        members = order[chunk_of_item == chunk]
-        lens = item_lens[members].astype(np.int32)
-        own, cached_len = (prefix, 0) if chunk == 0 else (prefix[:0], len(prefix))
-        group = Group(len(own), lens, cached_len)
-        token_ids = np.concatenate([own, *(items[i] for i in members)]).astype(np.int64)
-        batches.append(PackedBatch(token_ids, SegmentLayout((group,), len(token_ids))))
-    return PackedRequest(tuple(batches), order)
+def pack(shares: Sequence[Share]) -> PackedBatch:
+    """Pack shares one behind the other."""
+    parts: list[TokenIds] = []
+    for share in shares:
+        parts += [share.prefix[share.cached_len :], *share.items]
+    token_ids = np.concatenate(parts).astype(np.int64)
+    layout = SegmentLayout(tuple(share.group for share in shares), len(token_ids))
+    return PackedBatch(token_ids, layout, tuple(shares))
 
 
 def split_items(prefix_len: int, item_lens: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -21,6 +21,8 @@ TokenIds = npt.NDArray[np.int64]
 Pages = npt.NDArray[np.int32]
 
 PAGE_SIZE = 128
+# What prefixes may take on a device by default: 9 000 tokens of a Qwen3-0.6B in bfloat16.
+PREFIX_CACHE_BYTES = 2**30
 # A shorter common start is cheaper to compute again than to copy and to attend to on its own.
 MIN_SHARED_TOKENS = 16
 

@@ -7,6 +7,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -16,8 +17,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from packscore.attention import PrefixCache, SegmentPlan, segment_attention
-from packscore.errors import InputTypeError, UnsupportedModelError
+from packscore.attention import SegmentPlan, segment_attention
+from packscore.errors import InputError, InputTypeError, UnsupportedModelError
+from packscore.kv_pages import KvPages
 
 if TYPE_CHECKING:
     from packscore.program import ModelProgram
@@ -103,7 +105,9 @@ def is_patched(model: nn.Module) -> bool:
     return base_model(model).config._attn_implementation in BASES
 
 
-def patch_model(model: ModelT, *, device: str | None = None) -> ModelT:
+def patch_model(
+    model: ModelT, *, device: str | None = None, compile_cache: str | Path | None = None
+) -> ModelT:
     """Give `model` the packed attention, in place.
 
     Only this instance changes: its configuration is copied first, so that models which shared it
@@ -115,32 +119,49 @@ def patch_model(model: ModelT, *, device: str | None = None) -> ModelT:
         using the "sdpa" or "eager" attention.
       device: None scores in torch, where the model is. "tpu" and "jax" (the device jax prefers)
         score through compiled programs that share the weights of a model on the CPU; "auto" is
-        "tpu" where jax sees one. Other calls of the model stay in torch.
+        "tpu" where jax sees one. Ordinary calls in eval mode, `model(input_ids=...)` with or
+        without an `attention_mask`, run through the programs too: they return no `past_key_values`
+        and no gradients, and zeros at padding. All other calls stay in torch.
+
+      compile_cache: folder that keeps compiled programs for the next process; None leaves that to
+        jax, which reads JAX_COMPILATION_CACHE_DIR.
 
     Returns:
       The same object.
 
     Raises:
       UnsupportedModelError: the model cannot be scored exactly when packed; the message says why.
+      InputError: there is no such device, or a `compile_cache` and no device to compile for.
     """
+    if compile_cache is not None and device is None:
+        raise InputError(
+            f"compile_cache={str(compile_cache)!r} keeps compiled programs, and {device=} compiles "
+            "none; pass device='tpu', 'jax' or 'auto'"
+        )
     check_supported(model)
     if not is_patched(model):
         _register()
         _switch(model, REGISTERED_NAMES[base_model(model).config._attn_implementation])
     if device is not None:
-        _compile(model, device)
+        _compile(model, device, None if compile_cache is None else Path(compile_cache))
     return model
 
 
-def _compile(model: nn.Module, device: str) -> None:
+def _compile(model: nn.Module, device: str, compile_cache: Path | None) -> None:
     # imported here: jax and torchax come into the process on the JAX path only
+    from packscore.calls import serve_calls
     from packscore.program import ModelProgram, resolve_device
 
     found = resolve_device(device)
     inner = base_model(model)
-    if found is None or (inner in _programs and _programs[inner].device == found[0]):
+    if found is None:
         return
-    _programs[inner] = ModelProgram(inner, device=found[0], implementation=found[1])
+    program = _programs.get(inner)
+    if program is None or program.device != found[0]:
+        program = ModelProgram(inner, device=found[0], implementation=found[1])
+        _programs[inner] = program
+    program.compile_cache = compile_cache or program.compile_cache
+    serve_calls(inner)
 
 
 def program_of(model: nn.Module) -> ModelProgram | None:
@@ -156,7 +177,10 @@ def unpatch_model(model: ModelT) -> ModelT:
     """
     if is_patched(model):
         _switch(model, BASES[base_model(model).config._attn_implementation])
-        _programs.pop(base_model(model), None)
+        if _programs.pop(base_model(model), None) is not None:
+            from packscore.calls import leave_calls
+
+            leave_calls(base_model(model))
     return model
 
 
@@ -204,7 +228,7 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     segment_plan: SegmentPlan | None = None,
-    prefix_cache: PrefixCache | None = None,
+    kv_pages: KvPages | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The attention function that Hugging Face calls: packed with a `segment_plan`, else `base`.
@@ -219,11 +243,8 @@ def packed_attention(
         )
         return output
     sm_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    cached = None
-    if prefix_cache is not None:
-        layer_idx: Any = module.layer_idx
-        cached = prefix_cache.layers.get(layer_idx)
-        if cached is None:
-            prefix_cache.keep(layer_idx, key, value)
-    out = segment_attention(query, key, value, segment_plan, sm_scale=sm_scale, cached=cached)
+    layer_idx: Any = module.layer_idx
+    out = segment_attention(
+        query, key, value, segment_plan, sm_scale=sm_scale, pages=kv_pages, layer_idx=layer_idx
+    )
     return out, None

@@ -8,7 +8,8 @@ from typing import Generic, Literal, NotRequired, TypedDict, TypeVar
 
 T = TypeVar("T")
 
-Flow = Literal["packed", "chunked", "plain", "mixed"]
+Flow = Literal["packed", "extend", "chunked", "plain"]
+FLOWS: tuple[Flow, ...] = ("packed", "extend", "chunked", "plain")
 MaskImpl = Literal["segment", "dense", "causal", "mixed"]
 
 
@@ -19,23 +20,26 @@ class Usage:
     Args:
       prompt_tokens: tokens that scoring the items one by one would compute.
       computed_tokens: tokens that ran through the model, padding apart.
+      computed_prefix_tokens: those of them that are a prefix's; 0 where all were in pages.
       prefix_tokens_saved: prompt_tokens - computed_tokens, the prefix tokens that items shared.
       padding_tokens: padding that ran through the model beside them.
       truncated_items: indices of items that lost their end to the budget.
       special_token_items: indices of items whose text holds a special token's.
-      flow: "packed" (a prefix shared by items in one forward), "chunked" (by items of several
-        forwards), "plain" (nothing shared), or "mixed" over queries.
+      flow: "packed" (prefix and items in one launch), "extend" (the prefix was in pages, items
+        only), "chunked" (the prefix once, the items in several launches), "plain" (nothing shared),
+        or "mixed" over queries.
       mask_impl: the attention that ran: "segment", "dense", or "causal" where one sequence alone
         needs no other mask; "mixed" over queries.
     """
 
     prompt_tokens: int
     computed_tokens: int
+    computed_prefix_tokens: int
     prefix_tokens_saved: int
     padding_tokens: int
     truncated_items: tuple[int, ...]
     special_token_items: tuple[int, ...]
-    flow: Flow
+    flow: Flow | Literal["mixed"]
     mask_impl: MaskImpl
 
 
@@ -74,6 +78,7 @@ def merge_usages(usages: Sequence[Usage], indices: Sequence[Sequence[int]]) -> U
     return Usage(
         prompt_tokens=total("prompt_tokens"),
         computed_tokens=total("computed_tokens"),
+        computed_prefix_tokens=total("computed_prefix_tokens"),
         prefix_tokens_saved=total("prefix_tokens_saved"),
         padding_tokens=total("padding_tokens"),
         truncated_items=where("truncated_items"),

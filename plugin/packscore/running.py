@@ -1,22 +1,25 @@
-"""One encoded request to label logits, in torch or through compiled programs."""
+"""Requests to label logits: leases on their prefixes, launches shared between them, results."""
 
 from __future__ import annotations
 
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from packscore.encoding import EncodedRequest
-from packscore.forward import chunk_tokens_of, scored_hidden_states
-from packscore.head import LabelHead
-from packscore.packing import pack, split_items
+from packscore.engines import Engine
+from packscore.packing import PackedBatch, Share, TokenIds, pack
+from packscore.paging import MIN_SHARED_TOKENS, PrefixLease, common_len
+from packscore.planner import Explanation, Plan, Planner, Workload, measured_cost_model
 from packscore.results import Flow, MaskImpl, Usage
+from packscore_kernels.hardware import cdiv
 
-if TYPE_CHECKING:
-    from packscore.program import ModelProgram
+# Requests that are planned together; more would hold their results back longer for no gain.
+WINDOW = 256
 
 
 @dataclass(frozen=True)
@@ -28,73 +31,300 @@ class LabelLogits:
     usage: Usage
 
 
-def run_torch(
-    model: PreTrainedModel,
-    head: LabelHead,
-    request: EncodedRequest,
-    label_ids: list[int],
-    over_vocabulary: bool,
-    mask_impl: Literal["segment", "dense"],
-) -> LabelLogits:
-    """Score a request with the model's own torch modules."""
-    # one forward of everything is what dense means; segment keeps its activations in cache
-    chunk_tokens = chunk_tokens_of(model.device) if mask_impl == "segment" else None
-    packed = pack(request.prefix, request.items, chunk_tokens=chunk_tokens)
-    chosen: MaskImpl = "causal" if packed.is_causal else mask_impl
-    with torch.inference_mode():
-        hidden = scored_hidden_states(model, packed, chosen)
-        logits = head.label_logits(hidden, label_ids)
-        normalizer = head.logsumexp(hidden) if over_vocabulary else logits.logsumexp(-1)
-    computed = sum(batch.layout.num_real_tokens for batch in packed.batches)
-    return LabelLogits(
-        logits, normalizer, usage_of(request, len(packed.batches), computed, 0, chosen)
-    )
+@dataclass(eq=False)
+class _Job:
+    """One request on its way: its plan, the shares still to launch, what came back."""
+
+    request: EncodedRequest
+    plan: Plan
+    shares: deque[Share]
+    lease: PrefixLease | None
+    is_held: bool  # by the caller, who releases it
+    was_whole: bool
+    computed_tokens: int = 0
+    computed_prefix_tokens: int = 0
+    padding_tokens: float = 0.0
+    is_causal: bool = False
+
+    def release(self) -> None:
+        if self.lease is not None and not self.is_held:
+            self.lease.release()
 
 
-def run_program(
-    program: ModelProgram, request: EncodedRequest, label_ids: list[int], over_vocabulary: bool
-) -> LabelLogits:
-    """Score a request with compiled programs; the prefix runs once for each program it needs."""
-    item_lens = [len(item) for item in request.items]
-    parts = split_items(len(request.prefix), item_lens, program.max_tokens)
-    logits = np.zeros((len(item_lens), len(label_ids)), np.float32)
-    normalizer = np.zeros(len(item_lens), np.float32)
-    computed = padding = 0
-    for part in parts:
-        packed = pack(request.prefix, [request.items[i] for i in part])
-        (batch,) = packed.batches
-        index = np.array(part)[packed.order]
-        logits[index], normalizer[index] = program.run(
-            batch, label_ids, over_vocabulary=over_vocabulary
+class Runner:
+    """Runs requests on one engine.
+
+    Args:
+      engine: what computes launches.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    @property
+    def planner(self) -> Planner:
+        """Plans with the engine's costs, which a calibration may change."""
+        return Planner(self.engine.costs, self.engine.limits)
+
+    def run(
+        self,
+        requests: Sequence[EncodedRequest],
+        label_ids: list[int],
+        over_vocabulary: bool,
+        *,
+        flow: Flow | None = None,
+        lease: PrefixLease | None = None,
+        progress: Callable[[int], object] = lambda _: None,
+    ) -> list[LabelLogits | Exception]:
+        """Score requests, several in one launch where they fit.
+
+        Args:
+          requests: encoded queries and items.
+          label_ids: token ids of the labels, the same for all.
+          over_vocabulary: normalise over the vocabulary instead of over the labels.
+          flow: the flow of every request; None is the cheapest. "packed" and "plain" by name leave
+            the pages alone, so that the launches do not depend on what was scored before.
+          lease: of the one request's prefix, held by the caller; None takes one for the run.
+          progress: called with the number of items that were scored since.
+
+        Returns:
+          For each request its label logits, or the error that only it met.
+        """
+        self.engine.refresh()
+        results: list[LabelLogits | Exception] = []
+        for start in range(0, len(requests), WINDOW):
+            window = requests[start : start + WINDOW]
+            results += self._run_window(window, label_ids, over_vocabulary, flow, lease)
+            progress(sum(len(request.items) for request in window))
+        return results
+
+    def _run_window(
+        self,
+        requests: Sequence[EncodedRequest],
+        label_ids: list[int],
+        over_vocabulary: bool,
+        flow: Flow | None,
+        lease: PrefixLease | None,
+    ) -> list[LabelLogits | Exception]:
+        try:
+            return list(self._run(requests, label_ids, over_vocabulary, flow, lease))
+        except Exception as error:
+            if len(requests) == 1:
+                return [error]
+        # one by one, so that the others do not suffer from the one that failed
+        alone: list[LabelLogits | Exception] = []
+        for request in requests:
+            alone += self._run_window([request], label_ids, over_vocabulary, flow, lease)
+        return alone
+
+    def explain(self, request: EncodedRequest) -> Explanation:
+        """What `run` would choose for a request, now."""
+        pool = self.engine.pool
+        cached = pool.cached_len(request.prefix) if pool else 0
+        pages = cdiv(len(request.prefix), pool.page_size) if pool else 0
+        is_kept = pool is not None and 0 < pages <= pool.num_pages - pool.num_pinned_pages
+        lens = np.sort([len(item) for item in request.items])
+        return self.planner.explain(Workload(len(request.prefix), cached, lens, is_kept))
+
+    def hold(self, prefix: TokenIds) -> PrefixLease | None:
+        """Compute a prefix into pages and hold it; None where the pages do not suffice."""
+        self.engine.refresh()
+        pool = self.engine.pool
+        lease = pool.acquire(prefix) if pool and len(prefix) else None
+        if lease is None or lease.is_whole:
+            return lease
+        try:
+            nothing = np.zeros(0, np.int64)
+            launched = self.engine.launch(pack([Share(0, prefix, [], nothing, lease)]), [0], False)
+            self.engine.read([launched], [0], False)
+        except BaseException:
+            lease.release()
+            raise
+        lease.commit()
+        return lease
+
+    def calibrate(self, seconds: float) -> None:
+        """Replace the engine's costs by measured ones."""
+        self.engine.costs = measured_cost_model(self._timed, self.engine.costs, seconds)
+
+    def _timed(self, prefix_len: int, item_lens: Sequence[int]) -> float:
+        """Milliseconds of a launch of these sizes."""
+        prefix = np.ones(prefix_len, np.int64)
+        items = [np.ones(length, np.int64) for length in item_lens]
+        batch = pack([Share(0, prefix, items, np.arange(len(items)))])
+        start = time.perf_counter()
+        self.engine.read([self.engine.launch(batch, [0], False)], [0], False)
+        return 1e3 * (time.perf_counter() - start)
+
+    def _run(
+        self,
+        requests: Sequence[EncodedRequest],
+        label_ids: list[int],
+        over_vocabulary: bool,
+        flow: Flow | None,
+        lease: PrefixLease | None,
+    ) -> list[LabelLogits]:
+        waiting = deque(range(len(requests)))
+        jobs: dict[int, _Job] = {}
+        begun: deque[_Job] = deque()
+        launched, order = [], []
+        try:
+            while waiting or begun:
+                chosen = self._continue(begun)
+                for number, job in self._admit(requests, waiting, chosen, flow, lease):
+                    jobs[number] = job
+                    begun.append(job)
+                batch = pack(chosen)
+                launched.append(self.engine.launch(batch, label_ids, over_vocabulary))
+                order += chosen
+                self._account(batch, jobs)
+                begun = deque(job for job in begun if job.shares)
+        finally:
+            for job in jobs.values():
+                job.release()
+        logits, normalizer = self.engine.read(launched, label_ids, over_vocabulary)
+        return self._results(jobs, order, logits, normalizer)
+
+    def _continue(self, begun: Iterable[_Job]) -> list[Share]:
+        """The next share of every request that is begun, as many as fit into a launch."""
+        chosen: list[Share] = []
+        for job in begun:
+            if self._fits(job.shares[0], chosen):
+                chosen.append(job.shares.popleft())
+        return chosen
+
+    def _fits(self, share: Share, chosen: list[Share]) -> bool:
+        limits = self.engine.limits
+        together = [*chosen, share]
+        return not chosen or (
+            len(together) <= limits.max_groups
+            and sum(one.num_tokens for one in together) <= limits.target_tokens
+            and sum(len(one.group.page_indices) for one in together) <= limits.max_pages
         )
-        computed += len(batch.token_ids)
-        padding += program.padding_tokens(len(batch.token_ids))
-    return LabelLogits(
-        torch.from_numpy(logits),
-        torch.from_numpy(normalizer),
-        usage_of(request, len(parts), computed, padding, "segment"),
-    )
+
+    def _admit(
+        self,
+        requests: Sequence[EncodedRequest],
+        waiting: deque[int],
+        chosen: list[Share],
+        flow: Flow | None,
+        lease: PrefixLease | None,
+    ) -> Iterator[tuple[int, _Job]]:
+        """Begin waiting requests whose first share fits into the launch, and add it to `chosen`."""
+        postponed: list[int] = []
+        while waiting:
+            number = waiting.popleft()
+            if self._waits_for(requests[number], chosen):
+                postponed.append(number)
+                continue
+            job = self._begin(number, requests[number], flow, lease)
+            if not self._fits(job.shares[0], chosen):
+                job.release()
+                waiting.appendleft(number)
+                break
+            chosen.append(job.shares.popleft())
+            yield number, job
+        waiting.extendleft(reversed(postponed))
+
+    def _waits_for(self, request: EncodedRequest, chosen: list[Share]) -> bool:
+        """Whether the launch being put together computes the start of this request's prefix."""
+        computing = [
+            common_len(request.prefix, share.prefix)
+            for share in chosen
+            if share.lease is not None and not share.lease.is_whole
+        ]
+        pool = self.engine.pool
+        if pool is None or max(computing, default=0) < MIN_SHARED_TOKENS:
+            return False
+        return max(computing) >= pool.cached_len(request.prefix) + MIN_SHARED_TOKENS
+
+    def _begin(
+        self,
+        number: int,
+        request: EncodedRequest,
+        flow: Flow | None,
+        lease: PrefixLease | None,
+    ) -> _Job:
+        pool = self.engine.pool
+        own = None
+        keeps = flow not in ("packed", "plain")  # asked for by name, they give the same bits again
+        if lease is None and pool is not None and len(request.prefix) and keeps:
+            lease = own = pool.acquire(request.prefix)
+        lens = np.array([len(item) for item in request.items], np.int64)
+        # by length, so that those of one length are neighbours and few calls serve all
+        index = np.argsort(lens, kind="stable")
+        cached = lease.cached_len if lease else 0
+        work = Workload(len(request.prefix), cached, lens[index], lease is not None)
+        try:
+            plan = self.planner.choose(work, flow)
+        except Exception:
+            if own is not None:
+                own.release()
+            raise
+        held = None if plan.flow == "plain" else lease
+        shares = deque(
+            Share(number, request.prefix, [request.items[i] for i in part], part, held)
+            for part in (index[start:end] for start, end in plan.bounds)
+        )
+        return _Job(request, plan, shares, lease, own is None, bool(lease and lease.is_whole))
+
+    def _account(self, batch: PackedBatch, jobs: dict[int, _Job]) -> None:
+        """Note what a launch computed, and let others find the prefixes it wrote."""
+        padded = self.engine.costs.padded(len(batch.token_ids)) - len(batch.token_ids)
+        for share, group in zip(batch.shares, batch.layout.groups, strict=True):
+            job = jobs[share.request]
+            job.computed_tokens += group.num_tokens
+            job.computed_prefix_tokens += group.prefix_len
+            job.padding_tokens += padded * group.num_tokens / max(len(batch.token_ids), 1)
+            job.is_causal = batch.is_causal
+            if share.lease is not None:
+                share.lease.commit()
+            if not job.shares:
+                job.release()
+
+    def _results(
+        self,
+        jobs: dict[int, _Job],
+        order: list[Share],
+        logits: torch.Tensor,
+        normalizer: torch.Tensor,
+    ) -> list[LabelLogits]:
+        """Rows of all launches back to the requests and into the order of their items."""
+        rows = {number: np.empty(len(job.request.items), np.int64) for number, job in jobs.items()}
+        first = 0
+        for share in order:
+            rows[share.request][share.index] = np.arange(first, first + len(share.index))
+            first += len(share.index)
+        results = []
+        for number, job in sorted(jobs.items()):
+            at = torch.from_numpy(rows[number]).to(logits.device)
+            usage = usage_of(job, self.engine.mask_impl)
+            results.append(LabelLogits(logits[at], normalizer[at], usage))
+        return results
 
 
-def usage_of(
-    request: EncodedRequest,
-    num_forwards: int,
-    computed_tokens: int,
-    padding_tokens: int,
-    mask_impl: MaskImpl,
-) -> Usage:
+def usage_of(job: _Job, mask_impl: MaskImpl) -> Usage:
     """The usage of one request."""
+    request = job.request
     prompt_tokens = len(request.prefix) * len(request.items) + sum(map(len, request.items))
-    flow: Flow = "packed" if num_forwards == 1 else "chunked"
-    if not len(request.prefix) or len(request.items) == 1:
-        flow = "plain"
     return Usage(
         prompt_tokens=prompt_tokens,
-        computed_tokens=computed_tokens,
-        prefix_tokens_saved=prompt_tokens - computed_tokens,
-        padding_tokens=padding_tokens,
+        computed_tokens=job.computed_tokens,
+        computed_prefix_tokens=job.computed_prefix_tokens,
+        prefix_tokens_saved=prompt_tokens - job.computed_tokens,
+        padding_tokens=round(job.padding_tokens),
         truncated_items=tuple(request.truncated_items),
         special_token_items=tuple(request.special_token_items),
-        flow=flow,
-        mask_impl=mask_impl,
+        flow=_flow_of(job),
+        mask_impl="causal" if job.is_causal else mask_impl,
     )
+
+
+def _flow_of(job: _Job) -> Flow:
+    if job.was_whole and job.plan.flow != "plain":
+        return "extend"
+    if not len(job.request.prefix) or len(job.request.items) == 1:
+        return "plain"
+    if job.plan.flow == "packed" and len(job.plan.bounds) > 1:
+        return "chunked"
+    return job.plan.flow

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -11,23 +11,16 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from packscore.encoding import (
-    ArgumentNames,
-    Budget,
-    EncodedRequest,
-    PlainEncoder,
-    PromptEncoder,
-    RequestEncoder,
-    group_by_query,
-)
-from packscore.errors import InputError, NotPatchedError, ScoringError
-from packscore.head import LabelHead
-from packscore.inputs import Text, as_list, as_pairs, check_choice, check_count, short
-from packscore.patching import base_model, check_supported, is_patched, program_of
-from packscore.prompts import PromptSpec, resolve_prompt
-from packscore.results import RankedDocument, ScoreResult, Usage, merge_usages
-from packscore.running import LabelLogits, run_program, run_torch
-from packscore.tokenizing import PieceTokenizer
+from packscore.core import ScoringCore
+from packscore.encoding import ArgumentNames, EncodedRequest, group_by_query
+from packscore.errors import ScoringError
+from packscore.inputs import Text, as_iterator, as_list, as_pairs, as_requests, check_count
+from packscore.paging import PREFIX_CACHE_BYTES
+from packscore.planner import Explanation
+from packscore.prefixes import Prefix, stream
+from packscore.prompts import PromptSpec
+from packscore.results import Flow, RankedDocument, ScoreResult, Usage, merge_usages
+from packscore.running import LabelLogits
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 Scores = npt.NDArray[np.float32]
@@ -40,21 +33,26 @@ class MultiItemScorer:
     query is computed once; every item sees the query and itself only.
 
     Args:
-      model: a causal Hugging Face model in eval mode, after `patch_model(model)`.
+      model: a causal Hugging Face model, or a sequence classifier on one, in eval mode, after
+        `patch_model(model)`.
       tokenizer: its tokenizer, which is copied and never changed; without one, pass token ids.
       prompt: a name ("plain", "qwen3-reranker", "yes-no") or a `PromptSpec`; None is "plain".
       mask_impl: "segment" (no mask at all), "dense" (a 4-D mask through the model's own attention,
         num_tokens x num_tokens, also for a model that is not patched), or "auto" (segment).
       instruction: what `{instruction}` of the prompt becomes; None takes the prompt's default.
-      labels: default label texts; None takes the prompt's.
+      labels: default label texts; None takes the prompt's. Of a sequence classifier: names of
+        classes, and None takes all.
       label_token_ids: default labels as token ids, instead of `labels`.
       max_tokens: budget of query and one item; None takes the prompt's or the model's own.
       on_long: "truncate" cuts the end of items over the budget and reports them, "error" raises.
       split_special_tokens: encode special tokens in texts as ordinary text, so that a document
         cannot forge the prompt's frame.
+      prefix_cache_bytes: keys and values of queries that may stay on the device, so that the next
+        call with the same query, or the same start of one, need not compute it; the least recently
+        used go first. 0 keeps none.
 
     Raises:
-      UnsupportedModelError: the model cannot be scored exactly, or has no language-model head.
+      UnsupportedModelError: the model cannot be scored exactly, or has no trained head.
       NotPatchedError: the model is not patched and `mask_impl` is not "dense".
       InputError, InputTypeError: an option does not exist or does not fit the others.
     """
@@ -72,39 +70,31 @@ class MultiItemScorer:
         max_tokens: int | None = None,
         on_long: Literal["truncate", "error"] = "truncate",
         split_special_tokens: bool = True,
+        prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
     ) -> None:
-        check_supported(model)
-        check_choice("mask_impl", mask_impl, ("auto", "segment", "dense"))
-        check_choice("on_long", on_long, ("truncate", "error"))
-        self.model = model
-        self.mask_impl: Literal["segment", "dense"] = "dense" if mask_impl == "dense" else "segment"
-        self._base = base_model(model)
-        self._check_patched()
-        spec = resolve_prompt(prompt)
-        pieces = None if tokenizer is None else PieceTokenizer(tokenizer)
-        self._head = LabelHead(self._base, pieces)
-        vocab_size = self._head.vocab_size
-        model_limit = int(self._base.config.max_position_embeddings)
-        check_count("max_tokens", max_tokens, model_limit)
-        budget = Budget(max_tokens or min(spec.max_tokens or model_limit, model_limit), on_long)
-        self._encoder: RequestEncoder
-        if spec.joins_ids:
-            self._encoder = PlainEncoder(
-                pieces, budget, vocab_size, split_special_tokens=split_special_tokens
-            )
-        elif pieces is None:
-            raise InputError(f"prompt={short(prompt)} is text, which needs a tokenizer; pass one")
-        else:
-            self._encoder = PromptEncoder(
-                pieces,
-                budget,
-                spec,
-                instruction=spec.instruction if instruction is None else instruction,
-                split_special_tokens=split_special_tokens,
-            )
-        if labels is None and label_token_ids is None and spec.labels:
-            labels = spec.labels
-        self._default_label_ids = self._head.resolve(labels, label_token_ids)
+        self._core = ScoringCore(
+            model,
+            tokenizer,
+            prompt=prompt,
+            mask_impl=mask_impl,
+            instruction=instruction,
+            labels=labels,
+            label_token_ids=label_token_ids,
+            max_tokens=max_tokens,
+            on_long=on_long,
+            split_special_tokens=split_special_tokens,
+            prefix_cache_bytes=prefix_cache_bytes,
+        )
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, as it was given."""
+        return self._core.model
+
+    @property
+    def mask_impl(self) -> Literal["segment", "dense"]:
+        """How items are kept apart."""
+        return self._core.mask_impl
 
     @overload
     def score(
@@ -116,6 +106,7 @@ class MultiItemScorer:
         label_token_ids: Sequence[int] | None = None,
         apply_softmax: bool = False,
         item_first: bool = False,
+        flow: Flow | None = None,
         return_usage: Literal[False] = False,
     ) -> list[list[float]]: ...
 
@@ -129,6 +120,7 @@ class MultiItemScorer:
         label_token_ids: Sequence[int] | None = None,
         apply_softmax: bool = False,
         item_first: bool = False,
+        flow: Flow | None = None,
         return_usage: Literal[True],
     ) -> ScoreResult[list[list[float]]]: ...
 
@@ -141,6 +133,7 @@ class MultiItemScorer:
         label_token_ids: Sequence[int] | None = None,
         apply_softmax: bool = False,
         item_first: bool = False,
+        flow: Flow | None = None,
         return_usage: bool = False,
     ) -> list[list[float]] | ScoreResult[list[list[float]]]:
         """Probability of every label at the end of every item.
@@ -150,8 +143,12 @@ class MultiItemScorer:
           items: texts or token ids, one kind only; an empty item is scored at the query's end.
           labels: label texts of one token each; None takes the scorer's.
           label_token_ids: labels as token ids, instead of `labels`.
-          apply_softmax: softmax over the labels alone; False: over the whole vocabulary.
+          apply_softmax: softmax over the labels alone; False: over the whole vocabulary, or over
+            all classes of a classifier. The only class of a classifier gets a sigmoid.
           item_first: score `item + query` instead; then nothing is shared between items.
+          flow: "packed", "extend", "chunked" or "plain", which all give the same scores; None is
+            the cheapest, see `explain`. "packed" and "plain" by name neither read nor keep pages,
+            and so give the same bits whatever was scored before.
           return_usage: return a `ScoreResult` with the tokens it took.
 
         Returns:
@@ -161,16 +158,14 @@ class MultiItemScorer:
           InputError, InputTypeError: an argument cannot be scored; raised before the model runs.
           NotPatchedError: the model was unpatched since.
         """
-        self._check_ready()
-        label_ids = self._head.resolve(labels, label_token_ids) or self._default_label_ids
-        if label_ids is None:
-            raise InputError("labels are missing, and the prompt has none; pass labels=[...]")
+        self._core.check_ready()
+        label_ids = self._core.label_ids(labels, label_token_ids)
         found = as_list("items", items)
-        request = self._encoder.encode(query, found, ArgumentNames(), item_first=item_first)
-        result = self._label_logits(request, label_ids, over_vocabulary=not apply_softmax)
-        with torch.inference_mode():
-            log_probs = result.logits - result.normalizer[:, None]
-            scores: list[list[float]] = log_probs.exp().tolist()
+        request = self._core.encode(query, found, ArgumentNames(), item_first=item_first)
+        result = self._core.run_one(
+            request, label_ids, over_vocabulary=not apply_softmax, flow=flow
+        )
+        scores = self._core.probabilities(result)
         return ScoreResult(scores, result.usage) if return_usage else scores
 
     @overload
@@ -182,6 +177,7 @@ class MultiItemScorer:
         top_k: int | None = None,
         return_documents: bool = False,
         activation_fn: Activation | None = None,
+        flow: Flow | None = None,
         return_usage: Literal[False] = False,
     ) -> list[RankedDocument]: ...
 
@@ -194,6 +190,7 @@ class MultiItemScorer:
         top_k: int | None = None,
         return_documents: bool = False,
         activation_fn: Activation | None = None,
+        flow: Flow | None = None,
         return_usage: Literal[True],
     ) -> ScoreResult[list[RankedDocument]]: ...
 
@@ -205,6 +202,7 @@ class MultiItemScorer:
         top_k: int | None = None,
         return_documents: bool = False,
         activation_fn: Activation | None = None,
+        flow: Flow | None = None,
         return_usage: bool = False,
     ) -> list[RankedDocument] | ScoreResult[list[RankedDocument]]:
         """Documents by their score for the query, best first, ties in the order given.
@@ -214,8 +212,9 @@ class MultiItemScorer:
           documents: texts or token ids.
           top_k: how many to return; None returns all.
           return_documents: put each document into its entry as "text".
-          activation_fn: on the log-odds of the positive against the negative label; None is the
-            sigmoid, which gives the probability of the positive one.
+          activation_fn: on the log-odds of the positive against the negative label, or on the
+            logit of a classifier's only class; None is the sigmoid, which gives a probability.
+          flow: as in `score`.
           return_usage: return a `ScoreResult` with the tokens it took.
 
         Returns:
@@ -225,13 +224,14 @@ class MultiItemScorer:
           InputError, InputTypeError: an argument cannot be scored, or the scorer does not have two
             labels (negative, positive); raised before the model runs.
         """
-        self._check_ready()
+        self._core.check_ready()
         check_count("top_k", top_k)
         found = as_list("documents", documents)
         names = ArgumentNames(item="documents[{}]".format)
-        label_ids = self._two_labels()
-        request = self._encoder.encode(query, found, names)
-        scores, usage = self._activated_log_odds(request, label_ids, activation_fn)
+        label_ids = self._core.head.for_ranking(self._core.default_label_ids)
+        request = self._core.encode(query, found, names)
+        result = self._core.run_one(request, label_ids, over_vocabulary=False, flow=flow)
+        scores, usage = _activated(result, activation_fn), result.usage
         ranked: list[RankedDocument] = []
         for i in np.argsort(-scores, kind="stable")[:top_k].tolist():
             ranked.append({"corpus_id": i, "score": float(scores[i])})
@@ -245,6 +245,7 @@ class MultiItemScorer:
         pairs: Iterable[Sequence[Text]],
         *,
         activation_fn: Activation | None = None,
+        flow: Flow | None = None,
         show_progress_bar: bool = False,
         return_usage: Literal[False] = False,
     ) -> Scores: ...
@@ -255,6 +256,7 @@ class MultiItemScorer:
         pairs: Iterable[Sequence[Text]],
         *,
         activation_fn: Activation | None = None,
+        flow: Flow | None = None,
         show_progress_bar: bool = False,
         return_usage: Literal[True],
     ) -> ScoreResult[Scores]: ...
@@ -264,6 +266,7 @@ class MultiItemScorer:
         pairs: Iterable[Sequence[Text]],
         *,
         activation_fn: Activation | None = None,
+        flow: Flow | None = None,
         show_progress_bar: bool = False,
         return_usage: bool = False,
     ) -> Scores | ScoreResult[Scores]:
@@ -272,6 +275,7 @@ class MultiItemScorer:
         Args:
           pairs: (query, document) each.
           activation_fn: on the log-odds, as in `rank`; `torch.nn.Identity()` returns them.
+          flow: as in `score`.
           show_progress_bar: show one, counting pairs.
           return_usage: return a `ScoreResult` with the tokens it took.
 
@@ -282,24 +286,26 @@ class MultiItemScorer:
           InputError, InputTypeError: a pair cannot be scored; raised before the model runs.
           ScoringError: the model failed on a query; its `scores` keeps those of all others.
         """
-        self._check_ready()
+        self._core.check_ready()
         found = as_pairs("pairs", pairs)
-        label_ids = self._two_labels()
+        label_ids = self._core.head.for_ranking(self._core.default_label_ids)
         groups = group_by_query(found)
         requests = [self._encode_group(found, index) for index in groups]
         scores = np.full(len(found), np.nan, np.float32)
         usages: list[Usage] = []
         failures: list[tuple[int, Exception]] = []
         with tqdm(total=len(found), unit="pair", disable=not show_progress_bar) as bar:
-            for index, request in zip(groups, requests, strict=True):
-                try:
-                    scores[index], usage = self._activated_log_odds(
-                        request, label_ids, activation_fn
-                    )
-                    usages.append(usage)
-                except Exception as failure:
-                    failures.append((index[0], failure))
-                bar.update(len(index))
+            results = self._core.run(
+                requests, label_ids, over_vocabulary=False, flow=flow, progress=bar.update
+            )
+        for index, result in zip(groups, results, strict=True):
+            try:
+                if isinstance(result, Exception):
+                    raise result
+                scores[index] = _activated(result, activation_fn)
+                usages.append(result.usage)
+            except Exception as failure:
+                failures.append((index[0], failure))
         if failures:
             first, error = failures[0]
             raise ScoringError(
@@ -309,46 +315,169 @@ class MultiItemScorer:
             ) from error
         return ScoreResult(scores, merge_usages(usages, groups)) if return_usage else scores
 
+    def score_many(
+        self,
+        requests: Iterable[tuple[Text, Iterable[Text]]],
+        *,
+        labels: Sequence[str] | None = None,
+        label_token_ids: Sequence[int] | None = None,
+        apply_softmax: bool = False,
+        flow: Flow | None = None,
+        show_progress_bar: bool = False,
+    ) -> list[ScoreResult[list[list[float]]]]:
+        """`score` for many queries, several in one launch; what they share is computed once.
+
+        Args:
+          requests: (query, items) each.
+          labels: as in `score`, the same for all.
+          label_token_ids: labels as token ids, instead of `labels`.
+          apply_softmax: as in `score`.
+          flow: as in `score`.
+          show_progress_bar: show one, counting items.
+
+        Returns:
+          A `ScoreResult` for each request, in the order given: scores as of `score`, and usage.
+
+        Raises:
+          InputError, InputTypeError: a request cannot be scored; raised before the model runs.
+          ScoringError: the model failed on a request; its `scores` keeps the results of all
+            others, and None for those that failed.
+        """
+        self._core.check_ready()
+        label_ids = self._core.label_ids(labels, label_token_ids)
+        found = as_requests("requests", requests)
+        encoded = [
+            self._core.encode(query, items, _names_of_request(i))
+            for i, (query, items) in enumerate(found)
+        ]
+        total = sum(len(items) for _, items in found)
+        with tqdm(total=total, unit="item", disable=not show_progress_bar) as bar:
+            results = self._core.run(
+                encoded,
+                label_ids,
+                over_vocabulary=not apply_softmax,
+                flow=flow,
+                progress=bar.update,
+            )
+        scored = [
+            None
+            if isinstance(result, Exception)
+            else ScoreResult(self._core.probabilities(result), result.usage)
+            for result in results
+        ]
+        failed = [(i, e) for i, e in enumerate(results) if isinstance(e, Exception)]
+        if failed:
+            first, error = failed[0]
+            raise ScoringError(
+                f"{len(failed)} of {len(found)} requests failed, the first is requests[{first}] "
+                f"({error}); the results of the others are in this error's .scores",
+                scored,
+            ) from error
+        return [result for result in scored if result is not None]
+
+    def score_stream(
+        self,
+        query: Text,
+        items: Iterable[Text],
+        *,
+        labels: Sequence[str] | None = None,
+        label_token_ids: Sequence[int] | None = None,
+        apply_softmax: bool = False,
+        max_items: int | None = None,
+    ) -> Iterator[list[float]]:
+        """`score` for items that are still arriving: takes a few, yields their scores, takes more.
+
+        The first scores come after a few items; then as many are taken at a time as fill a launch.
+
+        Args:
+          query: as in `score`.
+          items: any iterable, also an endless one; read only as far as scores are asked for.
+          labels: as in `score`.
+          label_token_ids: labels as token ids, instead of `labels`.
+          apply_softmax: as in `score`.
+          max_items: items taken at a time at most; None leaves it to the size of a launch.
+
+        Yields:
+          [P(label) for each label] of each item, in the order of the items.
+
+        Raises:
+          InputError, InputTypeError: an argument or an item cannot be scored; the scores of items
+            before it, up to the last full launch, were yielded.
+        """
+        check_count("max_items", max_items)
+        self._core.check_ready()
+        label_ids = self._core.label_ids(labels, label_token_ids)
+        iterator = as_iterator("items", items)
+        return stream(self._core, query, iterator, label_ids, not apply_softmax, max_items)
+
+    def prefix(self, query: Text) -> Prefix:
+        """Compute a query once and hold it on the device, whatever else is scored meanwhile.
+
+        >>> with scorer.prefix("what is a panda?") as p:   # doctest: +SKIP
+        ...     first = p.score(documents)
+        ...     more = p.score(others)                      # computes the items only
+
+        Raises:
+          InputError: the query cannot be scored, or does not fit into `prefix_cache_bytes` beside
+            the ones that are held.
+        """
+        return Prefix(self._core, query)
+
+    def explain(self, query: Text, items: Iterable[Text]) -> Explanation:
+        """Print the flows that `score` could take, with their predicted costs, and the choice.
+
+        Returns:
+          What is printed, as data.
+        """
+        found = as_list("items", items)
+        request = self._core.encode(query, found, ArgumentNames())
+        explanation = self._core.runner.explain(request)
+        print(explanation)
+        return explanation
+
+    def calibrate(self, *, seconds: float = 5.0) -> None:
+        """Measure launches of this model on this machine, for the planner's choices.
+
+        Args:
+          seconds: about how long it may take.
+        """
+        self._core.check_ready()
+        self._core.runner.calibrate(seconds)
+
+    def clear_prefixes(self) -> None:
+        """Forget all queries on the device, also those held by `prefix`, which become stale."""
+        pool = self._core.runner.engine.pool
+        if pool is not None:
+            pool.clear()
+
+    @property
+    def label_token_ids(self) -> list[int] | None:
+        """Ids of the scorer's own labels; None where neither it nor its prompt has any."""
+        return self._core.default_label_ids
+
+    def encode(self, query: Text, items: Iterable[Text]) -> EncodedRequest:
+        """The token ids that `score(query, items)` runs: its prefix, and each item behind it.
+
+        Raises:
+          InputError, InputTypeError: the query or an item cannot be scored.
+        """
+        return self._core.encode(query, as_list("items", items), ArgumentNames())
+
     def _encode_group(self, pairs: list[Any], index: list[int]) -> EncodedRequest:
         names = ArgumentNames(f"pairs[{index[0]}][0]", lambda i: f"pairs[{index[i]}][1]")
-        return self._encoder.encode(pairs[index[0]][0], [pairs[i][1] for i in index], names)
+        return self._core.encode(pairs[index[0]][0], [pairs[i][1] for i in index], names)
 
-    def _activated_log_odds(
-        self, request: EncodedRequest, label_ids: list[int], activation_fn: Activation | None
-    ) -> tuple[Scores, Usage]:
-        found = self._label_logits(request, label_ids, over_vocabulary=False)
-        with torch.inference_mode():
-            negative, positive = found.logits.unbind(-1)
-            activated = (activation_fn or torch.sigmoid)(positive - negative)
-        return activated.float().cpu().numpy(), found.usage
 
-    def _label_logits(
-        self, request: EncodedRequest, label_ids: list[int], *, over_vocabulary: bool
-    ) -> LabelLogits:
-        program = program_of(self._base)
-        if program is not None and self.mask_impl == "segment":
-            return run_program(program, request, label_ids, over_vocabulary)
-        return run_torch(
-            self._base, self._head, request, label_ids, over_vocabulary, self.mask_impl
-        )
+def _names_of_request(number: int) -> ArgumentNames:
+    return ArgumentNames(f"requests[{number}][0]", lambda i: f"requests[{number}][1][{i}]")
 
-    def _check_ready(self) -> None:
-        self._check_patched()
-        if self._base.training:
-            raise InputError("model is in train mode, where dropout is random; call model.eval()")
 
-    def _check_patched(self) -> None:
-        if self.mask_impl == "segment" and not is_patched(self.model):
-            raise NotPatchedError(
-                "model is not patched; call packscore.patch_model(model) first, "
-                "or pass mask_impl='dense'"
-            )
-
-    def _two_labels(self) -> list[int]:
-        ids = self._default_label_ids
-        if ids is None or len(ids) != 2:
-            raise InputError(
-                f"labels: rank and predict compare two, (negative, positive), and this scorer has "
-                f"{len(ids or ())}; pass MultiItemScorer(..., labels=['no', 'yes'])"
-            )
-        return ids
+def _activated(found: LabelLogits, activation_fn: Activation | None) -> Scores:
+    """Activated log-odds of the positive against the negative label."""
+    with torch.inference_mode():
+        positive = found.logits[:, -1]
+        is_alone = found.logits.shape[1] == 1  # a classifier's only class
+        log_odds = positive if is_alone else positive - found.logits[:, 0]
+        activated = (activation_fn or torch.sigmoid)(log_odds)
+    scores: Scores = activated.float().cpu().numpy()
+    return scores

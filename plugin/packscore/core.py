@@ -1,0 +1,183 @@
+"""What the methods of a scorer share: arguments to encoded requests, requests to label logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from packscore.class_head import head_of
+from packscore.encoding import (
+    ArgumentNames,
+    Budget,
+    EncodedRequest,
+    PlainEncoder,
+    PromptEncoder,
+    RequestEncoder,
+)
+from packscore.engines import DenseEngine, Engine, TorchEngine
+from packscore.errors import InputError, NotPatchedError
+from packscore.inputs import check_choice, check_count, short
+from packscore.paging import PrefixLease
+from packscore.patching import base_model, check_supported, is_patched, program_of
+from packscore.prompts import PromptSpec, resolve_prompt
+from packscore.results import FLOWS, Flow
+from packscore.running import LabelLogits, Runner
+from packscore.tokenizing import PieceTokenizer
+
+if TYPE_CHECKING:
+    from packscore.program import ModelProgram
+
+
+class ScoringCore:
+    """One model, one prompt, one set of pages. The arguments are those of `MultiItemScorer`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        prompt: str | PromptSpec | None,
+        mask_impl: Literal["auto", "segment", "dense"],
+        instruction: str | None,
+        labels: Sequence[str] | None,
+        label_token_ids: Sequence[int] | None,
+        max_tokens: int | None,
+        on_long: Literal["truncate", "error"],
+        split_special_tokens: bool,
+        prefix_cache_bytes: int,
+    ) -> None:
+        check_supported(model)
+        check_choice("mask_impl", mask_impl, ("auto", "segment", "dense"))
+        check_choice("on_long", on_long, ("truncate", "error"))
+        check_count("prefix_cache_bytes", prefix_cache_bytes, least=0)
+        self.model = model
+        self.mask_impl: Literal["segment", "dense"] = "dense" if mask_impl == "dense" else "segment"
+        self.prefix_cache_bytes = prefix_cache_bytes
+        self.base = base_model(model)
+        self.check_patched()
+        spec = resolve_prompt(prompt)
+        pieces = None if tokenizer is None else PieceTokenizer(tokenizer)
+        self.head = head_of(self.base, pieces)
+        model_limit = int(self.base.config.max_position_embeddings)
+        check_count("max_tokens", max_tokens, model_limit)
+        budget = Budget(max_tokens or min(spec.max_tokens or model_limit, model_limit), on_long)
+        self._encoder: RequestEncoder
+        if spec.joins_ids:
+            self._encoder = PlainEncoder(
+                pieces, budget, self.head.vocab_size, split_special_tokens=split_special_tokens
+            )
+        elif pieces is None:
+            raise InputError(f"prompt={short(prompt)} is text, which needs a tokenizer; pass one")
+        else:
+            self._encoder = PromptEncoder(
+                pieces,
+                budget,
+                spec,
+                instruction=spec.instruction if instruction is None else instruction,
+                split_special_tokens=split_special_tokens,
+            )
+        named = self.head.resolve(labels, label_token_ids)
+        self.default_label_ids = named or self.head.defaults(spec.labels)
+        self.takes_text = pieces is not None
+        self._engine: tuple[ModelProgram | None, Engine] | None = None
+
+    def encode(
+        self, query: Any, items: list[Any], names: ArgumentNames, *, item_first: bool = False
+    ) -> EncodedRequest:
+        """Token ids of a query and its items, up to where the head reads them."""
+        return self.head.pooled(self._encoder.encode(query, items, names, item_first=item_first))
+
+    def label_ids(
+        self, labels: Sequence[str] | None, label_token_ids: Sequence[int] | None
+    ) -> list[int]:
+        """The labels of one call, or the scorer's.
+
+        Raises:
+          InputError, InputTypeError: there are none, or they cannot be scored.
+        """
+        found = self.head.resolve(labels, label_token_ids) or self.default_label_ids
+        if found is None:
+            raise InputError("labels are missing, and the prompt has none; pass labels=[...]")
+        return found
+
+    def run(
+        self,
+        requests: Sequence[EncodedRequest],
+        label_ids: list[int],
+        *,
+        over_vocabulary: bool,
+        flow: Flow | None = None,
+        lease: PrefixLease | None = None,
+        progress: Callable[[int], object] = lambda _: None,
+    ) -> list[LabelLogits | Exception]:
+        """Label logits of every request, or the error that it met."""
+        if flow is not None:
+            check_choice("flow", flow, FLOWS)
+        ids, over = self.head.to_compute(label_ids, over_vocabulary)
+        found = self.runner.run(requests, ids, over, flow=flow, lease=lease, progress=progress)
+        return [self._read(result, label_ids, over_vocabulary) for result in found]
+
+    def run_one(self, request: EncodedRequest, label_ids: list[int], **options: Any) -> LabelLogits:
+        """Label logits of one request; raises the error that it met."""
+        (found,) = self.run([request], label_ids, **options)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _read(
+        self, found: LabelLogits | Exception, label_ids: list[int], over_vocabulary: bool
+    ) -> LabelLogits | Exception:
+        if isinstance(found, Exception):
+            return found
+        logits, normalizer = self.head.chosen(
+            found.logits, found.normalizer, label_ids, over_vocabulary
+        )
+        return replace(found, logits=logits, normalizer=normalizer)
+
+    @property
+    def runner(self) -> Runner:
+        """Runs requests where the model runs now: in torch, or in its compiled programs."""
+        program = program_of(self.base) if self.mask_impl == "segment" else None
+        if self._engine is None or self._engine[0] is not program:
+            self._engine = program, self._new_engine(program)
+        return Runner(self._engine[1])
+
+    def _new_engine(self, program: ModelProgram | None) -> Engine:
+        if program is not None:
+            from packscore.program_engine import ProgramEngine
+
+            return ProgramEngine(program, self.prefix_cache_bytes)
+        if self.mask_impl == "dense":
+            return DenseEngine(self.base, self.head)
+        return TorchEngine(self.base, self.head, self.prefix_cache_bytes)
+
+    def check_ready(self) -> None:
+        """Refuse a model that would not give its own scores now.
+
+        Raises:
+          NotPatchedError: the model was unpatched since.
+          InputError: it is in train mode.
+        """
+        self.check_patched()
+        if self.base.training:
+            raise InputError("model is in train mode, where dropout is random; call model.eval()")
+
+    def check_patched(self) -> None:
+        """Refuse a model without packed attention, unless a dense mask serves it."""
+        if self.mask_impl == "segment" and not is_patched(self.model):
+            raise NotPatchedError(
+                "model is not patched; call packscore.patch_model(model) first, "
+                "or pass mask_impl='dense'"
+            )
+
+    @staticmethod
+    def probabilities(found: LabelLogits) -> list[list[float]]:
+        """[[P(label) for each label] for each item]."""
+        with torch.inference_mode():
+            log_probs = found.logits - found.normalizer[:, None]
+            scores: list[list[float]] = log_probs.exp().tolist()
+        return scores

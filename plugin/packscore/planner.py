@@ -1,0 +1,372 @@
+"""Which flow a request takes and how its items are divided into launches: by predicted cost.
+
+All flows give the same scores. *packed*: prefix and items in one launch. *extend*: the prefix is
+in pages, items only. *chunked*: the first launch leaves the prefix in pages, the others extend it.
+*plain*: each item in a launch of its own, with the whole prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from packscore.errors import InputError
+from packscore.results import FLOWS, Flow
+from packscore_kernels.hardware import cdiv
+
+Lens = npt.NDArray[np.int64]
+# (first, end) of a launch's items, in packing order.
+Bounds = tuple[int, int]
+# Candidates for the number of launches: every one up to here, then in steps of an eighth.
+EVERY_COUNT = 16
+# Candidates without a gain after which none is expected.
+PATIENCE = 6
+# A CPU core, until a calibration says better; only the ratios decide.
+FLOPS_PER_MS = 2e8
+LAYER_LAUNCH_MS = 0.25
+# Launches that a calibration times, in tokens, and the items they consist of.
+CALIBRATION_TOKENS = (32, 256, 1024, 4096)
+CALIBRATION_ITEM = 32
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Predicted milliseconds of one launch.
+
+    Args:
+      source: where the numbers come from, for `explain`.
+      launch_ms: what a launch costs whatever its size.
+      tokens: ascending launch sizes at which the cost of everything but attention is known.
+      tokens_ms: that cost; between the sizes it is interpolated, beyond the last extrapolated.
+      pair_ms: one query row that sees one key, all layers and heads.
+      padded: the tokens that a launch of so many runs with.
+    """
+
+    source: str
+    launch_ms: float
+    tokens: tuple[float, ...]
+    tokens_ms: tuple[float, ...]
+    pair_ms: float
+    padded: Callable[[int], int] = int
+
+    def launch(self, num_tokens: int, num_pairs: float) -> float:
+        """Milliseconds of a launch.
+
+        Args:
+          num_tokens: tokens it computes.
+          num_pairs: (row, key) pairs that see each other.
+        """
+        size = self.padded(num_tokens)
+        last, ms = self.tokens[-1], self.tokens_ms[-1]
+        grown = max(size - last, 0) * ms / last
+        return (
+            self.launch_ms
+            + float(np.interp(size, self.tokens, self.tokens_ms))
+            + grown
+            + (num_pairs * self.pair_ms)
+        )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one launch can hold.
+
+    Args:
+      max_tokens: tokens of one launch; one item that is longer is a launch of its own.
+      target_tokens: tokens up to which several requests share a launch.
+      max_groups: requests in one launch.
+      max_pages: pages that the requests of one launch read, beyond those of one alone.
+    """
+
+    max_tokens: int
+    target_tokens: int
+    max_groups: int
+    max_pages: int = 2**31
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The sizes of one request, items in the order they are packed in.
+
+    Args:
+      prefix_len: tokens of the prefix.
+      cached_len: how many of them are in pages.
+      item_lens: i64[num_items], ascending.
+      is_kept: whether the prefix has pages, so that later launches need not compute it.
+    """
+
+    prefix_len: int
+    cached_len: int
+    item_lens: Lens
+    is_kept: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to compute a request.
+
+    Args:
+      flow: its name.
+      bounds: (first, end) of each launch's items, in packing order.
+      cost_ms: predicted.
+      computed_tokens: tokens that run through the model.
+    """
+
+    flow: Flow
+    bounds: tuple[Bounds, ...]
+    cost_ms: float = 0.0
+    computed_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What the planner chose for a request and what it left.
+
+    Args:
+      workload: the sizes.
+      plans: the best of every flow, cheapest first.
+      source: where the costs come from.
+      refused: flows that this request cannot take, and why.
+    """
+
+    workload: Workload
+    plans: tuple[Plan, ...]
+    source: str
+    refused: dict[Flow, str] = field(default_factory=dict)
+
+    @property
+    def chosen(self) -> Plan:
+        """The cheapest plan, which is the one that runs."""
+        return self.plans[0]
+
+    def __str__(self) -> str:
+        work, lens = self.workload, self.workload.item_lens
+        lines = [
+            f"prefix {work.prefix_len:,} tokens, {work.cached_len:,} of them in pages; "
+            f"{len(lens):,} items, {int(lens.sum()):,} tokens; costs {self.source}",
+            f"{'':2}{'flow':8} {'launches':>8} {'computed tokens':>16} {'predicted ms':>13}",
+        ]
+        for plan in self.plans:
+            mark = "> " if plan is self.chosen else "  "
+            lines.append(
+                f"{mark}{plan.flow:8} {len(plan.bounds):8,} {plan.computed_tokens:16,} "
+                f"{plan.cost_ms:13,.2f}"
+            )
+        lines += [f"  {flow:8} {why}" for flow, why in self.refused.items()]
+        return "\n".join(lines)
+
+
+class Planner:
+    """Chooses by cost among all flows that a request can take."""
+
+    def __init__(self, costs: CostModel, limits: Limits) -> None:
+        self.costs = costs
+        self.limits = limits
+
+    def choose(self, work: Workload, flow: Flow | None = None) -> Plan:
+        """The cheapest plan, of one flow alone where it is named.
+
+        Raises:
+          InputError: the request cannot take the flow.
+        """
+        explanation = self.explain(work)
+        if flow is None:
+            return explanation.chosen
+        for plan in explanation.plans:
+            if plan.flow == flow:
+                return plan
+        raise InputError(f"{flow=}: {explanation.refused[flow]}; pass another flow or None")
+
+    def explain(self, work: Workload) -> Explanation:
+        """The best plan of every flow that the request can take, cheapest first."""
+        plans, refused = [], {}
+        for flow in FLOWS:
+            why = self._refusal(flow, work)
+            if why:
+                refused[flow] = why
+                continue
+            plans.append(self._best(flow, work))
+        plans.sort(key=lambda plan: plan.cost_ms)
+        return Explanation(work, tuple(plans), self.costs.source, refused)
+
+    def _refusal(self, flow: Flow, work: Workload) -> str | None:
+        whole = work.cached_len == work.prefix_len
+        if flow == "packed" and work.is_kept and whole and work.prefix_len:
+            return "the prefix is in pages already, which is extend"
+        size, most = self._size(work), self.limits.max_tokens
+        if flow == "packed" and work.is_kept and size > most and len(work.item_lens) > 1:
+            return f"{size:,} tokens are more than the {most:,} of one launch"
+        if flow == "extend" and not (work.is_kept and whole and work.prefix_len):
+            return f"{work.prefix_len - work.cached_len:,} prefix tokens are not in pages"
+        if flow == "chunked" and (not work.is_kept or whole):
+            return "no prefix tokens to put into pages, or no pages for them"
+        if flow == "chunked" and len(work.item_lens) < 2:
+            return "one item cannot be divided"
+        return None
+
+    @staticmethod
+    def _size(work: Workload) -> int:
+        return work.prefix_len - work.cached_len + int(work.item_lens.sum())
+
+    def _best(self, flow: Flow, work: Workload) -> Plan:
+        """The cheapest division into launches; of equal cost the one of fewer."""
+        if flow == "plain":
+            return self._one_by_one(work)
+        shares = (self._equal_shares(work, count) for count in self._counts(flow, work))
+        filled = (self._filled(work, room) for room in self._rooms(flow, work))
+        plans = [*self._improving(flow, work, shares), *self._improving(flow, work, filled)]
+        return min(plans, key=lambda plan: plan.cost_ms)
+
+    def _improving(
+        self, flow: Flow, work: Workload, divisions: Iterable[list[Bounds]]
+    ) -> Iterator[Plan]:
+        """Priced divisions, of ever more launches, until they only get dearer."""
+        costs: list[float] = []
+        for bounds in divisions:
+            yield (plan := self._priced(flow, work, bounds))
+            costs.append(plan.cost_ms)
+            if len(costs) > PATIENCE and min(costs[-PATIENCE:]) > min(costs):
+                return
+
+    def _one_by_one(self, work: Workload) -> Plan:
+        lens, counts = np.unique(work.item_lens, return_counts=True)
+        cost = 0.0
+        for length, count in zip(lens.tolist(), counts.tolist(), strict=True):
+            size = work.prefix_len + length
+            cost += count * self.costs.launch(size, size**2 / 2)
+        bounds = tuple((i, i + 1) for i in range(len(work.item_lens)))
+        computed = work.prefix_len * len(work.item_lens) + int(work.item_lens.sum())
+        return Plan("plain", bounds, cost, computed)
+
+    def _counts(self, flow: Flow, work: Workload) -> list[int]:
+        """Numbers of launches to try: at least as many as the tokens need."""
+        most = len(work.item_lens)
+        if flow == "packed" and work.is_kept:
+            return [1]
+        total = int(work.item_lens.sum())
+        own = work.prefix_len if not work.is_kept else 0
+        least = cdiv(total, max(self.limits.max_tokens - own, 1)) if total else 1
+        found, count = [], min(max(least, 2 if flow == "chunked" else 1), most)
+        while count <= most:
+            found.append(count)
+            count = count + 1 if count < EVERY_COUNT else cdiv(count * 9, 8)
+        return [*found, most] if found[-1] != most else found
+
+    def _rooms(self, flow: Flow, work: Workload) -> Iterator[int]:
+        """Launch sizes that waste no padding, from the largest down."""
+        if flow == "packed" and work.is_kept:
+            return
+        padded = self.costs.padded
+        room, smaller = 0, min(self.limits.max_tokens, padded(max(self._size(work), 1)))
+        while smaller != room:
+            room = smaller
+            yield room
+            # a ninth less, or half where that is padded to as much
+            steps = [padded(max(size, 1)) for size in (room * 8 // 9, room // 2)]
+            smaller = next((size for size in steps if size < room), room)
+
+    def _equal_shares(self, work: Workload, launches: int) -> list[Bounds]:
+        """Items in launches of about equal size, each with one item or within the limit."""
+        starts = np.cumsum(work.item_lens) - work.item_lens
+        total = int(work.item_lens.sum())
+        # the first launch has the prefix as well, and so fewer items
+        first = work.prefix_len - work.cached_len if work.is_kept else 0
+        share = (starts + first) * launches // max(total + first, 1)
+        ends = [*(np.flatnonzero(np.diff(share)) + 1).tolist(), len(work.item_lens)]
+        bounds: list[Bounds] = []
+        for end in ends:
+            bounds += self._filled(
+                work, self.limits.max_tokens, bounds[-1][1] if bounds else 0, end
+            )
+        return bounds
+
+    def _filled(
+        self, work: Workload, room: int, start: int = 0, end: int | None = None
+    ) -> list[Bounds]:
+        """Items `start` to `end` in launches that are full, or hold one item."""
+        bounds: list[Bounds] = []
+        ends = np.cumsum(work.item_lens[:end])
+        while start < len(ends):
+            own = work.prefix_len - (work.cached_len if not start else work.prefix_len)
+            if not work.is_kept:
+                own = work.prefix_len
+            before = int(ends[start - 1]) if start else 0
+            last = int(np.searchsorted(ends, before + room - own, side="right"))
+            bounds.append((start, max(last, start + 1)))
+            start = bounds[-1][1]
+        return bounds
+
+    def _priced(self, flow: Flow, work: Workload, bounds: Sequence[Bounds]) -> Plan:
+        cost, computed = 0.0, 0
+        cached = work.cached_len
+        for start, end in bounds:
+            lens = work.item_lens[start:end]
+            own, items = work.prefix_len - cached, int(lens.sum())
+            # an empty item is scored at the prefix's last token, which then is computed again
+            own += int(not own and work.prefix_len > 0 and bool((lens == 0).any()))
+            pairs = own * (cached + own / 2) + items * work.prefix_len + float((lens**2).sum()) / 2
+            cost += self.costs.launch(own + items, pairs)
+            computed += own + items
+            cached = work.prefix_len if work.is_kept else cached
+        return Plan(flow, tuple(bounds), cost, computed)
+
+
+def flops_cost_model(config: Any, padded: Callable[[int], int] = int) -> CostModel:
+    """A CPU's costs from the model's arithmetic, for want of a calibration.
+
+    The ratios are those of the 0.6B's layers on one core of an AMD EPYC in bfloat16 (measured): a
+    launch costs what some ten tokens do, and activations beyond its caches a fifth more a token.
+    """
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    layers, hidden = config.num_hidden_layers, config.hidden_size
+    weights = hidden * head_dim * (2 * heads + 2 * kv_heads) + 3 * hidden * config.intermediate_size
+    token_ms = 2 * layers * weights / FLOPS_PER_MS
+    return CostModel(
+        source="estimated from the model's shape",
+        launch_ms=layers * LAYER_LAUNCH_MS + 8 * token_ms,
+        tokens=(1, 4096, 12_288),
+        tokens_ms=(token_ms, 4096 * token_ms, 12_288 * 1.2 * token_ms),
+        pair_ms=4 * layers * heads * head_dim / FLOPS_PER_MS,
+        padded=padded,
+    )
+
+
+def measured_cost_model(
+    timed: Callable[[int, Sequence[int]], float], before: CostModel, seconds: float
+) -> CostModel:
+    """Costs from a few launches of growing size, until the time is used up.
+
+    Args:
+      timed: milliseconds of a launch of (prefix tokens, tokens of each item).
+      before: the costs to replace, whose padding is kept.
+      seconds: about how long measuring may take.
+    """
+    spent, sizes, found = 0.0, [], []
+    for size in CALIBRATION_TOKENS:
+        items = [min(size, CALIBRATION_ITEM)] * max(size // CALIBRATION_ITEM, 1)
+        runs = [timed(0, items) for _ in range(2)]  # the first may compile or allocate
+        spent += sum(runs)
+        sizes.append(sum(items))
+        found.append(min(runs))
+        if spent * 4 > 1e3 * seconds:  # the next size takes about four times as long
+            break
+    rest, prefix = [CALIBRATION_ITEM] * max(sizes[-1] // CALIBRATION_ITEM, 1), sizes[-1]
+    # the same tokens with and without a prefix before them: what remains is what pairs cost
+    both = min(timed(prefix, rest) for _ in range(2))
+    alone = min(timed(0, [*rest, *rest]) for _ in range(2))
+    pairs = prefix**2 / 2 + sum(rest) * prefix
+    launch = max(found[0] - sizes[0] * (found[-1] / sizes[-1]), 0.0)
+    return replace(
+        before,
+        source="measured on this machine",
+        launch_ms=launch,
+        tokens=tuple(sizes),
+        tokens_ms=tuple(max(ms - launch, 1e-6) for ms in found),
+        pair_ms=max(both - alone, 0.0) / pairs,
+    )

@@ -1,0 +1,156 @@
+"""A query held on the device, and scores of items while they arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from packscore.core import ScoringCore
+from packscore.encoding import ArgumentNames
+from packscore.errors import InputError, StalePrefixError
+from packscore.inputs import Text, as_list
+from packscore.packing import TokenIds
+from packscore.paging import PrefixLease
+from packscore.results import ScoreResult
+
+# Items of a stream's first launch: few, so that the first scores come soon.
+FIRST_ITEMS = 8
+# Any item will do to encode a query with.
+SOME_ITEM = "a"
+
+
+class Prefix:
+    """A query whose keys and values stay on the device until `release`; `scorer.prefix(query)`.
+
+    Args:
+      core: of the scorer.
+      query: text or token ids.
+
+    Raises:
+      InputError: it does not fit into `prefix_cache_bytes` beside what is held.
+    """
+
+    def __init__(self, core: ScoringCore, query: Text) -> None:
+        core.check_ready()
+        self._core = core
+        self._query = query
+        self._runner = core.runner
+        self._tokens = prefix_tokens(core, query)
+        self._lease = self._hold()
+
+    def _hold(self) -> PrefixLease | None:
+        if not len(self._tokens):
+            return None
+        lease = self._runner.hold(self._tokens)
+        if lease is None:
+            pool = self._runner.engine.pool
+            free = (pool.num_pages - pool.num_pinned_pages) * pool.page_size if pool else 0
+            raise InputError(
+                f"query has {len(self._tokens)} tokens with its prompt, and "
+                f"prefix_cache_bytes={self._core.prefix_cache_bytes} has room for {free} that are "
+                "not held; release other prefixes or pass a larger prefix_cache_bytes"
+            )
+        return lease
+
+    def score(
+        self,
+        items: Iterable[Text],
+        *,
+        labels: Sequence[str] | None = None,
+        label_token_ids: Sequence[int] | None = None,
+        apply_softmax: bool = False,
+    ) -> ScoreResult[list[list[float]]]:
+        """`MultiItemScorer.score` for the query that is held, with its usage.
+
+        Raises:
+          StalePrefixError: the query was released, or the model's weights changed since.
+          InputError, InputTypeError: an argument cannot be scored.
+        """
+        self._core.check_ready()
+        self.check()
+        label_ids = self._core.label_ids(labels, label_token_ids)
+        request = self._core.encode(self._query, as_list("items", items), ArgumentNames())
+        # the encoder may cut query and items elsewhere for these items; then the pool finds what
+        # is held by content
+        same = np.array_equal(request.prefix, self._tokens)
+        lease = self._lease if same else None
+        found = self._core.run_one(
+            request, label_ids, over_vocabulary=not apply_softmax, lease=lease
+        )
+        return ScoreResult(self._core.probabilities(found), found.usage)
+
+    def check(self) -> None:
+        """Refuse to score what is no longer there.
+
+        Raises:
+          StalePrefixError: the query was released, or the model's weights changed since.
+        """
+        if self._core.runner.engine is not self._runner.engine:
+            raise StalePrefixError(
+                "the prefix was computed before the model was patched anew; open a new one with "
+                "scorer.prefix(query)"
+            )
+        self._runner.engine.refresh()
+        if self._lease is not None:
+            self._lease.check()
+
+    def release(self) -> None:
+        """Let the pages go; they stay until their room is needed. Twice is once."""
+        if self._lease is not None:
+            self._lease.release()
+
+    def __enter__(self) -> Self:
+        self.check()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+def prefix_tokens(core: ScoringCore, query: Text) -> TokenIds:
+    """i64[prefix_len]: the tokens of a query with its prompt, before any item."""
+    item: Any = SOME_ITEM if core.takes_text else [0]
+    return core.encode(query, [item], ArgumentNames()).prefix
+
+
+def stream(
+    core: ScoringCore,
+    query: Text,
+    items: Iterator[Any],
+    label_ids: list[int],
+    over_vocabulary: bool,
+    max_items: int | None,
+) -> Iterator[list[float]]:
+    """Scores of items as they arrive, a launch at a time; see `MultiItemScorer.score_stream`."""
+    runner, first, count = core.runner, 0, FIRST_ITEMS
+    lease = runner.hold(prefix_tokens(core, query))
+    try:
+        while taken := list(islice(items, min(count, max_items or count))):
+            request = core.encode(query, taken, _names_from(first))
+            same = lease is not None and np.array_equal(request.prefix, lease.tokens)
+            found = core.run_one(
+                request,
+                label_ids,
+                over_vocabulary=over_vocabulary,
+                lease=lease if same else None,
+            )
+            yield from core.probabilities(found)
+            first += len(taken)
+            if sum(map(len, request.items)) < runner.engine.limits.target_tokens:
+                count *= 2
+    finally:
+        if lease is not None:
+            lease.release()
+
+
+def _names_from(first: int) -> ArgumentNames:
+    return ArgumentNames(item=lambda i: f"items[{first + i}]")

@@ -1,0 +1,60 @@
+"""Packed batches through compiled programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from packscore.engines import LabelLogits
+from packscore.packing import PackedBatch
+from packscore.paging import PagePool
+from packscore.planner import CostModel, Limits, flops_cost_model
+from packscore.program import MAX_GROUPS, NAMED_PAGES, Launched, ModelProgram, token_bucket
+from packscore.results import MaskImpl
+from packscore.watching import WeightWatch
+
+
+class ProgramEngine:
+    """What runs packed batches on the JAX path.
+
+    Args:
+      program: of the patched model.
+      cache_bytes: what the pages of prefixes may take.
+    """
+
+    mask_impl: MaskImpl = "segment"
+
+    def __init__(self, program: ModelProgram, cache_bytes: int) -> None:
+        self._program = program
+        num_pages = program.num_pages(cache_bytes)
+        self.pool: PagePool | None = PagePool(num_pages) if num_pages else None
+        self._pages = program.device_pages(num_pages) if num_pages else None
+        self.costs: CostModel = flops_cost_model(program.config, token_bucket)
+        self._watch = WeightWatch(program.model, is_copied=True)
+
+    @property
+    def limits(self) -> Limits:
+        """One program's."""
+        most = self._program.max_tokens
+        return Limits(most, most, MAX_GROUPS, NAMED_PAGES)
+
+    def refresh(self) -> None:
+        """Forget prefixes that other weights computed."""
+        model = self._program.model
+        if self.pool is not None and self._watch.sees_change(model):
+            self._watch = WeightWatch(model, is_copied=True)
+            self.pool.clear()
+
+    def launch(self, batch: PackedBatch, label_ids: list[int], over_vocabulary: bool) -> Launched:
+        """Start a batch; the host goes on while the device computes."""
+        return self._program.start(batch, label_ids, over_vocabulary, self._pages)
+
+    def read(
+        self, launched: Sequence[Launched], label_ids: list[int], over_vocabulary: bool
+    ) -> LabelLogits:
+        """Logits and normaliser of all rows."""
+        found = [one.read() for one in launched]
+        logits, normalizer = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return torch.from_numpy(logits), torch.from_numpy(normalizer)

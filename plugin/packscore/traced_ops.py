@@ -1,0 +1,111 @@
+"""What a skeleton's modules call while torchax traces them: attention and experts, in jax."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch
+from torch import nn
+
+from packscore_kernels import (
+    PageWrites,
+    SegmentSchedule,
+    segment_paged_attention,
+    write_kv_pages,
+)
+
+# under which transformers finds both; no name of its own
+NAME = "packscore_program"
+
+_lock = threading.Lock()
+
+
+def torchax_environment() -> Any:
+    """torchax's default environment, imported so that torch stays as it was in this process.
+
+    Importing torchax registers an accelerator that is none: without this, `torch.compile` and
+    `pin_memory` would believe in it.
+    """
+    with _lock:
+        fast_path = torch.backends.mha.get_fastpath_enabled()
+        import torchax
+
+        torchax.device_module.is_available = lambda: False
+        torchax.device_module.device_count = lambda: 0
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        return torchax.default_env()
+
+
+@dataclass
+class LayerPages:
+    """The pool of pages on its way through a layer: its attention writes first, then reads."""
+
+    kv_pages: Any  # [num_layers * num_pages, num_kv_heads, 2, page_size, head_dim]
+    writes: PageWrites
+
+
+def program_attention(
+    module: nn.Module,
+    query: torch.Tensor,  # [1, num_q_heads, num_tokens, head_dim]
+    key: torch.Tensor,  # [1, num_kv_heads, num_tokens, head_dim]
+    value: torch.Tensor,  # [1, num_kv_heads, num_tokens, head_dim]
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    segment_schedule: SegmentSchedule,
+    implementation: Any = None,
+    pages: LayerPages | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention that the skeleton's layers call while they are traced."""
+    env = torchax_environment()
+    q, k, v = (env.t2j_iso(x)[0] for x in (query, key, value))
+    kv_pages = None
+    if pages is not None:
+        writer: Any = "pallas" if implementation == "pallas" else "xla"
+        kv_pages = write_kv_pages(pages.kv_pages, k, v, pages.writes, implementation=writer)
+        pages.kv_pages = kv_pages
+    out = segment_paged_attention(
+        q, k, v, kv_pages, segment_schedule, sm_scale=scaling, implementation=implementation
+    )
+    result: torch.Tensor = env.j2t_iso(jnp.transpose(out, (1, 0, 2))[None])
+    return result, None
+
+
+def program_experts(
+    module: nn.Module,
+    hidden_states: torch.Tensor,  # [num_tokens, hidden_size]
+    top_k_index: torch.Tensor,  # i64[num_tokens, num_chosen]
+    top_k_weights: torch.Tensor,  # [num_tokens, num_chosen]
+) -> torch.Tensor:
+    """The experts of a mixture while they are traced: tokens sorted by expert, two ragged products.
+
+    Hugging Face's own loops over the experts that were hit, which is data, or gathers a copy of
+    an expert's weights for every token.
+    """
+    env = torchax_environment()
+    experts: Any = module
+    tensors = (hidden_states, top_k_index, top_k_weights, experts.gate_up_proj, experts.down_proj)
+    hidden, index, weights, gate_up, down = (env.t2j_iso(x) for x in tensors)
+    num_chosen = index.shape[1]
+    flat = index.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    sizes = jnp.bincount(flat, length=gate_up.shape[0]).astype(jnp.int32)
+
+    # in bfloat16 a TPU refuses to be asked for more than it does anyway
+    precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
+
+    def product(rows: jax.Array, matrices: jax.Array) -> jax.Array:
+        # matrices: [num_experts, out, in]
+        return jax.lax.ragged_dot(rows, jnp.swapaxes(matrices, 1, 2), sizes, precision=precision)
+
+    inner = product(hidden[order // num_chosen], gate_up)
+    gate, up = jnp.split(inner, 2, axis=-1)
+    activated = env.t2j_iso(experts.act_fn(env.j2t_iso(gate))) * up
+    in_order = product(activated, down)[jnp.argsort(order)].reshape(*index.shape, -1)
+    out = (in_order * weights[..., None]).sum(1).astype(hidden.dtype)
+    result: torch.Tensor = env.j2t_iso(out)
+    return result
