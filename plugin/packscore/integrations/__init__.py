@@ -1,0 +1,1 @@
+"""Rerankers for other libraries; each module needs the extra of its name."""

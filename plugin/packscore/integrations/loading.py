@@ -1,0 +1,53 @@
+"""What every adapter ranks with: a scorer that is there, or one made from a model's name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from packscore.errors import InputTypeError
+from packscore.patching import patch_model
+from packscore.prompts import PromptSpec
+from packscore.scoring import MultiItemScorer
+
+
+def load_scorer(
+    model_name_or_path: str, *, prompt: str | PromptSpec = "qwen3-reranker", **model_kwargs: Any
+) -> MultiItemScorer:
+    """A scorer from a name or a folder.
+
+    Args:
+      model_name_or_path: of a causal reranker.
+      prompt: as in `MultiItemScorer`.
+      **model_kwargs: for `AutoModelForCausalLM.from_pretrained`; `dtype` is "auto" by default.
+
+    Returns:
+      The scorer of the model, patched and in eval mode.
+    """
+    options = {"dtype": "auto", **model_kwargs}
+    model: Any = AutoModelForCausalLM.from_pretrained(model_name_or_path, **options)
+    tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
+    return MultiItemScorer(patch_model(model.eval()), tokenizer, prompt=prompt)
+
+
+class Ranking:
+    """What a framework's reranker does with a query and its documents, also from threads."""
+
+    def __init__(self, scorer: Any) -> None:
+        if not callable(getattr(scorer, "rank", None)):
+            raise InputTypeError(
+                f"scorer is a {type(scorer).__name__}; it must be a packscore.MultiItemScorer or "
+                "a packscore.CrossEncoder"
+            )
+        self.scorer = scorer
+
+    def __call__(
+        self, query: str, documents: Sequence[str], top_n: int | None
+    ) -> list[tuple[int, float]]:
+        """(index, score) of the best `top_n` documents, best first; none for no documents."""
+        if not documents:
+            return []
+        ranked = self.scorer.rank(query, list(documents), top_k=top_n)
+        return [(entry["corpus_id"], float(entry["score"])) for entry in ranked]

@@ -1,0 +1,284 @@
+"""Packed scores against those of the plain model, one item at a time, on the user's own data."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from packscore.encoding import EncodedRequest
+from packscore.errors import InputError
+from packscore.inputs import Text, as_list, as_pairs
+from packscore.patching import base_model, patched
+from packscore.prompts import PromptSpec
+from packscore.scoring import MultiItemScorer
+
+Float64 = npt.NDArray[np.float64]
+Verdict = Literal["equal", "different", "undecided"]
+Sample = tuple[Text, Sequence[Text]]
+
+# Two queries with items of very different lengths, for a model that has no data yet.
+DEFAULT_SAMPLES: tuple[Sample, ...] = (
+    (
+        "delete a directory tree",
+        (
+            "Recursively delete a directory tree.",
+            "Shuffle a list in place.",
+            "",
+            "Open a file in binary or text mode. " * 20,
+        ),
+    ),
+    (
+        "what is a panda?",
+        ("A panda is a bear.", "本文 🐼", "Paris is the capital of France.\n", "no", "42"),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far packed and unpacked probabilities may be apart."""
+
+    max_abs: float
+    mean_abs: float
+
+
+# In float32 sums run in another order. In bfloat16 a logit of 8 is known to 0.03, and two of them
+# move a probability by up to 0.02; float16 has three bits more.
+TOLERANCES = {
+    torch.float32: Tolerance(1e-5, 1e-5),
+    torch.bfloat16: Tolerance(0.02, 0.01),
+    torch.float16: Tolerance(0.0025, 0.00125),
+}
+
+
+@dataclass(frozen=True)
+class SampleParity:
+    """One query of a `ParityReport`.
+
+    Args:
+      num_items: items of the query.
+      prefix_tokens: tokens that its items share.
+      longest_item_tokens: tokens of its longest item.
+      max_abs: the largest difference of a probability.
+      mean_abs: the mean difference.
+    """
+
+    num_items: int
+    prefix_tokens: int
+    longest_item_tokens: int
+    max_abs: float
+    mean_abs: float
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Packed against unpacked scores.
+
+    Args:
+      samples: one entry for each query.
+      max_abs, mean_abs: over all probabilities of all samples.
+      spread: how far the unpacked scores of different items are apart, at most. Where it is within
+        the tolerance the comparison could not have failed.
+      dtype: of the model.
+      tolerance: what the verdict is by.
+    """
+
+    samples: tuple[SampleParity, ...]
+    max_abs: float
+    mean_abs: float
+    spread: float
+    dtype: str
+    tolerance: Tolerance
+
+    @property
+    def verdict(self) -> Verdict:
+        """ "different", "equal", or "undecided" where all items have the same score anyway."""
+        within = self.max_abs <= self.tolerance.max_abs and self.mean_abs <= self.tolerance.mean_abs
+        if not within:  # a NaN is not within
+            return "different"
+        return "equal" if self.spread > self.tolerance.max_abs else "undecided"
+
+    @property
+    def passed(self) -> bool:
+        """Whether the verdict is "equal"."""
+        return self.verdict == "equal"
+
+    def table(self) -> str:
+        """A table with one row for each sample, and the verdict."""
+        rows = [
+            f"{'sample':>6}  {'items':>5}  {'prefix':>6}  {'longest':>7}  "
+            f"{'max |diff|':>10}  {'mean |diff|':>11}"
+        ]
+        rows += [
+            f"{i:>6}  {found.num_items:>5}  {found.prefix_tokens:>6}  "
+            f"{found.longest_item_tokens:>7}  {found.max_abs:>10.1e}  {found.mean_abs:>11.1e}"
+            for i, found in enumerate(self.samples)
+        ]
+        total_items = sum(found.num_items for found in self.samples)
+        rows.append(
+            f"{'total':>6}  {total_items:>5}  {'':>6}  {'':>7}  "
+            f"{self.max_abs:>10.1e}  {self.mean_abs:>11.1e}"
+        )
+        rows.append(
+            f"{self.dtype}: at most {self.tolerance.max_abs:g}, "
+            f"{self.tolerance.mean_abs:g} on average; items differ by up to {self.spread:.1e}"
+        )
+        return "\n".join([*rows, f"verdict: {self._verdict_text()}"])
+
+    def _verdict_text(self) -> str:
+        if self.verdict == "different":
+            return "DIFFERENT: packed scores are not those of the unpacked model"
+        if self.verdict == "undecided":
+            return "UNDECIDED: all items score alike, so nothing was tested; pass other samples"
+        return "equal"
+
+
+def verify_parity(
+    model: nn.Module,
+    tokenizer: Any = None,
+    samples: Iterable[Sample] | None = None,
+    *,
+    prompt: str | PromptSpec | None = None,
+    instruction: str | None = None,
+    labels: Sequence[str] | None = None,
+    label_token_ids: Sequence[int] | None = None,
+    max_tokens: int | None = None,
+    mask_impl: Literal["auto", "segment", "dense"] = "auto",
+    tolerance: Tolerance | None = None,
+    show: bool = True,
+) -> ParityReport:
+    """Compare packed scores with the unpatched model's: eager attention, one by one, no cache.
+
+    Probabilities over the vocabulary and, for two labels or more, over the labels are compared. The
+    model is left as it was found: patched or not, with its compiled programs, bit for bit.
+
+    Args:
+      model: as `MultiItemScorer` takes it, patched or not.
+      tokenizer: as `MultiItemScorer` takes it.
+      samples: (query, items) each; None is a few built-in texts.
+      prompt, instruction, labels, label_token_ids, max_tokens, mask_impl: as `MultiItemScorer`
+        takes them.
+      tolerance: None is the contract's for the model's dtype.
+      show: print the table.
+
+    Returns:
+      The differences for every sample and in total, with a verdict.
+
+    Raises:
+      InputError, InputTypeError, UnsupportedModelError: as `MultiItemScorer` raises them; there
+        are no labels; or the dtype has no tolerance of its own.
+    """
+    pairs = as_pairs("samples", DEFAULT_SAMPLES if samples is None else samples)
+    if tolerance is None:
+        tolerance = _tolerance_of(base_model(model).dtype)
+    found: list[tuple[SampleParity, Float64, float]] = []
+    with patched(model):
+        scorer = MultiItemScorer(
+            model,
+            tokenizer,
+            prompt=prompt,
+            mask_impl=mask_impl,
+            instruction=instruction,
+            labels=labels,
+            label_token_ids=label_token_ids,
+            max_tokens=max_tokens,
+        )
+        if scorer.label_token_ids is None:
+            raise InputError("labels are missing, and the prompt has none; pass labels=[...]")
+        for query, items in pairs:
+            found.append(_compare(scorer, query, as_list("items", items)))
+    errors = np.concatenate([errors.ravel() for _, errors, _ in found])
+    report = ParityReport(
+        samples=tuple(sample for sample, _, _ in found),
+        max_abs=float(errors.max()),
+        mean_abs=float(errors.mean()),
+        spread=max(spread for _, _, spread in found),
+        dtype=str(base_model(model).dtype).removeprefix("torch."),
+        tolerance=tolerance,
+    )
+    if show:
+        print(report.table())
+    return report
+
+
+def _tolerance_of(dtype: torch.dtype) -> Tolerance:
+    if dtype not in TOLERANCES:
+        raise InputError(f"tolerance: {dtype} has none of its own; pass tolerance=Tolerance(...)")
+    return TOLERANCES[dtype]
+
+
+def _compare(
+    scorer: MultiItemScorer, query: Text, items: list[Text]
+) -> tuple[SampleParity, Float64, float]:
+    """(the row of one sample, f64[num_items, columns] of differences, spread between items)."""
+    label_ids = scorer.label_token_ids or []
+    modes = (False, True) if len(label_ids) > 1 else (False,)
+    packed = np.concatenate(
+        [np.array(scorer.score(query, items, apply_softmax=mode)) for mode in modes], axis=1
+    )
+    request = scorer.encode(query, items)
+    with unpatched_eager(scorer.model):
+        logits = logits_one_by_one(scorer.model, request)
+    unpacked = np.concatenate(
+        [
+            (logits[:, label_ids].softmax(-1) if mode else logits.softmax(-1)[:, label_ids]).numpy()
+            for mode in modes
+        ],
+        axis=1,
+        dtype=np.float64,
+    )
+    errors = np.abs(packed - unpacked)
+    row = SampleParity(
+        num_items=len(items),
+        prefix_tokens=len(request.prefix),
+        longest_item_tokens=max(map(len, request.items)),
+        max_abs=float(errors.max()),
+        mean_abs=float(errors.mean()),
+    )
+    return row, errors, float(np.ptp(unpacked, axis=0).max())
+
+
+@torch.inference_mode()
+def logits_one_by_one(model: nn.Module, request: EncodedRequest) -> torch.Tensor:
+    """Every item alone behind its query, through the model's own whole forward.
+
+    Returns:
+      float32[num_items, vocab_size], the logits at each last token, on the CPU.
+    """
+    embedding: Any = base_model(model).get_input_embeddings()
+    device = embedding.weight.device
+    rows = []
+    for item in request.items:
+        ids = torch.from_numpy(np.concatenate([request.prefix, item]))[None].to(device)
+        output = model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        rows.append(output.logits[0, -1].float().cpu())
+    return torch.stack(rows)
+
+
+@contextmanager
+def unpatched_eager(model: nn.Module) -> Iterator[None]:
+    """The model with eager attention and no patch for the block; then as it was found.
+
+    Modules get a configuration of their own for the block, so that compiled programs and other
+    models that share the configuration notice nothing.
+    """
+    found = base_model(model).config
+    eager = copy.deepcopy(found)
+    eager._attn_implementation_internal = "eager"
+    module: Any
+    holders = [module for module in model.modules() if module.__dict__.get("config") is found]
+    try:
+        for module in holders:
+            module.config = eager
+        yield
+    finally:
+        for module in holders:
+            module.config = found
