@@ -1,0 +1,267 @@
+"""`packscore score | rank | verify | doctor | warmup`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import packscore
+from packscore.cli import options as opt
+from packscore.cli.exits import ExitCode, UsageError, exit_codes, tell
+from packscore.cli.files import FilePlan, plan_files
+from packscore.cli.records import FieldNames
+
+DEFAULT_MAX_LINE_BYTES = 8 * 2**20
+
+app = typer.Typer(
+    name="packscore",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Score many items against one query, exactly, with the query computed once.",
+    epilog="Exit codes: 0 all good, 1 failure, 2 usage error, 3 some records were bad, "
+    "130 interrupted.",
+)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(packscore.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _packscore(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def score(
+    input: opt.Input,
+    output: opt.Output,
+    model: opt.Model,
+    prompt: opt.Prompt = "qwen3-reranker",
+    instruction: opt.Instruction = None,
+    labels: opt.Labels = None,
+    label_token_ids: opt.LabelTokenIds = None,
+    apply_softmax: Annotated[
+        bool, typer.Option("--apply-softmax", help="Softmax over the labels, not the vocabulary.")
+    ] = False,
+    return_items: Annotated[
+        bool, typer.Option("--return-items", help="Copy the items to the output.")
+    ] = False,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    revision: opt.Revision = None,
+    max_tokens: opt.MaxTokens = None,
+    on_long: opt.OnLong = "truncate",
+    input_format: opt.InputFormat = None,
+    output_format: opt.OutputFormat = None,
+    query_field: opt.QueryField = "query",
+    items_field: opt.ItemsField = None,
+    errors: opt.Errors = None,
+    resume: opt.Resume = False,
+    overwrite: opt.Overwrite = False,
+    max_line_bytes: opt.MaxLineBytes = DEFAULT_MAX_LINE_BYTES,
+    dry_run: opt.DryRun = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Write P(label) for every item of every record."""
+    task = {"command": "score", "apply_softmax": apply_softmax, "return_items": return_items}
+    with exit_codes():
+        chosen = opt.ModelOptions(
+            model,
+            revision,
+            device,
+            dtype,
+            prompt,
+            instruction,
+            opt.split_labels(labels),
+            opt.split_ids(label_token_ids),
+            max_tokens,
+            on_long,
+        )
+        files = plan_files(
+            input, output, errors, input_format, output_format, resume=resume, overwrite=overwrite
+        )
+        read = opt.ReadOptions(FieldNames(query_field, items_field), max_line_bytes)
+        code = _run(files, read, chosen, task, dry_run=dry_run, quiet=quiet)
+    raise typer.Exit(code)
+
+
+@app.command()
+def rank(
+    input: opt.Input,
+    output: opt.Output,
+    model: opt.Model,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Keep so many; default: all.")] = None,
+    return_documents: Annotated[
+        bool, typer.Option("--return-documents", help="Put each document into its entry.")
+    ] = False,
+    prompt: opt.Prompt = "qwen3-reranker",
+    instruction: opt.Instruction = None,
+    labels: opt.Labels = None,
+    label_token_ids: opt.LabelTokenIds = None,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    revision: opt.Revision = None,
+    max_tokens: opt.MaxTokens = None,
+    on_long: opt.OnLong = "truncate",
+    input_format: opt.InputFormat = None,
+    output_format: opt.OutputFormat = None,
+    query_field: opt.QueryField = "query",
+    items_field: opt.ItemsField = None,
+    errors: opt.Errors = None,
+    resume: opt.Resume = False,
+    overwrite: opt.Overwrite = False,
+    max_line_bytes: opt.MaxLineBytes = DEFAULT_MAX_LINE_BYTES,
+    dry_run: opt.DryRun = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Write every record's documents by their score, best first."""
+    task = {"command": "rank", "top_k": top_k, "return_documents": return_documents}
+    with exit_codes():
+        chosen = opt.ModelOptions(
+            model,
+            revision,
+            device,
+            dtype,
+            prompt,
+            instruction,
+            opt.split_labels(labels),
+            opt.split_ids(label_token_ids),
+            max_tokens,
+            on_long,
+        )
+        files = plan_files(
+            input, output, errors, input_format, output_format, resume=resume, overwrite=overwrite
+        )
+        read = opt.ReadOptions(FieldNames(query_field, items_field), max_line_bytes)
+        code = _run(files, read, chosen, task, dry_run=dry_run, quiet=quiet)
+    raise typer.Exit(code)
+
+
+@app.command()
+def verify(
+    input: opt.Input,
+    model: opt.Model,
+    limit: Annotated[int, typer.Option(min=1, help="Check so many records.")] = 20,
+    prompt: opt.Prompt = "qwen3-reranker",
+    instruction: opt.Instruction = None,
+    labels: opt.Labels = None,
+    label_token_ids: opt.LabelTokenIds = None,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    revision: opt.Revision = None,
+    max_tokens: opt.MaxTokens = None,
+    on_long: opt.OnLong = "truncate",
+    input_format: opt.InputFormat = None,
+    query_field: opt.QueryField = "query",
+    items_field: opt.ItemsField = None,
+    max_line_bytes: opt.MaxLineBytes = DEFAULT_MAX_LINE_BYTES,
+) -> None:
+    """Compare packed scores with the unpacked model's, on your own records."""
+    with exit_codes():
+        chosen = opt.ModelOptions(
+            model,
+            revision,
+            device,
+            dtype,
+            prompt,
+            instruction,
+            opt.split_labels(labels),
+            opt.split_ids(label_token_ids),
+            max_tokens,
+            on_long,
+        )
+        read = opt.ReadOptions(FieldNames(query_field, items_field), max_line_bytes)
+        from packscore.cli.verifying import verify_file
+
+        code = verify_file(input, input_format, read, chosen, limit)
+    raise typer.Exit(code)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show versions, devices, what will run where, and what is wrong."""
+    with exit_codes():
+        from packscore.cli.doctor import examine
+
+        found = examine()
+        typer.echo(found.json() if as_json else found.text())
+    raise typer.Exit(ExitCode.FAILURE if found.problems else ExitCode.OK)
+
+
+@app.command()
+def warmup(
+    model: opt.Model,
+    device: Annotated[str, typer.Option(help="tpu or jax.")] = "jax",
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of the largest request, all of its items together.")
+    ] = 4096,
+    num_labels: Annotated[int, typer.Option(min=1, help="Labels of a request.")] = 2,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="JAX_COMPILATION_CACHE_DIR",
+            help="Folder that keeps the compiled programs for later processes.",
+        ),
+    ] = None,
+    dtype: opt.Dtype = "auto",
+    revision: opt.Revision = None,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Compile the programs of a model ahead of time."""
+    with exit_codes():
+        if device not in ("tpu", "jax"):
+            raise UsageError(f"--device={device!r} must be tpu or jax: torch compiles nothing")
+        from packscore.cli.warming import warm_up
+
+        warm_up(model, revision, device, dtype, max_tokens, num_labels, cache_dir, quiet=quiet)
+
+
+def _run(
+    files: FilePlan,
+    read: opt.ReadOptions,
+    chosen: opt.ModelOptions,
+    task: dict[str, Any],
+    *,
+    dry_run: bool,
+    quiet: bool,
+) -> ExitCode:
+    from packscore.cli import running
+    from packscore.cli.loading import load
+    from packscore.cli.plan import make_plan
+    from packscore.cli.readers import open_reader
+
+    loaded = load(chosen, weights=not dry_run)
+    scorer, names = loaded.scorer, loaded.label_names
+    if task["command"] == "rank" and len(names) != 2:
+        raise UsageError(f"rank compares two labels, (negative, positive), and not {names}")
+    if dry_run:
+        with open_reader(
+            files.input, files.input_format, read.names, read.max_line_bytes
+        ) as reader:
+            plan = make_plan(reader, scorer)
+        typer.echo(plan.text())
+        return ExitCode.BAD_RECORDS if plan.bad_records else ExitCode.OK
+    if not quiet:
+        tell(f"{chosen.model} on {loaded.device} in {loaded.dtype}")
+    options = {name: value for name, value in task.items() if name != "command"}
+    made = running.rank_task if task["command"] == "rank" else running.score_task
+    settings = running.settings_of(loaded, chosen, read, files.input_format, task)
+    return running.run_file(files, read, made(scorer, **options), settings, names, quiet=quiet)

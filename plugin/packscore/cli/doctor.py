@@ -1,0 +1,203 @@
+"""`packscore doctor`: versions, devices, what will run where and why, and what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+
+import psutil
+import torch
+from packaging.requirements import Requirement
+
+import packscore
+from packscore.cli.loading import choose_device, tpu_is_plugged_in
+
+PACKAGES = ("torch", "transformers", "accelerate", "numpy", "jax", "jaxlib", "torchax", "libtpu")
+OPTIONAL_PACKAGES = ("pyarrow", "peft")
+# A TPU that another process holds makes jax wait: it is asked in a process of its own.
+JAX_TIMEOUT_S = 120
+ASK_JAX = """
+import json, jax
+devices = [{"platform": d.platform, "kind": d.device_kind} for d in jax.devices()]
+print(json.dumps(devices))
+"""
+
+
+@dataclass
+class Findings:
+    """What the doctor saw.
+
+    Args:
+      versions: by package; None is not installed.
+      machine: system, processors and memory.
+      torch_devices, jax_devices: names.
+      runs: what each `--device` does here.
+      problems: what stops something, each with its remedy.
+      notes: what is worth knowing.
+    """
+
+    versions: dict[str, str | None]
+    machine: dict[str, str]
+    torch_devices: list[str]
+    jax_devices: list[str]
+    runs: dict[str, str]
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def json(self) -> str:
+        """All of it as JSON."""
+        return json.dumps(asdict(self), indent=2)
+
+    def text(self) -> str:
+        """All of it for people."""
+        lines = ["versions"]
+        lines += [
+            f"  {name:<13}{found or 'not installed'}" for name, found in self.versions.items()
+        ]
+        lines += ["machine", *(f"  {name:<13}{found}" for name, found in self.machine.items())]
+        lines += ["devices"]
+        lines += [f"  {'torch':<13}{', '.join(self.torch_devices)}"]
+        lines += [f"  {'jax':<13}{', '.join(self.jax_devices) or 'none'}"]
+        lines += ["what runs where"]
+        lines += [f"  --device {name:<5} {what}" for name, what in self.runs.items()]
+        lines += ["notes", *(f"  {note}" for note in self.notes)] if self.notes else []
+        lines += ["problems"] if self.problems else ["no problems"]
+        return "\n".join([*lines, *(f"  {problem}" for problem in self.problems)])
+
+
+def examine() -> Findings:
+    """Look at everything; nothing is changed and no device is held afterwards."""
+    jax_devices, jax_failure = ask_jax()
+    versions = {"packscore": packscore.__version__, "python": platform.python_version()}
+    found = Findings(
+        versions={**versions, **{name: version_of(name) for name in PACKAGES + OPTIONAL_PACKAGES}},
+        machine=_machine(),
+        torch_devices=torch_devices(),
+        jax_devices=[f"{device['platform']} ({device['kind']})" for device in jax_devices],
+        runs=what_runs({device["platform"] for device in jax_devices}, jax_failure),
+    )
+    found.problems += version_problems(metadata_requirements())
+    if jax_failure:
+        found.problems.append(f"jax: {jax_failure}")
+    found.problems += device_problems({device["platform"] for device in jax_devices})
+    found.notes += _notes(found)
+    return found
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a package."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _machine() -> dict[str, str]:
+    memory = psutil.virtual_memory()
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processors": f"{os.cpu_count()}, torch uses {torch.get_num_threads()} threads",
+        "memory": f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB free",
+    }
+
+
+def torch_devices() -> list[str]:
+    """Devices that torch can use."""
+    names = ["cpu"]
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        names.append(f"cuda:{i} ({properties.name}, {properties.total_memory / 2**30:.0f} GiB)")
+    return [*names, *(["mps"] if torch.backends.mps.is_available() else [])]
+
+
+def ask_jax(timeout_s: float = JAX_TIMEOUT_S) -> tuple[list[dict[str, str]], str | None]:
+    """(devices that jax sees, why it sees none)."""
+    command = [sys.executable, "-c", ASK_JAX]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return [], (
+            f"gave no answer in {timeout_s:g} s; if another process holds the TPU, end it, or set "
+            "JAX_PLATFORMS=cpu"
+        )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return [], f"cannot start ({last}); pip install --force-reinstall 'packscore[tpu]'"
+    devices: list[dict[str, str]] = json.loads(done.stdout.strip().splitlines()[-1])
+    return devices, None
+
+
+def what_runs(jax_platforms: set[str], jax_failure: str | None) -> dict[str, str]:
+    """What each value of `--device` does on this machine, and why."""
+    torch_device, patch_device, reason = choose_device()
+    programs = "compiled programs with the Pallas kernel on the TPU"
+    chosen = programs if patch_device == "tpu" else f"torch on {torch_device}"
+    preferred = "the TPU, Pallas kernel" if "tpu" in jax_platforms else "jax's CPU"
+    return {
+        "auto": f"{chosen}: {reason}",
+        "cpu": "torch on the CPU",
+        "cuda": "torch on CUDA" if torch.cuda.is_available() else "refused: torch sees no CUDA",
+        "mps": "torch on MPS" if torch.backends.mps.is_available() else "refused: no MPS",
+        "tpu": programs if "tpu" in jax_platforms else "refused: jax sees no TPU",
+        "jax": f"refused: jax {jax_failure}" if jax_failure else f"programs on {preferred}",
+    }
+
+
+def metadata_requirements() -> list[Requirement]:
+    """What packscore needs, as installed; nothing where it runs from its sources."""
+    try:
+        lines = metadata.requires("packscore") or []
+    except metadata.PackageNotFoundError:
+        return []
+    return [Requirement(line) for line in lines]
+
+
+def version_problems(requirements: list[Requirement]) -> Iterator[str]:
+    """Packages that are missing or of a version that does not fit."""
+    for requirement in requirements:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        found = version_of(requirement.name)
+        wanted = f"{requirement.name}{requirement.specifier}"
+        if found is None:
+            yield f"{requirement.name} is not installed: pip install '{wanted}'"
+        elif not requirement.specifier.contains(found, prereleases=True):
+            yield f"{requirement.name} is {found}: pip install '{wanted}'"
+
+
+def device_problems(jax_platforms: set[str]) -> Iterator[str]:
+    """Devices that are there and that nothing can use."""
+    if os.path.exists("/dev/nvidia0") and not torch.cuda.is_available():
+        built = torch.version.cuda or "no CUDA"
+        yield (
+            f"this machine has an NVIDIA GPU, and torch {torch.__version__} (built for {built}) "
+            "cannot use it; install a CUDA build of torch that its driver supports"
+        )
+    if tpu_is_plugged_in() and "tpu" not in jax_platforms:
+        forced = os.environ.get("JAX_PLATFORMS")
+        if version_of("libtpu") is None:
+            yield "this machine has a TPU and no libtpu: pip install 'packscore[tpu]'"
+        elif forced:
+            yield f"this machine has a TPU, and JAX_PLATFORMS={forced} hides it; unset it"
+        else:
+            yield "this machine has a TPU that jax cannot use; is another process holding it?"
+
+
+def _notes(found: Findings) -> Iterator[str]:
+    if version_of("packscore") is None:
+        yield "packscore runs from its sources: versions were not compared with what it needs"
+    if found.versions["pyarrow"] is None:
+        yield "parquet files need pyarrow: pip install 'packscore[parquet]'"
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        yield (
+            "JAX_COMPILATION_CACHE_DIR is not set: every process compiles its programs again "
+            "(--device tpu and jax)"
+        )

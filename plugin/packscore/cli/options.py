@@ -1,0 +1,138 @@
+"""The options that commands share, and what they are read into."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from packscore.cli.exits import UsageError
+from packscore.cli.records import FieldNames
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+Input = Annotated[
+    str, typer.Argument(help="A .jsonl, .csv or .parquet file of records; - is stdin (JSONL).")
+]
+Output = Annotated[
+    str, typer.Option("--output", "-o", help="The file to write; - is stdout (JSONL).")
+]
+Model = Annotated[str, typer.Option("--model", "-m", help="Hub name or folder of the model.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub name.")]
+Device = Annotated[
+    str,
+    typer.Option(help="auto, cpu, cuda[:N], mps (torch); tpu, jax (compiled programs)."),
+]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")]
+Prompt = Annotated[
+    str,
+    typer.Option(help="qwen3-reranker, yes-no, plain, or a .json file with a PromptSpec's parts."),
+]
+Instruction = Annotated[str | None, typer.Option(help="Replaces the prompt's own instruction.")]
+Labels = Annotated[
+    str | None,
+    typer.Option(help="Label texts with commas between them, such as no,yes.", show_default=False),
+]
+LabelTokenIds = Annotated[
+    str | None, typer.Option(help="Labels as token ids, such as 2152,9693.", show_default=False)
+]
+MaxTokens = Annotated[
+    int | None, typer.Option(min=1, help="Budget of the query and one item, in tokens.")
+]
+OnLong = Annotated[
+    Literal["truncate", "error"],
+    typer.Option(help="truncate cuts and reports an item over the budget; error refuses it."),
+]
+InputFormat = Annotated[
+    str | None, typer.Option("--format", help="jsonl, csv or parquet; default: by the suffix.")
+]
+OutputFormat = Annotated[
+    str | None, typer.Option(help="jsonl, csv or parquet; default: by the suffix.")
+]
+QueryField = Annotated[str, typer.Option(help="Field or column of the query.")]
+ItemsField = Annotated[
+    str | None,
+    typer.Option(
+        help="Field or column of the items; default: items or documents (CSV: item or document).",
+        show_default=False,
+    ),
+]
+Errors = Annotated[
+    Path | None,
+    typer.Option(help="File for bad records; default: OUTPUT.errors.jsonl.", show_default=False),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where an earlier run stopped.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove an output that is there.")]
+MaxLineBytes = Annotated[int, typer.Option(min=1, help="Longer lines are bad records.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no summary.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Count records and tokens, run and write nothing.")
+]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What the command line says about the model and its prompt.
+
+    Args:
+      model: a hub name or a folder.
+      revision: of a hub name.
+      device: "auto", "tpu", "jax", or a torch device such as "cuda:1".
+      dtype: one of DTYPES.
+      prompt: a built-in name, or a JSON file with the parts of a `PromptSpec`.
+      instruction, max_tokens, on_long: as `MultiItemScorer` takes them.
+      labels: label texts, or None.
+      label_token_ids: labels as ids, or None.
+
+    Raises:
+      UsageError: `dtype` or `on_long` is not one of its values.
+    """
+
+    model: str
+    revision: str | None
+    device: str
+    dtype: str
+    prompt: str
+    instruction: str | None
+    labels: list[str] | None
+    label_token_ids: list[int] | None
+    max_tokens: int | None
+    on_long: Literal["truncate", "error"]
+
+    def __post_init__(self) -> None:
+        _check_choice("--dtype", self.dtype, DTYPES)
+        _check_choice("--on-long", self.on_long, ("truncate", "error"))
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How the input is read."""
+
+    names: FieldNames
+    max_line_bytes: int
+
+
+def split_labels(labels: str | None) -> list[str] | None:
+    """`no,yes` as a list."""
+    return None if labels is None else labels.split(",")
+
+
+def split_ids(label_token_ids: str | None) -> list[int] | None:
+    """`15,17` as a list.
+
+    Raises:
+      UsageError: an id is not a number.
+    """
+    try:
+        return None if label_token_ids is None else [int(i) for i in label_token_ids.split(",")]
+    except ValueError as error:
+        raise UsageError(
+            f"--label-token-ids={label_token_ids!r} must be numbers with commas between them"
+        ) from error
+
+
+def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"{option}={value!r} must be one of {', '.join(choices)}")
