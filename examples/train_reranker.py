@@ -44,10 +44,20 @@ ADDED_TOKENS = (  # noqa: SIM905 (kept when special tokens are skipped)
     "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> "
     "<|repo_name|> <|file_sep|> <tool_response> </tool_response> <think> </think>"
 ).split()
+# The roles "query" and "document" make the reranker's frame, as sentence-transformers asks of a
+# reranker's template; "system" is then the instruction. Any other chat is Qwen's.
 CHAT_TEMPLATE = (
+    "{%- set of = dict(messages|groupby('role')) %}{%- if of.query and of.document %}"
+    "{{- '<|im_start|>system\nJudge whether the Document meets the requirements based on the Query "
+    'and the Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n'
+    "<|im_start|>user\n<Instruct>: ' + (of.system[0].content if of.system else 'Given a web search "
+    "query, retrieve relevant passages that answer the query') + '\n<Query>: ' + "
+    "of.query[0].content + '\n<Document>: ' + of.document[0].content + '<|im_end|>\n"
+    "<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{%- else %}"
     "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
     "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
     "{{- '' if enable_thinking|default(true) else '<think>\n\n</think>\n\n' }}{%- endif %}"
+    "{%- endif %}"
 )
 WORD = re.compile(r"[A-Za-z]{2,}")
 ENDING = re.compile(r"(s|es|ed|ing)$")

@@ -10,11 +10,14 @@ import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3ForSequenceClassification,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -96,6 +99,20 @@ def random_decoder(family: str, **options: Any) -> PreTrainedModel:
         moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, **moe, head_dim=16, **options))
     return _spread_scores(model, seed=0)
+
+
+CLASSIFIERS: dict[str, Any] = {
+    "qwen3": (Qwen3Config, Qwen3ForSequenceClassification),
+    "qwen2": (Qwen2Config, Qwen2ForSequenceClassification),
+    "llama": (LlamaConfig, LlamaForSequenceClassification),
+}
+
+
+def random_classifier(family: str = "qwen3", num_labels: int = 2, **options: Any) -> Any:
+    """A small random sequence classifier, with a padding token that its inputs may hold."""
+    config_class, model_class = CLASSIFIERS[family]
+    sizes = {**SMALL, "pad_token_id": 0, "num_labels": num_labels, **options}
+    return _spread_scores(model_class(config_class(**sizes)), seed=0)
 
 
 FAMILIES = ("qwen3", "qwen3_moe", "qwen2", "llama")

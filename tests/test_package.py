@@ -64,6 +64,7 @@ def test_metadata_keeps_the_core_install_light(dist: Path) -> None:
     core = {r.partition(">")[0].partition("<")[0] for r in required if "extra ==" not in r}
     assert core == {
         *("accelerate", "jax", "numpy", "psutil", "torch", "torchax", "tqdm", "transformers"),
+        "typer",
     }
     for bounded in ("jax", "torch", "torchax", "transformers"):
         (line,) = (r for r in required if r.startswith((f"{bounded}<", f"{bounded}>")))
@@ -73,5 +74,8 @@ def test_metadata_keeps_the_core_install_light(dist: Path) -> None:
     assert len(libtpu) == 1
     for marker in ('sys_platform == "linux"', 'platform_machine == "x86_64"', 'extra == "tpu"'):
         assert marker in libtpu[0]
-    assert set(message.get_all("Provides-Extra", [])) == {"tpu", "test", "dev"}
+    assert set(message.get_all("Provides-Extra", [])) == {
+        *("tpu", "test", "dev", "parquet", "plot"),
+        *("langchain", "llama-index", "rerankers", "sentence-transformers"),
+    }
     assert message["License-Expression"] == "Apache-2.0"

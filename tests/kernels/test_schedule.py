@@ -139,12 +139,12 @@ def two(first, second):
             SegmentLayout(
                 (
                     Group(0, NONE, 20, np.array([1, 2], np.int32)),
-                    Group(0, NONE, 20, np.array([3, 2], np.int32)),
+                    Group(0, NONE, 20, np.array([2, 3], np.int32)),
                 ),
                 64,
             ),
             {"page_size": 16},
-            r"page 2 is shared by groups 0 and 1",
+            r"page 2 is entry 1 of group 0 and entry 0 of group 1; groups may share the start",
         ),
         (
             SegmentLayout((Group(0, NONE, 5, np.array([0], np.int32)),), 64),

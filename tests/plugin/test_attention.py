@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 
 from packscore import InputError
-from packscore.attention import PrefixCache, SegmentPlan, attend, attend_math, segment_attention
+from packscore.attention import SegmentPlan, attend, attend_math, segment_attention
+from packscore.kv_pages import KvPages, PageWrite, slot_runs
+from packscore.paging import PagePool
 from packscore_kernels.segment_paged_attention.layout import Group, SegmentLayout
 from packscore_kernels.segment_paged_attention.reference import segment_attention_reference
 from tolerances import ATTENTION_BFLOAT16, ATTENTION_FLOAT32
@@ -112,36 +112,108 @@ def test_equal_lengths_are_a_view() -> None:
     assert sorted((batch.length, batch.start) for batch in plan.sequences) == [(20, 100), (100, 0)]
 
 
-@pytest.mark.parametrize("num_first", [0, 1, 3, 7])
-def test_a_cached_prefix_gives_the_same(num_first: int) -> None:
-    """The first items with the prefix, the others behind its keys and values alone."""
-    item_lens = [0, 3, 5, 5, 1, 70, 2]
-    layout = SegmentLayout.single(33, item_lens)
+PAGE = 8
+
+
+def paged_case(cached_lens: list[int]) -> tuple[SegmentLayout, list[Group], int]:
+    """Groups whose prefixes lie in pages up to some token, the pages shuffled, with gaps."""
+    numbers = np.random.default_rng(7).permutation(64)[:40].astype(np.int32)
+    groups, first = [], 0
+    for cached in cached_lens:
+        count = -(-cached // PAGE)
+        own = 0 if cached % 3 == 0 and cached else 5
+        pages = numbers[first : first + count]
+        groups.append(Group(own, np.array([3, 0, 9], np.int32), cached, pages))
+        first += count
+    layout = SegmentLayout(tuple(groups), sum(group.num_tokens for group in groups) + 4)
+    return layout, groups, 64
+
+
+def paged_keys(
+    layout: SegmentLayout, num_pages: int, kv_heads: int, dim: int
+) -> tuple[KvPages, np.ndarray]:
+    """The same keys and values twice: in torch's pages and in the reference's, NaN elsewhere."""
+    pages = KvPages(num_pages, PAGE)
+    generator = torch.Generator().manual_seed(3)
+    empty = torch.full((1, kv_heads, 1, dim), torch.nan)
+    slots = pages._slots(0, empty)
+    slots.fill_(torch.nan)
+    for group in layout.groups:
+        if group.cached_len:
+            k, v = torch.randn(2, 1, kv_heads, group.cached_len, dim, generator=generator)
+            runs = slot_runs(group.page_indices, 0, group.cached_len, PAGE)
+            pages.write(0, k, v, [PageWrite(0, runs, None)])
+    pool = slots.view(2, kv_heads, num_pages, PAGE, dim).permute(2, 1, 0, 3, 4).numpy()
+    return pages, pool
+
+
+@pytest.mark.parametrize(
+    "cached_lens",
+    [[PAGE - 1], [PAGE], [PAGE + 1], [0, 3 * PAGE, 17], [1, 33], [24, 0, 9, 16]],
+    ids=lambda lens: "C" + "-".join(map(str, lens)),
+)
+def test_cached_prefixes_equal_the_reference(cached_lens: list[int]) -> None:
+    layout, _, num_pages = paged_case(cached_lens)
     q, k, v = random_qkv(layout, 4, 2, 16)
-    whole = segment_attention(q, k, v, SegmentPlan.build(layout), sm_scale=0.25)
-    rest = SegmentLayout((Group(0, np.array(item_lens[num_first:], np.int32), cached_len=33),), 0)
-    start = layout.num_tokens - rest.num_real_tokens
-    rest = dataclasses.replace(rest, num_tokens=rest.num_real_tokens)
-    cache = PrefixCache(33)
-    cache.keep(0, k, v)
-    out = segment_attention(
-        *(x[:, :, start:] for x in (q, k, v)),
-        SegmentPlan.build(rest),
-        sm_scale=0.25,
-        cached=cache.layers[0],
+    pages, pool = paged_keys(layout, num_pages, 2, 16)
+    expected = segment_attention_reference(
+        *(x[0].numpy() for x in (q, k, v)), layout, sm_scale=0.25, kv_pages=pool
     )
-    assert torch.allclose(out, whole[:, start:], rtol=0, atol=ATTENTION_FLOAT32)
-    assert np.array_equal(rest.position_ids, layout.position_ids[start:])
+    plan = SegmentPlan.build(layout, page_size=PAGE)
+    out = segment_attention(q, k, v, plan, sm_scale=0.25, pages=pages)[0].transpose(0, 1)
+    assert np.abs(out.numpy() - np.asarray(expected)).max() <= ATTENTION_FLOAT32
 
 
-def test_a_plan_with_a_cached_prefix_needs_the_cache() -> None:
-    layout = SegmentLayout((Group(0, np.array([3], np.int32), cached_len=8),), 3)
+def test_neighbouring_groups_on_the_same_pages_share_a_call() -> None:
+    table = np.array([4, 2], np.int32)
+    groups = [Group(n, np.array([2, 3], np.int32), 12, table) for n in (3, 0, 6)]
+    plan = SegmentPlan.build(SegmentLayout(tuple(groups), 24), page_size=PAGE)
+    cached = [part for part in plan.parts if part.packed is None]
+    assert [part.rows for part in cached] == [(0, 24)]
+    assert cached[0].slots == ((32, 8), (16, 4))
+
+
+def test_what_a_lease_misses_is_written_and_found() -> None:
+    """A prefix that parts from another inside a page: the page is copied, then continued."""
+    pool = PagePool(8, 32)
+    pages = KvPages(8, 32)
+    k, v = torch.randn(2, 1, 2, 50, 16, generator=torch.Generator().manual_seed(0))
+    first = pool.acquire(np.arange(50))
+    assert first is not None
+    pages.write(0, k, v, [PageWrite.of(first, 0)])
+    first.commit()
+    second = pool.acquire(np.concatenate([np.arange(50), [9, 9, 9]]))
+    third = pool.acquire(np.concatenate([np.arange(20), np.full(30, 7)]))
+    assert second is not None
+    assert third is not None
+    assert (second.cached_len, third.cached_len) == (50, 20)
+    new_k, new_v = torch.randn(2, 1, 2, 40, 16, generator=torch.Generator().manual_seed(1))
+    pages.write(0, new_k, new_v, [PageWrite.of(second, 0), PageWrite.of(third, 3)])
+    for lease, (row, start) in ((second, (0, 50)), (third, (3, 20))):
+        length = len(lease.tokens)
+        found, _ = pages.read(0, slot_runs(lease.pages, 0, length, 32))
+        assert torch.equal(found[:, :, :start], k[:, :, :start])
+        assert torch.equal(found[:, :, start:], new_k[:, :, row : row + length - start])
+    # and the first one is as it was
+    found, values = pages.read(0, slot_runs(first.pages, 0, 50, 32))
+    assert torch.equal(found, k)
+    assert torch.equal(values, v)
+
+
+def test_neighbouring_pages_are_read_in_place() -> None:
+    pages = KvPages(4, PAGE)
+    slots = pages._slots(0, torch.zeros(1, 2, 1, 16))
+    k, _ = pages.read(0, slot_runs(np.array([1, 2], np.int32), 0, 13, PAGE))
+    assert k.shape == (1, 2, 13, 16)
+    assert k.data_ptr() == slots[0, 0, PAGE].data_ptr()
+    k, _ = pages.read(0, slot_runs(np.array([2, 1], np.int32), 0, 13, PAGE))
+    assert k.shape == (1, 2, 13, 16)
+
+
+def test_a_plan_with_a_cached_prefix_needs_the_pages() -> None:
+    group = Group(0, np.array([3], np.int32), 8, np.array([0], np.int32))
+    layout = SegmentLayout((group,), 3)
     q, k, v = random_qkv(layout, 4, 2, 16)
-    with pytest.raises(InputError, match="cached=None, and the plan's prefix is not among"):
-        segment_attention(q, k, v, SegmentPlan.build(layout), sm_scale=0.25)
-
-
-def test_half_cached_prefixes_are_refused() -> None:
-    group = Group(4, np.array([2], np.int32), cached_len=8)
-    with pytest.raises(InputError, match="cached_len=8: torch attention takes a prefix whole"):
-        SegmentPlan.build(SegmentLayout((group,), 6))
+    plan = SegmentPlan.build(layout, page_size=PAGE)
+    with pytest.raises(InputError, match="pages=None, and the plan has prefix tokens in pages"):
+        segment_attention(q, k, v, plan, sm_scale=0.25)

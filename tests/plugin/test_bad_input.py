@@ -10,8 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-import packscore.forward
-import packscore.running
+import packscore.engines
 from helpers import random_qwen3
 from packscore import (
     InputError,
@@ -32,7 +31,7 @@ def no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise AssertionError("the model ran before the input was checked")
 
-    monkeypatch.setattr(packscore.running, "scored_hidden_states", fail)
+    monkeypatch.setattr(packscore.engines, "scored_rows", fail)
 
 
 IDS: list[tuple[str, Call, type[PackscoreError], str]] = [
@@ -448,7 +447,7 @@ def test_dense_says_what_its_mask_needs_and_refuses_what_does_not_fit(
     class Memory:
         available = 600 * 600 * 5 - 1
 
-    monkeypatch.setattr(packscore.forward.psutil, "virtual_memory", Memory)
+    monkeypatch.setattr(packscore.engines.psutil, "virtual_memory", Memory)
     with pytest.raises(MaskTooLargeError, match=r"needs 2 MiB for 600 tokens.*use mask_impl='segm"):
         scorer.score([1] * 400, [[2] * 100, [3] * 100])
     segment = MultiItemScorer(model, label_token_ids=[1, 2])
@@ -463,7 +462,7 @@ def test_dense_counts_the_scores_of_all_heads_for_eager(monkeypatch: pytest.Monk
     class Memory:
         available = 0
 
-    monkeypatch.setattr(packscore.forward.psutil, "virtual_memory", Memory)
+    monkeypatch.setattr(packscore.engines.psutil, "virtual_memory", Memory)
     with pytest.raises(MaskTooLargeError, match=r"\(53 bytes for each pair of tokens\)"):
         scorer.score([1], [[2], [3]])
 

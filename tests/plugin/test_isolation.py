@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 
 from helpers import LABELS, random_ids, random_qwen3
 from packscore import MultiItemScorer, patch_model
-from packscore.packing import PackedRequest, pack
+from packscore.attention import SegmentPlan
+from packscore.packing import Share, pack
+from packscore_kernels import SegmentLayout
 
 POISON = 319  # a token that only the tests' other items use
 PREFIX = random_ids(33, 300, seed=1)
@@ -22,7 +24,8 @@ Score = Callable[[list[list[int]]], np.ndarray]
 
 
 def scores_of(model: PreTrainedModel, mask_impl: str) -> Score:
-    scorer = MultiItemScorer(model, mask_impl=mask_impl)
+    # no pages: the control would leave causal keys in them
+    scorer = MultiItemScorer(model, mask_impl=mask_impl, prefix_cache_bytes=0)
     return lambda items: np.array(scorer.score(PREFIX, items, label_token_ids=LABELS))
 
 
@@ -35,8 +38,13 @@ def model() -> PreTrainedModel:
 @contextmanager
 def plain_causal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Packed tokens under plain causal attention, as a packing without the segment rule has."""
+
+    def one_sequence(layout: SegmentLayout, *args: object) -> SegmentPlan:
+        return build(SegmentLayout.single(layout.num_tokens, []))
+
+    build = SegmentPlan.build
     with monkeypatch.context() as patch:
-        patch.setattr(PackedRequest, "is_causal", True)
+        patch.setattr(SegmentPlan, "build", one_sequence)
         yield
 
 
@@ -108,7 +116,8 @@ def test_control_plain_causal_attention_fails_each_of_these(
 
 
 def test_control_is_not_the_path_under_test() -> None:
-    prefix, item = np.zeros(1, np.int64), np.ones(2, np.int64)
-    assert pack(prefix, [item]).is_causal
-    assert not pack(prefix, [item, item]).is_causal
-    assert not pack(prefix, [item, item], chunk_tokens=2).is_causal
+    prefix, item, index = np.zeros(1, np.int64), np.ones(2, np.int64), np.arange(2)
+    assert pack([Share(0, prefix, [item], index[:1])]).is_causal
+    two = pack([Share(0, prefix, [item, item], index)])
+    assert not two.is_causal
+    assert len(SegmentPlan.build(two.layout).parts) == 1

@@ -37,3 +37,34 @@ def test_500_items_behind_2000_tokens_take_under_a_gigabyte() -> None:
     extra_bytes = int(done.stdout)
     print(f"peak extra memory: {extra_bytes / 2**20:.0f} MiB")
     assert extra_bytes < 2**30
+
+
+STREAM = """
+import resource
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from packscore import MultiItemScorer, patch_model
+
+torch.set_num_threads(1)
+config = Qwen3Config(vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                     num_attention_heads=2, num_key_value_heads=1, head_dim=32)
+model = patch_model(Qwen3ForCausalLM(config).eval())
+scorer = MultiItemScorer(model, label_token_ids=[1, 2])
+
+def peak(count):
+    items = ([k % 300] * 20 for k in range(count))
+    assert sum(1 for _ in scorer.score_stream([3] * 2000, items)) == count
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+print(*(peak(count) for count in (2000, 20_000)))
+"""
+
+
+def test_a_stream_of_20_000_items_takes_the_memory_of_2_000() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(STREAM)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    few, many = (int(peak) for peak in done.stdout.split())
+    print(f"peak: {few / 2**20:.0f} MiB after 2 000 items, {many / 2**20:.0f} MiB after 20 000")
+    assert many - few < 16 * 2**20

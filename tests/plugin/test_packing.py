@@ -6,51 +6,56 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packscore.packing import pack
+from packscore.packing import Share, pack, split_items
+from packscore.paging import PagePool
 
 
 def arrays(lens: list[int]) -> list[np.ndarray]:
     return [np.arange(n) + 100 * (k + 1) for k, n in enumerate(lens)]
 
 
-@given(
-    prefix_len=st.integers(0, 9),
-    lens=st.lists(st.integers(0, 12), min_size=1, max_size=30),
-    chunk_tokens=st.none() | st.integers(1, 60),
+groups = st.lists(
+    st.tuples(st.integers(1, 40), st.lists(st.integers(0, 12), min_size=1, max_size=8)),
+    min_size=1,
+    max_size=4,
 )
+
+
+@given(groups=groups, cached=st.booleans(), seed=st.integers(0, 3))
 def test_every_item_is_somewhere_once_and_whole(
-    prefix_len: int, lens: list[int], chunk_tokens: int | None
+    groups: list[tuple[int, list[int]]], cached: bool, seed: int
 ) -> None:
-    prefix, items = np.arange(prefix_len), arrays(lens)
-    request = pack(prefix, items, chunk_tokens=chunk_tokens)
-    assert sorted(request.order.tolist()) == list(range(len(items)))
-    whose = iter(request.order.tolist())
-    for number, batch in enumerate(request.batches):
-        (group,) = batch.layout.groups
-        assert (group.prefix_len, group.cached_len) == ((prefix_len, 0), (0, prefix_len))[
-            number > 0
-        ]
-        assert np.array_equal(batch.token_ids[: group.prefix_len], prefix[: group.prefix_len])
-        rows = batch.layout.scored_rows
-        for (start, end), row in zip(batch.layout.item_bounds, rows, strict=True):
-            item = items[next(whose)]
-            assert np.array_equal(batch.token_ids[start:end], item)
-            # an empty item never lands behind a cached prefix, where it would have no row
-            assert row == (end if len(item) else group.prefix_len) - 1
-            assert np.array_equal(
-                batch.layout.position_ids[start:end], prefix_len + np.arange(len(item))
-            )
-    assert next(whose, None) is None
+    pool = PagePool(32, 16)
+    rng = np.random.default_rng(seed)
+    shares = []
+    for number, (prefix_len, lens) in enumerate(groups):
+        prefix = rng.integers(0, 10**6, prefix_len)
+        lease = pool.acquire(prefix)
+        assert lease is not None
+        if cached:
+            lease.commit()
+        shares.append(Share(number, prefix, arrays(lens), np.arange(len(lens)), lease))
+    batch = pack(shares)
+    assert batch.layout.num_tokens == len(batch.token_ids) == sum(s.num_tokens for s in shares)
+    bounds, rows = iter(batch.layout.item_bounds), iter(batch.layout.scored_rows)
+    for share, start in zip(shares, batch.layout.group_starts, strict=False):
+        own = len(share.prefix) - share.cached_len
+        # an empty item is scored at its prefix's last token, which then is packed
+        assert own == (
+            len(share.prefix) if not cached else int(any(not len(i) for i in share.items))
+        )
+        assert np.array_equal(
+            batch.token_ids[start : start + own], share.prefix[share.cached_len :]
+        )
+        for item in share.items:
+            (first, end), row = next(bounds), next(rows)
+            assert np.array_equal(batch.token_ids[first:end], item)
+            assert row == (end if len(item) else start + own) - 1
+            positions = batch.layout.position_ids[first:end]
+            assert np.array_equal(positions, len(share.prefix) + np.arange(len(item)))
+    assert next(bounds, None) is None
 
 
-def test_chunks_are_of_equal_share() -> None:
-    request = pack(np.arange(9), arrays([20] * 500), chunk_tokens=2048)
-    sizes = [len(batch.token_ids) for batch in request.batches]
-    assert len(sizes) == 5
-    assert max(sizes[1:]) == min(sizes[1:]) == sizes[0] - 9 == 2000
-
-
-def test_a_long_item_is_one_batch() -> None:
-    request = pack(np.arange(2), arrays([50]), chunk_tokens=10)
-    assert len(request.batches) == 1
-    assert request.is_causal
+def test_items_are_split_where_a_program_ends() -> None:
+    assert split_items(4, [3, 3, 3, 20, 1], 10) == [[0, 1], [2], [3], [4]]
+    assert split_items(0, [5], 2) == [[0]]

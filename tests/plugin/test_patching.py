@@ -253,5 +253,6 @@ def test_not_a_hugging_face_model() -> None:
 
 def test_a_model_without_head_is_refused() -> None:
     model = patch_model(AutoModel.from_pretrained(shipped_model_path()).eval())
-    with pytest.raises(UnsupportedModelError, match="Qwen3Model has no language-model head"):
-        MultiItemScorer(model)
+    for refused in (MultiItemScorer, lambda m: patch_model(m, device="jax")):
+        with pytest.raises(UnsupportedModelError, match="Qwen3Model has no language-model head"):
+            refused(model)

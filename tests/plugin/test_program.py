@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import logging
+import re
 import threading
 from typing import Any
 
@@ -12,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from helpers import (
+    FAMILIES,
     LABELS,
     VOCAB_SIZE,
     FrozenCase,
@@ -41,8 +45,10 @@ ITEMS = [random_ids(n, seed=n) for n in (5, 60, 1, 0, 9, 130, 9)]
 PREFIX = random_ids(37, seed=1)
 
 
-def differences(model: PreTrainedModel, scorer: MultiItemScorer) -> list[torch.Tensor]:
+def differences(scorer: MultiItemScorer) -> list[torch.Tensor]:
     found = []
+    # plain calls of the model itself run through programs too
+    model: Any = unpatch_model(copy.deepcopy(scorer.model))
     for softmax, labels in ((False, LABELS), (True, LABELS[:2])):
         expected = one_by_one(model, PREFIX, ITEMS, labels, apply_softmax=softmax)
         scores = scorer.score(PREFIX, ITEMS, label_token_ids=labels, apply_softmax=softmax)
@@ -51,27 +57,26 @@ def differences(model: PreTrainedModel, scorer: MultiItemScorer) -> list[torch.T
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_float32_equals_one_by_one(family: str, tied: bool) -> None:
     options = {"tied": tied} if family == "qwen3" else {"tie_word_embeddings": tied}
     model = random_decoder(family, **options)
     scorer = MultiItemScorer(patch_model(model, device="jax"))
     assert program_of(model) is not None
-    # the model's own forward stays torch's, on weights that jax now shares
-    for difference in differences(model, scorer):
+    for difference in differences(scorer):
         assert difference.max() <= PROBABILITY_MAX_FLOAT32
 
 
 def test_bfloat16_and_28_layers() -> None:
     deep = random_qwen3(num_layers=28)
     scorer = MultiItemScorer(patch_model(deep, device="jax"))
-    for difference in differences(deep, scorer):
+    for difference in differences(scorer):
         assert difference.max() <= PROBABILITY_MAX_FLOAT32
     model = random_qwen3(num_heads=14, num_kv_heads=2, head_dim=64, tied=False)
     with torch.no_grad():
         model.lm_head.weight.mul_(0.5)
     model = model.bfloat16()
-    for difference in differences(model, MultiItemScorer(patch_model(model, device="jax"))):
+    for difference in differences(MultiItemScorer(patch_model(model, device="jax"))):
         assert difference.max() <= PROBABILITY_MAX_BFLOAT16
         assert difference.mean() <= PROBABILITY_MEAN_BFLOAT16
 
@@ -91,12 +96,12 @@ def test_weights_are_shared_and_the_torch_model_is_unchanged() -> None:
     model = random_qwen3(num_layers=3)
     names = [name for name, _ in model.named_parameters()]
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    logits = model(torch.tensor([PREFIX])).logits
+    logits = model(torch.tensor([PREFIX]), use_cache=True).logits
     patch_model(model, device="jax")
     program: Any = program_of(model)
     assert [name for name, _ in model.named_parameters()] == names
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
-    assert torch.equal(model(torch.tensor([PREFIX])).logits, logits)
+    assert torch.equal(model(torch.tensor([PREFIX]), use_cache=True).logits, logits)
     stack = program._weights["layers"]["mlp.up_proj.weight"]
     first = model.model.layers[0].mlp.up_proj.weight
     assert stack.unsafe_buffer_pointer() == first.data_ptr()
@@ -107,54 +112,68 @@ def test_weights_are_shared_and_the_torch_model_is_unchanged() -> None:
 
 def test_requests_larger_than_a_program_are_split() -> None:
     model = random_qwen3()
+    expected = one_by_one(model, PREFIX, ITEMS, LABELS)
     scorer = MultiItemScorer(patch_model(model, device="jax"))
     program: Any = program_of(model)
     program.max_tokens = 128
     result = scorer.score(PREFIX, ITEMS, label_token_ids=LABELS, return_usage=True)
-    expected = one_by_one(model, PREFIX, ITEMS, LABELS)
     assert (torch.tensor(result.scores) - expected).abs().max() <= PROBABILITY_MAX_FLOAT32
     assert result.usage.flow == "chunked"
 
 
+LARGEST = 8192
+
+
 @pytest.fixture(scope="module")
-def warm() -> MultiItemScorer:
-    scorer = MultiItemScorer(
-        patch_model(random_qwen3(num_layers=1), device="jax"), label_token_ids=LABELS[:2]
-    )
-    program: Any = program_of(scorer.model)
-    assert program.warmup(max_tokens=700, over_vocabulary=(True,)) == program.compile_count
+def warm(quick_programs: None) -> MultiItemScorer:
+    model = random_qwen3(num_layers=1, num_heads=1, num_kv_heads=1)
+    scorer = MultiItemScorer(patch_model(model, device="jax"), label_token_ids=LABELS[:2])
+    program: Any = program_of(model)
+    compiled = program.warmup(max_tokens=LARGEST, max_items=16, over_vocabulary=(True,))
+    # 16 items fit the program of few items in all buckets but the first
+    assert compiled == program.compile_count == len(token_ladder(LARGEST)) + 1
     program.strict = True
     return scorer
 
 
-def requests(count: int) -> list[tuple[list[int], list[list[int]]]]:
+def requests(count: int, max_tokens: int) -> list[tuple[list[int], list[list[int]]]]:
+    """Up to 16 items, as many requests of some hundred tokens as of some thousand."""
     rng = np.random.default_rng(0)
     found = []
     for k in range(count):
-        lens = rng.integers(0, 40, rng.integers(1, 17))
-        prefix = random_ids(int(rng.integers(1, 60)), seed=k)
-        found.append((prefix, [random_ids(int(n), seed=int(n)) for n in lens]))
+        total = int(np.exp(rng.uniform(np.log(20), np.log(max_tokens + 1))))
+        cuts = np.sort(rng.integers(1, total + 1, rng.integers(1, 17)))
+        lens = np.diff([*cuts, total])
+        found.append(
+            (random_ids(int(cuts[0]), seed=k), [random_ids(int(n), seed=int(n)) for n in lens])
+        )
     return found
 
 
 def test_no_compile_after_warmup(warm: MultiItemScorer) -> None:
     program: Any = program_of(warm.model)
     before = program.compile_count
-    for prefix, items in requests(50):
-        assert len(warm.score(prefix, items)) == len(items)
+    sizes = set()
+    for prefix, items in requests(50, LARGEST):
+        result = warm.score(prefix, items, return_usage=True)
+        assert len(result.scores) == len(items)
+        sizes.add(result.usage.computed_tokens)
+    assert len(sizes) > 40
+    assert max(sizes) > LARGEST // 2
     assert program.compile_count == before
     with pytest.raises(UnexpectedCompileError, match=r"is not compiled and strict=True; call warm"):
-        warm.score(PREFIX, [random_ids(900, seed=1)] * 2)
+        warm.score(PREFIX, [random_ids(LARGEST, seed=1)])
 
 
 def test_threads_give_the_single_threads_scores(warm: MultiItemScorer) -> None:
-    work = requests(12)
-    expected = [warm.score(prefix, items) for prefix, items in work]
+    work = requests(50, 700)
+    # by name, so that the pages that others filled play no part
+    expected = [warm.score(prefix, items, flow="packed") for prefix, items in work]
     found: dict[tuple[int, int], list[list[float]]] = {}
 
     def run(thread: int) -> None:
         for k, (prefix, items) in enumerate(work):
-            found[thread, k] = warm.score(prefix, items)
+            found[thread, k] = warm.score(prefix, items, flow="packed")
 
     threads = [threading.Thread(target=run, args=(n,)) for n in range(8)]
     for thread in threads:
@@ -162,6 +181,17 @@ def test_threads_give_the_single_threads_scores(warm: MultiItemScorer) -> None:
     for thread in threads:
         thread.join()
     assert all(found[n, k] == expected[k] for n in range(8) for k in range(len(work)))
+
+
+def test_every_compile_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    model = patch_model(random_qwen3(num_layers=1), device="jax")
+    with caplog.at_level(logging.INFO, "packscore"):
+        model(torch.tensor([PREFIX]), logits_to_keep=1)
+        model(torch.tensor([PREFIX]), logits_to_keep=1)
+    pattern = r"compiled (\w+)\(.*num_\w+=(\d+).*\) in (\d+\.\d) s, (\d+) bytes of code"
+    found = [re.search(pattern, message) for message in caplog.messages]
+    assert [match and match[1] for match in found] == ["ProgramKey", "HeadKey"]
+    assert all(match and int(match[4]) >= 0 for match in found)
 
 
 def test_torch_compile_and_pin_memory_work_afterwards(warm: MultiItemScorer) -> None:
@@ -202,6 +232,12 @@ def test_adapters_are_refused_by_name() -> None:
     wrapped = get_peft_model(random_qwen3(), LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(UnsupportedModelError, match=r"parameter .*q_proj.* is not one of a plain"):
         patch_model(wrapped.eval(), device="jax")
+
+
+def test_layers_of_two_kinds_are_refused() -> None:
+    model = random_decoder("qwen3_moe", mlp_only_layers=[1])
+    with pytest.raises(UnsupportedModelError, match="layer 1 has other weights than layer 0"):
+        patch_model(model, device="jax")
 
 
 def test_buckets() -> None:

@@ -1,0 +1,54 @@
+"""What tests of the command line share."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner
+
+from packscore import shipped_model_path
+from packscore.cli.app import app
+
+MODEL = ("--model", str(shipped_model_path()), "--device", "cpu")
+# The unequal records of these tests, in the order of the file.
+RECORDS: list[dict[str, Any]] = [
+    {"id": "a", "query": "delete a directory", "items": ["Delete a tree.", "Open a file."], "n": 1},
+    {"query": "shuffle é 🐼", "items": ["Shuffle a list in place."], "nested": {"k": [1, None]}},
+    {"id": 7, "query": "open", "items": ["", "本", "Open a file.", "No."]},
+]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command left."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclass(frozen=True)
+class Cli:
+    """The command line in one folder."""
+
+    folder: Path
+
+    def __call__(self, *args: str, stdin: bytes | None = None) -> Done:
+        """Run a command."""
+        done = CliRunner().invoke(app, list(args), input=stdin)
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        return Done(done.exit_code, done.stdout, done.stderr)
+
+    def write(self, name: str, records: list[Any]) -> str:
+        """A JSONL file; a record that is a string goes in as it is."""
+        lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+        (self.folder / name).write_text("".join(f"{line}\n" for line in lines))
+        return name
+
+    def read(self, name: str) -> list[dict[str, Any]]:
+        """The records of a JSONL file."""
+        return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]

@@ -1,0 +1,52 @@
+"""The examples of the integrations run as they are and say what they should."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.utils import logging
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def process_as_it_was() -> Iterator[None]:
+    """Examples hide progress bars and register a task; other tests share this process."""
+    tasks = dict(PIPELINE_REGISTRY.supported_tasks)
+    yield
+    logging.enable_progress_bar()
+    PIPELINE_REGISTRY.supported_tasks.clear()
+    PIPELINE_REGISTRY.supported_tasks.update(tasks)
+
+
+def run(name: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return capsys.readouterr().out.splitlines()
+
+
+def test_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = run("pipeline.py", capsys)
+    assert lines[0] == "delete a directory tree"
+    assert re.fullmatch(r"  0\.\d{3}  Recursively delete a directory tree\.", lines[1])
+    assert re.fullmatch(r"  0\.\d{3}  Shuffle list x in place, and return None\.", lines[4])
+    assert [line.split()[0] for line in lines[-3:]] == ["yes", "no", "no"]
+
+
+def test_cross_encoder(capsys: pytest.CaptureFixture[str]) -> None:
+    *ranked, difference = run("cross_encoder.py", capsys)
+    assert re.fullmatch(r"1  0\.\d{3}  Open a gzip-compressed file .*", ranked[0])
+    assert len(ranked) == 2
+    assert float(difference.rpartition(" ")[2]) < 1e-4
+
+
+def test_langchain(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = run("langchain_rerank.py", capsys)
+    assert lines[0] == "delete a directory tree"
+    assert re.fullmatch(r"  0\.\d{3}  shutil: Recursively delete .*", lines[1])
+    assert lines[3] == "shuffle a list"
+    assert re.fullmatch(r"  0\.\d{3}  random: Shuffle .*", lines[4])
