@@ -58,6 +58,7 @@ def random_qwen3(
     num_heads: int = 4,
     num_kv_heads: int = 2,
     head_dim: int = 16,
+    hidden_size: int = 64,
     num_layers: int = 2,
     tied: bool = True,
     seed: int = 0,
@@ -65,7 +66,7 @@ def random_qwen3(
 ) -> Qwen3ForCausalLM:
     config = Qwen3Config(
         vocab_size=VOCAB_SIZE,
-        hidden_size=64,
+        hidden_size=hidden_size,
         intermediate_size=128,
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,

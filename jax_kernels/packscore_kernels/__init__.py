@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from packscore_kernels.projections import can_project, project_out, project_qkv
     from packscore_kernels.segment_paged_attention import (
         PAD_SEGMENT,
         PREFIX_SEGMENT,
@@ -37,10 +38,15 @@ __all__ = [
     "UnsupportedError",
     "build_page_writes",
     "build_schedule",
+    "can_project",
+    "project_out",
+    "project_qkv",
     "resolve_block_sizes",
     "segment_paged_attention",
     "write_kv_pages",
 ]
+
+_PROJECTIONS = ("can_project", "project_out", "project_qkv")
 
 # The op has the name of the folder it lives in: loaded first and taken out again, the folder
 # leaves that name to the function.
@@ -51,6 +57,9 @@ del globals()["segment_paged_attention"]
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(_home, name)
+    home = _home
+    if name in _PROJECTIONS:
+        home = importlib.import_module("packscore_kernels.projections")
+    value = getattr(home, name)
     globals()[name] = value
     return value

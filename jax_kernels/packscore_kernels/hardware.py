@@ -69,3 +69,20 @@ _KINDS = {
 def chip_of(device: jax.Device) -> str | None:
     """The name in `CHIPS` of a TPU device, None for anything else."""
     return _KINDS.get(device.device_kind)
+
+
+def vmem_capacity() -> int | None:
+    """VMEM of one core of the TPU that is traced for, None where there is none."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    try:
+        capacity: int = pltpu.get_tpu_info().vmem_capacity_bytes
+    except (ValueError, NotImplementedError):  # as where a kernel is interpreted
+        return None
+    return capacity
+
+
+def vmem_limit(used_bytes: int) -> int:
+    """Room for what a kernel counts and for the compiler's own, within the chip's memory."""
+    limit = int(1.3 * used_bytes) + 2**22
+    return min(limit, vmem_capacity() or limit)

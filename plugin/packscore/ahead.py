@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
@@ -13,9 +15,22 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from packscore.bridge import TracedModel
 from packscore.errors import InputError
-from packscore.program import block_sizes_for, compile_program, program_inputs, program_key
+from packscore.paging import PAGE_SIZE, PREFIX_CACHE_BYTES
+from packscore.program import (
+    block_sizes_for,
+    compile_program,
+    pages_within,
+    pool_struct,
+    program_inputs,
+    program_key,
+)
 from packscore_kernels import BlockSizes, SegmentLayout
 from packscore_kernels.hardware import CHIPS
+
+
+def bytes_of(shapes: Any) -> int:
+    """Bytes of a pytree of arrays that need not exist."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,9 +40,10 @@ class AheadOfTime:
     compiled: Any  # jax.stages.Compiled
     block_sizes: BlockSizes
     num_tokens: int  # the bucket
-    compile_seconds: float
+    compile_cpu_seconds: float  # of all threads
     code_bytes: int
     weight_bytes: int
+    pool_bytes: int  # pages of prefixes
     temporary_bytes: int
 
 
@@ -39,6 +55,7 @@ def compile_ahead(
     num_labels: int = 2,
     over_vocabulary: bool = False,
     dtype: Any = jnp.bfloat16,
+    prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
 ) -> AheadOfTime:
     """Compile the program that would score `layout` with a model of this configuration.
 
@@ -54,6 +71,7 @@ def compile_ahead(
       num_labels: how many labels are read.
       over_vocabulary: with the log-sum-exp over the whole vocabulary.
       dtype: of the weights.
+      prefix_cache_bytes: what the pages of prefixes may take, as in `MultiItemScorer`; 0: none.
 
     Returns:
       The compiled program with its sizes in bytes.
@@ -70,13 +88,18 @@ def compile_ahead(
     ).devices
     model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
     traced = TracedModel(model_class, config)
-    key = program_key(layout.num_real_tokens, len(layout.scored_rows), num_labels, over_vocabulary)
-    blocks = block_sizes_for(config, dtype, key.num_tokens, chip)
+    num_pages = pages_within(config, dtype, prefix_cache_bytes)
+    key = program_key(
+        layout.num_real_tokens, len(layout.scored_rows), num_labels, over_vocabulary, num_pages
+    )
+    blocks = block_sizes_for(config, dtype, key.num_tokens, chip, PAGE_SIZE if num_pages else 0)
     token_ids = np.zeros(layout.num_real_tokens, np.int64)
     inputs = program_inputs(key, blocks, layout, token_ids, list(range(num_labels)))
-    start = time.perf_counter()
-    compiled = compile_program(traced, traced.weight_shapes(dtype), key, inputs, device, "pallas")
-    seconds = time.perf_counter() - start
+    pool = [pool_struct(config, dtype, num_pages)] if num_pages else []
+    weights = traced.weight_shapes(dtype)
+    start = time.process_time()
+    compiled = compile_program(traced, weights, key, (*pool, *inputs), device, "pallas")
+    seconds = time.process_time() - start
     memory = compiled.memory_analysis()
     return AheadOfTime(
         compiled,
@@ -84,6 +107,7 @@ def compile_ahead(
         key.num_tokens,
         seconds,
         memory.generated_code_size_in_bytes,
-        memory.argument_size_in_bytes,
+        bytes_of(weights),
+        bytes_of(pool),
         memory.temp_size_in_bytes,
     )

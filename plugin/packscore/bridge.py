@@ -22,6 +22,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 
 from packscore.errors import UnsupportedModelError
+from packscore.fused_layer import can_fuse, fused_layer
 from packscore.head import is_classifier, output_head
 from packscore.mapped import MappedFiles
 from packscore.traced_ops import (
@@ -241,9 +242,15 @@ class TracedModel:
                 first_page = index * (kv_pages.shape[0] // num_layers)
                 at = dataclasses.replace(schedule, page_indices=schedule.page_indices + first_page)
                 own.writes = own.writes.moved(first_page)
+            first = decoder.layers[0]
+            if can_fuse(first, implementation, hidden.dtype.itemsize):
+                out = fused_layer(
+                    self._call, first, stacked, hidden, rotary, at, own, implementation
+                )
+                return (out, None if own is None else own.kv_pages), None
             out = self._call(
                 _Bound(
-                    decoder.layers[0],
+                    first,
                     segment_schedule=at,
                     implementation=implementation,
                     pages=own,

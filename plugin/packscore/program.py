@@ -156,6 +156,11 @@ def program_inputs(
     return (*inputs, _page_writes(key, padded, leases)) if key.num_pages else inputs
 
 
+def most_page_writes(num_tokens: int) -> int:
+    """Pages that a launch of so many tokens can write: a group may begin and end inside one."""
+    return cdiv(num_tokens, PAGE_SIZE) + MAX_GROUPS
+
+
 def _page_writes(
     key: ProgramKey, layout: SegmentLayout, leases: Sequence[PrefixLease | None]
 ) -> PageWrites:
@@ -167,7 +172,7 @@ def _page_writes(
         [lease.pages if lease else np.zeros(0, np.int32) for lease in missing],
         page_size=PAGE_SIZE,
         num_pages=key.num_pages,
-        max_writes=cdiv(key.num_tokens, PAGE_SIZE) + MAX_GROUPS,
+        max_writes=most_page_writes(key.num_tokens),
         copied_pages=[lease.copied_page if lease else None for lease in missing],
     )
 
@@ -191,38 +196,41 @@ class Launched:
         return chosen, peak + np.log(np.exp(chosen - peak[:, None]).sum(-1))
 
 
+def pages_within(config: Any, dtype: Any, cache_bytes: int) -> int:
+    """Pages that so many bytes hold, and that a schedule can name."""
+    return min(cache_bytes // page_bytes(config, jnp.dtype(dtype), PAGE_SIZE), MAX_PAGES)
+
+
+def pool_struct(config: Any, dtype: Any, num_pages: int) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of the pages of all layers of a model, as one array."""
+    head_dim = getattr(config, "head_dim", None)
+    head_dim = head_dim or config.hidden_size // config.num_attention_heads
+    page = (config.num_key_value_heads, 2, PAGE_SIZE, head_dim)
+    return shape_of((config.num_hidden_layers * num_pages, *page), dtype)
+
+
 class DevicePages:
     """Pages of all layers as one array, handed from launch to launch and changed in place.
 
     Args:
       num_pages: pages of a layer.
-      shape: of one page, [num_kv_heads, 2, page_size, head_dim].
-      num_layers: how many layers have pages.
-      dtype: of keys and values.
-      device: where the array is.
+      struct: of the array, from `pool_struct`.
+      device: where it is.
     """
 
-    def __init__(
-        self, num_pages: int, shape: tuple[int, ...], num_layers: int, dtype: Any, device: Any
-    ) -> None:
+    def __init__(self, num_pages: int, struct: jax.ShapeDtypeStruct, device: Any) -> None:
         self.num_pages = num_pages
-        self._shape = (num_layers * num_pages, *shape)
-        self._dtype = dtype
+        self.struct = struct
         self._device = device
         self._array: jax.Array | None = None
         self._lock = threading.Lock()
-
-    @property
-    def struct(self) -> Any:
-        """The array's shape and dtype."""
-        return shape_of(self._shape, self._dtype)
 
     def through(self, run: Callable[[jax.Array], tuple[Any, jax.Array]]) -> Any:
         """Hand the array to a launch and keep what it makes of it."""
         with self._lock:
             array, self._array = self._array, None
             if array is None or array.is_deleted():
-                array = jnp.zeros(self._shape, self._dtype, device=self._device)
+                array = jnp.zeros(self.struct.shape, self.struct.dtype, device=self._device)
             out, self._array = run(array)
             return out
 
@@ -357,13 +365,8 @@ class ModelProgram:
 
     def device_pages(self, num_pages: int) -> DevicePages:
         """Pages for the keys and values of this model's prefixes."""
-        config = self.config
-        kv_heads = config.num_key_value_heads
-        head_dim = getattr(config, "head_dim", None)
-        head_dim = head_dim or config.hidden_size // config.num_attention_heads
-        shape = (kv_heads, 2, PAGE_SIZE, head_dim)
         dtype = self._weights["norm"]["weight"].dtype
-        return DevicePages(num_pages, shape, config.num_hidden_layers, dtype, self.device)
+        return DevicePages(num_pages, pool_struct(self.config, dtype, num_pages), self.device)
 
     def logits(
         self,
@@ -453,8 +456,7 @@ class ModelProgram:
 
     def num_pages(self, cache_bytes: int) -> int:
         """Pages that so many bytes hold, and that a schedule can name."""
-        dtype = self._weights["norm"]["weight"].dtype
-        return min(cache_bytes // page_bytes(self.config, dtype, PAGE_SIZE), MAX_PAGES)
+        return pages_within(self.config, self._weights["norm"]["weight"].dtype, cache_bytes)
 
     def _block_sizes(self, key: ProgramKey) -> BlockSizes:
         dtype = self._weights["norm"]["weight"].dtype

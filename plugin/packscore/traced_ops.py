@@ -63,16 +63,34 @@ def program_attention(
     """The attention that the skeleton's layers call while they are traced."""
     env = torchax_environment()
     q, k, v = (env.t2j_iso(x)[0] for x in (query, key, value))
-    kv_pages = None
-    if pages is not None:
-        writer: Any = "pallas" if implementation == "pallas" else "xla"
-        kv_pages = write_kv_pages(pages.kv_pages, k, v, pages.writes, implementation=writer)
-        pages.kv_pages = kv_pages
-    out = segment_paged_attention(
-        q, k, v, kv_pages, segment_schedule, sm_scale=scaling, implementation=implementation
-    )
+    out = attend(q, k, v, segment_schedule, pages, scaling, implementation)
     result: torch.Tensor = env.j2t_iso(jnp.transpose(out, (1, 0, 2))[None])
     return result, None
+
+
+def attend(
+    q: jax.Array,  # [num_q_heads, num_tokens, head_dim]
+    k: jax.Array,  # [num_kv_heads, num_tokens, head_dim]
+    v: jax.Array,  # [num_kv_heads, num_tokens, head_dim]
+    schedule: SegmentSchedule,
+    pages: LayerPages | None,
+    sm_scale: float,
+    implementation: Any,
+) -> jax.Array:
+    """Segment attention of one layer, which first writes what is new to the pages.
+
+    Returns:
+      [num_q_heads, num_tokens, head_dim].
+    """
+    kv_pages = None
+    if pages is not None:
+        kernels = ("pallas", "pallas_interpret")
+        writer: Any = implementation if implementation in kernels else "xla"
+        kv_pages = write_kv_pages(pages.kv_pages, k, v, pages.writes, implementation=writer)
+        pages.kv_pages = kv_pages
+    return segment_paged_attention(
+        q, k, v, kv_pages, schedule, sm_scale=sm_scale, implementation=implementation
+    )
 
 
 def program_experts(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from packscore_kernels.hardware import shape_of
+from packscore_kernels.hardware import shape_of, vmem_limit
 from packscore_kernels.segment_paged_attention.kernel import (
     LOG2E,
     NUM_PREFETCH,
@@ -21,16 +21,6 @@ from packscore_kernels.segment_paged_attention.kernel import (
 from packscore_kernels.segment_paged_attention.pieces import SUBLANES
 from packscore_kernels.segment_paged_attention.tuning import vmem_bytes
 from packscore_kernels.segment_paged_attention.types import SegmentSchedule
-
-
-def _vmem_limit(used: int) -> int:
-    """Room for what we count and for the compiler's own, within the chip's memory."""
-    limit = int(1.3 * used) + 2**22
-    try:
-        capacity: int = pltpu.get_tpu_info().vmem_capacity_bytes
-    except (ValueError, NotImplementedError):  # no TPU, as where the kernel is interpreted
-        return limit
-    return min(limit, capacity)
 
 
 def segment_attention_pallas(
@@ -114,7 +104,7 @@ def segment_attention_pallas(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary" if count_visits else "parallel", "arbitrary"),
             disable_bounds_checks=True,
-            vmem_limit_bytes=_vmem_limit(used),
+            vmem_limit_bytes=vmem_limit(used),
         ),
         interpret=interpret,
         name="segment_paged_attention",

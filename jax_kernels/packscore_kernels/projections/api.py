@@ -1,0 +1,112 @@
+"""The projections of one decoder layer, by one of three implementations."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+from packscore_kernels.hardware import CHIPS, vmem_capacity
+from packscore_kernels.projections.kernel import (
+    product,
+    project_out_pallas,
+    project_qkv_pallas,
+    qkv_vmem_bytes,
+    rms_norm,
+)
+from packscore_kernels.segment_paged_attention.validation import ArgumentError
+
+ProjectionImplementation = Literal["pallas", "pallas_interpret", "xla"]
+HEAD_DIM = 128  # the width of a vector register, within which a head is turned
+
+
+def can_project(
+    num_q_heads: int, num_kv_heads: int, head_dim: int, hidden_size: int, itemsize: int
+) -> bool:
+    """Whether the kernels take these heads, and the chip that is traced for holds their weights."""
+    held = qkv_vmem_bytes(num_q_heads, num_kv_heads, hidden_size, itemsize)
+    room = vmem_capacity() or CHIPS["v5e"].vmem_bytes  # where it is interpreted
+    return head_dim == HEAD_DIM and hidden_size % HEAD_DIM == 0 and held <= 0.75 * room
+
+
+def project_qkv(
+    x: jax.Array,  # [num_tokens, hidden_size]
+    x_norm: jax.Array,  # [hidden_size]
+    weights: tuple[jax.Array, jax.Array, jax.Array],  # each [num_heads * head_dim, hidden_size]
+    norms: tuple[jax.Array, jax.Array],  # [head_dim]
+    rotary: tuple[jax.Array, jax.Array],  # [num_tokens, head_dim]
+    *,
+    eps: float,
+    implementation: ProjectionImplementation = "pallas",
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """From the residual stream to what attention reads, in one pass over the tokens.
+
+    Args:
+      x: the residual stream.
+      x_norm: weight of the RMS norm before the projections.
+      weights: of q, k and v, as torch keeps them.
+      norms: weights of the RMS norms of each head of q and of k.
+      rotary: cosine and sine of the positions, both halves of a head alike.
+      eps: of all three norms.
+      implementation: "pallas" (TPU), "pallas_interpret" or "xla".
+
+    Returns:
+      (q [num_q_heads, num_tokens, head_dim], k and v [num_kv_heads, num_tokens, head_dim]): q and
+      k normalised and rotated, as `segment_paged_attention` takes them.
+
+    Raises:
+      ArgumentError: heads that the kernel does not take.
+    """
+    head_dim, hidden_size = norms[0].shape[0], x.shape[1]
+    if implementation == "xla":
+        rows = rms_norm(x, x_norm, eps).astype(x.dtype)
+        cos, sin = (part.astype(jnp.float32)[:, None] for part in rotary)
+
+        def heads(weight: jax.Array, norm: jax.Array | None) -> jax.Array:
+            out = product(rows, weight).reshape(len(rows), -1, head_dim)
+            if norm is not None:
+                out = rms_norm(out, norm, eps)
+                first, second = jnp.split(out, 2, axis=-1)
+                out = out * cos + jnp.concatenate([-second, first], axis=-1) * sin
+            return out.astype(x.dtype).transpose(1, 0, 2)
+
+        q, k, v = (heads(w, n) for w, n in zip(weights, (*norms, None), strict=True))
+        return q, k, v
+    if head_dim != HEAD_DIM or hidden_size % HEAD_DIM:
+        raise ArgumentError(
+            f"{head_dim=} must be {HEAD_DIM} and {hidden_size=} a multiple of it; pass "
+            "implementation='xla'"
+        )
+    return project_qkv_pallas(
+        x, x_norm, weights, norms, rotary, eps=eps, interpret=_interpret(implementation)
+    )
+
+
+def project_out(
+    attended: jax.Array,  # [num_q_heads, num_tokens, head_dim]
+    weight: jax.Array,  # [hidden_size, num_q_heads * head_dim]
+    x: jax.Array,  # [num_tokens, hidden_size]
+    *,
+    implementation: ProjectionImplementation = "pallas",
+) -> jax.Array:
+    """What attention found, back into the residual stream.
+
+    Args:
+      attended: as `segment_paged_attention` returns it.
+      weight: of the output projection, as torch keeps it.
+      x: the residual stream, which is added.
+      implementation: "pallas" (TPU), "pallas_interpret" or "xla".
+
+    Returns:
+      [num_tokens, hidden_size] in the dtype of x.
+    """
+    if implementation == "xla":
+        rows = attended.transpose(1, 0, 2).reshape(len(x), -1)
+        return (x.astype(jnp.float32) + product(rows, weight)).astype(x.dtype)
+    return project_out_pallas(attended, weight, x, interpret=_interpret(implementation))
+
+
+def _interpret(implementation: ProjectionImplementation) -> Any:
+    return pltpu.InterpretParams() if implementation == "pallas_interpret" else False

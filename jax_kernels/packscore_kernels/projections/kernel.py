@@ -1,0 +1,223 @@
+"""The projections in Pallas: both kernels hold their weights in VMEM and walk over tiles of tokens.
+
+The matrix unit multiplies the heads of one pass while the vector and lane units normalise and
+rotate those of the pass before.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from packscore_kernels.hardware import cdiv, shape_of, vmem_limit
+
+Ref = Any
+BLOCK_TOKENS = 512
+# Heads that one pass multiplies. Few leave the matrix unit idle at each pass's ends; all at once
+# is one long piece of code, which the compiler schedules worse than several short ones.
+HEADS = 8
+
+
+def product(
+    rows: jax.Array,  # [num_rows, hidden_size]
+    weight: jax.Array,  # [num_columns, hidden_size]
+) -> jax.Array:
+    """rows x weight transposed, float32[num_rows, num_columns]."""
+    out: jax.Array = lax.dot_general(
+        rows,
+        weight,
+        (((1,), (1,)), ((), ())),
+        precision=lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    return out
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * weight along the last axis, in float32."""
+    x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
+    out: jax.Array = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+    return out
+
+
+def num_passes(num_q_heads: int, num_kv_heads: int) -> int:
+    """Passes over the heads of q, k and v."""
+    return sum(cdiv(n, HEADS) for n in (num_q_heads, num_kv_heads, num_kv_heads))
+
+
+def _qkv_kernel(
+    # inputs
+    x: Ref,  # [block_tokens, hidden_size]
+    x_norm: Ref,  # [1, hidden_size]
+    wq: Ref,  # [num_q_heads * head_dim, hidden_size]
+    wk: Ref,  # [num_kv_heads * head_dim, hidden_size]
+    wv: Ref,  # [num_kv_heads * head_dim, hidden_size]
+    q_norm: Ref,  # [1, head_dim]
+    k_norm: Ref,  # [1, head_dim]
+    cos: Ref,  # [block_tokens, head_dim]
+    sin: Ref,  # [block_tokens, head_dim]
+    # outputs
+    q: Ref,  # [num_q_heads, block_tokens, head_dim]
+    k: Ref,  # [num_kv_heads, block_tokens, head_dim]
+    v: Ref,  # [num_kv_heads, block_tokens, head_dim]
+    # scratch
+    rows: Ref,  # [block_tokens, hidden_size]
+    raw: Ref,  # float32[2, block_tokens, HEADS * head_dim]: products, one of them being finished
+    turn: Ref,  # float32[2, block_tokens, head_dim]: cosine and signed sine
+    *,
+    eps: float,
+) -> None:
+    head_dim = q.shape[2]
+    half = head_dim // 2
+
+    @pl.when(pl.program_id(1) == 0)
+    def prepare() -> None:
+        rows[...] = rms_norm(x[...], x_norm[...], eps).astype(rows.dtype)
+        # turning by half a head puts x2 before x1, and rotate_half wants -x2 before x1
+        lane = lax.broadcasted_iota(jnp.int32, sin.shape, 1)
+        sine = sin[...].astype(jnp.float32)
+        turn[0] = cos[...].astype(jnp.float32)
+        turn[1] = jnp.where(lane < half, -sine, sine)
+
+    passes = [
+        (weight, out, norm, first, min(HEADS, out.shape[0] - first))
+        for weight, out, norm in ((wq, q, q_norm), (wk, k, k_norm), (wv, v, None))
+        for first in range(0, out.shape[0], HEADS)
+    ]
+
+    def step(i: int) -> None:
+        if i < len(passes):
+            weight, _, _, first, heads = passes[i]
+            columns = slice(first * head_dim, (first + heads) * head_dim)
+            raw[i % 2, :, : heads * head_dim] = product(rows[...], weight[columns])
+        if i:
+            _, out, norm, first, heads = passes[i - 1]
+            for head in range(heads):
+                at = slice(head * head_dim, (head + 1) * head_dim)
+                values = raw[(i - 1) % 2, :, at]
+                if norm is not None:
+                    values = rms_norm(values, norm[...], eps)
+                    values = values * turn[0] + pltpu.roll(values, half, 1) * turn[1]
+                out[first + head] = values.astype(out.dtype)
+
+    for i in range(len(passes) + 1):
+        pl.when(pl.program_id(1) == i)(functools.partial(step, i))
+
+
+def _whole(weight: jax.Array) -> pl.BlockSpec:
+    """All of a weight, fetched once."""
+    return pl.BlockSpec(weight.shape, lambda *_: (0, 0), pipeline_mode=pl.Buffered(1))
+
+
+def block_tokens(num_tokens: int, itemsize: int) -> int:
+    """Tokens of a tile: less of float32, which takes twice the room."""
+    return min(BLOCK_TOKENS * 2 // itemsize, num_tokens)
+
+
+def qkv_vmem_bytes(num_q_heads: int, num_kv_heads: int, hidden_size: int, itemsize: int) -> int:
+    """What the first kernel holds for heads of 128: the second one holds less."""
+    columns, tokens = 128 * (num_q_heads + 2 * num_kv_heads), block_tokens(2**30, itemsize)
+    tiles = tokens * (3 * hidden_size + 2 * columns + 4 * 128) * itemsize
+    return columns * hidden_size * itemsize + tiles + tokens * 128 * (2 * HEADS + 2) * 4
+
+
+def project_qkv_pallas(
+    x: jax.Array,  # [num_tokens, hidden_size]
+    x_norm: jax.Array,  # [hidden_size]
+    weights: tuple[jax.Array, jax.Array, jax.Array],  # each [num_heads * head_dim, hidden_size]
+    norms: tuple[jax.Array, jax.Array],  # [head_dim]
+    rotary: tuple[jax.Array, jax.Array],  # [num_tokens, head_dim]
+    *,
+    eps: float,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The kernel behind `project_qkv`."""
+    (num_tokens, hidden_size), head_dim = x.shape, norms[0].shape[0]
+    num_q_heads, num_kv_heads = (w.shape[0] // head_dim for w in weights[:2])
+    tokens = block_tokens(num_tokens, x.dtype.itemsize)
+    x_norm, q_norm, k_norm = (norm[None] for norm in (x_norm, *norms))
+
+    def tile(width: int) -> pl.BlockSpec:
+        return pl.BlockSpec((tokens, width), lambda t, _: (t, 0))
+
+    heads = (num_q_heads, num_kv_heads, num_kv_heads)
+    q, k, v = pl.pallas_call(
+        functools.partial(_qkv_kernel, eps=eps),
+        grid=(cdiv(num_tokens, tokens), num_passes(num_q_heads, num_kv_heads) + 1),
+        in_specs=[
+            tile(hidden_size),
+            _whole(x_norm),
+            *map(_whole, weights),
+            _whole(q_norm),
+            _whole(k_norm),
+            tile(head_dim),
+            tile(head_dim),
+        ],
+        out_specs=[pl.BlockSpec((n, tokens, head_dim), lambda t, _: (0, t, 0)) for n in heads],
+        out_shape=[shape_of((n, num_tokens, head_dim), x.dtype) for n in heads],
+        scratch_shapes=[
+            pltpu.VMEM((tokens, hidden_size), x.dtype),
+            pltpu.VMEM((2, tokens, HEADS * head_dim), jnp.float32),
+            pltpu.VMEM((2, tokens, head_dim), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=vmem_limit(
+                qkv_vmem_bytes(num_q_heads, num_kv_heads, hidden_size, x.dtype.itemsize)
+            ),
+        ),
+        interpret=interpret,
+        name="project_qkv",
+    )(x, x_norm, *weights, q_norm, k_norm, *rotary)
+    return q, k, v
+
+
+def _out_kernel(
+    # inputs
+    attended: Ref,  # [num_q_heads, block_tokens, head_dim]
+    weight: Ref,  # [hidden_size, num_q_heads * head_dim]
+    x: Ref,  # [block_tokens, hidden_size]
+    # outputs
+    out: Ref,  # [block_tokens, hidden_size]
+) -> None:
+    rows = jnp.concatenate([attended[head] for head in range(attended.shape[0])], axis=1)
+    out[...] = (x[...].astype(jnp.float32) + product(rows, weight[...])).astype(out.dtype)
+
+
+def project_out_pallas(
+    attended: jax.Array,  # [num_q_heads, num_tokens, head_dim]
+    weight: jax.Array,  # [hidden_size, num_q_heads * head_dim]
+    x: jax.Array,  # [num_tokens, hidden_size]
+    *,
+    interpret: Any = False,
+) -> jax.Array:
+    """The kernel behind `project_out`."""
+    num_heads, num_tokens, head_dim = attended.shape
+    hidden_size, itemsize = weight.shape[0], x.dtype.itemsize
+    tokens = block_tokens(num_tokens, itemsize)
+    tile = pl.BlockSpec((tokens, hidden_size), lambda t: (t, 0))
+    held = (weight.size + tokens * (4 * hidden_size + 3 * weight.shape[1])) * itemsize
+    out: jax.Array = pl.pallas_call(
+        _out_kernel,
+        grid=(cdiv(num_tokens, tokens),),
+        in_specs=[
+            pl.BlockSpec((num_heads, tokens, head_dim), lambda t: (0, t, 0)),
+            _whole(weight),
+            tile,
+        ],
+        out_specs=tile,
+        out_shape=shape_of(x.shape, x.dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",),
+            vmem_limit_bytes=vmem_limit(held + 4 * tokens * hidden_size),
+        ),
+        interpret=interpret,
+        name="project_out",
+    )(attended, weight, x)
+    return out

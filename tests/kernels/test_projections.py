@@ -1,0 +1,101 @@
+"""The fused projections give what norms, products and rotation give one after the other."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from packscore_kernels import ArgumentError, can_project, project_out, project_qkv
+from packscore_kernels.projections.kernel import HEADS
+
+EPS = 1e-6
+# (num_tokens, hidden_size, num_q_heads, num_kv_heads): a partial tile, a pass of few heads, one kv
+# head, more heads than a pass takes
+SHAPES = [(128, 128, 2, 1), (130, 256, 3, 3), (700, 128, HEADS + 2, 2), (16, 384, 2 * HEADS, HEADS)]
+
+
+def arrays(shape: tuple[int, int, int, int], dtype: str) -> tuple[jax.Array, ...]:
+    num_tokens, hidden, num_q_heads, num_kv_heads = shape
+    rng = np.random.default_rng(0)
+
+    def draw(*size: int, scale: float = 1.0) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(size) * scale, dtype)
+
+    positions = rng.integers(0, 5000, num_tokens)
+    angles = positions[:, None] / 1e6 ** (np.arange(64) / 64)
+    angles = np.concatenate([angles, angles], 1)
+    weights = tuple(
+        draw(n * 128, hidden, scale=hidden**-0.5) for n in (num_q_heads, num_kv_heads, num_kv_heads)
+    )
+    norms = draw(128), draw(128)
+    rotary = jnp.asarray(np.cos(angles), dtype), jnp.asarray(np.sin(angles), dtype)
+    return draw(num_tokens, hidden, scale=3.0), draw(hidden), weights, norms, rotary
+
+
+def by_hand(
+    x: jax.Array, x_norm: jax.Array, weights: tuple, norms: tuple, rotary: tuple
+) -> list[np.ndarray]:
+    """In float64, head by head, as Qwen3's modules say it."""
+
+    def f64(value: jax.Array) -> np.ndarray:
+        return np.asarray(value.astype(jnp.float32), np.float64)
+
+    def norm(value: np.ndarray, weight: jax.Array) -> np.ndarray:
+        return value / np.sqrt((value**2).mean(-1, keepdims=True) + EPS) * f64(weight)
+
+    rows, (cos, sin), out = norm(f64(x), x_norm), map(f64, rotary), []
+    for weight, own in zip(weights, (*norms, None), strict=True):
+        heads = []
+        for head in np.split(f64(weight), weight.shape[0] // 128):
+            value = rows @ head.T
+            if own is not None:
+                value = norm(value, own)
+                turned = np.concatenate([-value[:, 64:], value[:, :64]], 1)
+                value = value * cos + turned * sin
+            heads.append(value)
+        out.append(np.stack(heads))
+    return out
+
+
+@pytest.mark.parametrize("implementation", ["pallas_interpret", "xla"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_qkv(shape: tuple[int, int, int, int], dtype: str, implementation: str) -> None:
+    given = arrays(shape, dtype)
+    found = project_qkv(*given, eps=EPS, implementation=implementation)
+    # the rows are rounded once before the product, and the result once behind it
+    bound = 2e-5 if dtype == "float32" else 2 * 2**-8
+    for got, want in zip(found, by_hand(*given), strict=True):
+        assert got.shape == want.shape
+        assert got.dtype == dtype
+        error = np.abs(np.asarray(got, np.float64) - want)
+        assert (error <= bound * (1 + np.abs(want).max(-1, keepdims=True))).all()
+
+
+@pytest.mark.parametrize("implementation", ["pallas_interpret", "xla"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("num_tokens", [16, 520])
+def test_out(num_tokens: int, dtype: str, implementation: str) -> None:
+    rng = np.random.default_rng(1)
+    attended, weight, x = (
+        jnp.asarray(rng.standard_normal(size), dtype)
+        for size in ((3, num_tokens, 128), (256, 384), (num_tokens, 256))
+    )
+    found = project_out(attended, weight, x, implementation=implementation)
+    a, w, r = (np.asarray(value.astype(jnp.float32), np.float64) for value in (attended, weight, x))
+    want = r + np.concatenate(list(a), 1) @ w.T
+    bound = 1e-4 if dtype == "float32" else 2**-8 * np.abs(want).max()
+    assert np.abs(np.asarray(found, np.float64) - want).max() <= bound
+
+
+def test_heads_that_do_not_fit() -> None:
+    x, x_norm, weights, _, _ = arrays(SHAPES[0], "float32")
+    half = jnp.ones(64), jnp.ones(64)
+    rotary = jnp.ones((128, 64)), jnp.ones((128, 64))
+    with pytest.raises(ArgumentError, match=r"head_dim=64 must be 128 and hidden_size=128 a multi"):
+        project_qkv(x, x_norm, weights, half, rotary, eps=EPS, implementation="pallas_interpret")
+    assert can_project(16, 8, 128, 1024, 2)
+    assert not can_project(16, 8, 64, 1024, 2)
+    assert not can_project(128, 128, 128, 16_384, 2)

@@ -1,0 +1,65 @@
+"""The layer that runs on a TPU, interpreted: scores equal the unpatched model's, one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from helpers import LABELS, one_by_one, random_ids, random_qwen3
+from packscore import MultiItemScorer, fused_layer, patch_model, program_of
+from tolerances import (
+    PROBABILITY_MAX_BFLOAT16,
+    PROBABILITY_MAX_FLOAT32,
+    PROBABILITY_MEAN_BFLOAT16,
+)
+
+PREFIX, ITEMS = random_ids(150, seed=1), [random_ids(n, seed=n) for n in (5, 40, 1, 0, 9)]
+
+
+def model_of(dtype: torch.dtype) -> PreTrainedModel:
+    sizes = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 128, "hidden_size": 128}
+    return random_qwen3(**sizes).to(dtype)
+
+
+def interpreted(model: PreTrainedModel) -> MultiItemScorer:
+    scorer = MultiItemScorer(patch_model(model, device="jax"), label_token_ids=LABELS)
+    program: Any = program_of(model)
+    program._implementation = "pallas_interpret"
+    return scorer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_and_extend_equal_one_by_one(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(dtype)
+    expected = one_by_one(model, PREFIX, ITEMS, LABELS)
+    traced = []
+    run = fused_layer.project_qkv
+    monkeypatch.setattr(
+        fused_layer, "project_qkv", lambda *a, **k: (traced.append(1), run(*a, **k))[1]
+    )
+    scorer = interpreted(model)
+    for flow in ("packed", "extend"):
+        found = scorer.score(PREFIX, ITEMS, return_usage=True)
+        assert found.usage.flow == flow
+        error = np.abs(np.array(found.scores) - expected.numpy())
+        if dtype == torch.float32:
+            assert error.max() <= PROBABILITY_MAX_FLOAT32
+        else:
+            assert error.max() <= PROBABILITY_MAX_BFLOAT16
+            assert error.mean() <= PROBABILITY_MEAN_BFLOAT16
+    assert traced  # the kernels were in the programs
+
+
+def test_other_layers_stay_as_they_are() -> None:
+    layer = model_of(torch.float32).model.layers[0]
+    assert fused_layer.can_fuse(layer, "pallas", 2)
+    assert not fused_layer.can_fuse(layer, "xla", 2)
+    assert not fused_layer.can_fuse(
+        random_qwen3(head_dim=64, hidden_size=128).model.layers[0], "pallas", 2
+    )
