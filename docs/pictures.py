@@ -5,16 +5,20 @@ python docs/pictures.py
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from packscore import plot
 from packscore_kernels import Group, SegmentLayout
 
 FOLDER = Path(__file__).parent / "pictures"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
 def pictures() -> dict[str, Figure]:
@@ -24,6 +28,8 @@ def pictures() -> dict[str, Figure]:
         "two_queries.svg": plot.layout(two_queries()),
         "tiles.svg": plot.tiles((2_000, [20] * 500)),
         "tiles_mixed.svg": plot.tiles((1_200, [1_900, 640, *[60] * 40, *[12] * 60])),
+        "cpu_bfloat16.svg": peers("bfloat16"),
+        "cpu_float32.svg": peers("float32"),
     }
 
 
@@ -31,6 +37,48 @@ def two_queries() -> SegmentLayout:
     """Two queries with items of their own in one launch, and padding."""
     first, second = np.array([2, 3], np.int32), np.array([4, 1, 2], np.int32)
     return SegmentLayout((Group(4, first), Group(3, second)), num_tokens=22)
+
+
+def peers(dtype: str) -> Figure:
+    """What benchmarks/cpu_peers.py measured: a panel for each workload of several items."""
+    found = json.loads((RESULTS / f"cpu_peers_{dtype}.json").read_text())
+    results = [r for r in found["results"] if len(r["workload"]["item_lens"]) > 1]
+    figure = Figure(
+        figsize=(1.5 + 2.6 * len(results), 2.8), facecolor="white", layout="constrained"
+    )
+    panels = figure.subplots(1, len(results), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, result in zip(panels, results, strict=True):
+        _draw_peers(axes, result)
+    panels[0].set_xlim(0, 12.5)
+    panels[0].invert_yaxis()
+    figure.suptitle(
+        f"Times that of packscore, {dtype}, one thread of an {found['cpu']}, {found['date']}",
+        color=plot.INK,
+        fontsize=10,
+    )
+    return figure
+
+
+def _draw_peers(axes: Axes, result: dict[str, Any]) -> None:
+    """A bar for each system: the median, and a line from the smallest to the largest."""
+    rows, lens = result["rows"], result["workload"]["item_lens"]
+    names = [row["system"].removeprefix("HF ") for row in rows]
+    ratios = np.array([row["ratio"] for row in rows])
+    low, high = (np.array([row[f"ratio_{end}"] for row in rows]) for end in ("min", "max"))
+    own = [name.startswith("packscore") for name in names]
+    colours = [plot.FULL_COLOUR if mine else plot.WINDOW_COLOUR for mine in own]
+    axes.barh(names, ratios, color=colours, height=0.7)
+    axes.hlines(names, low, high, color=plot.INK, linewidth=1)
+    for name, ratio, end in zip(names, ratios, high, strict=True):
+        axes.text(end + 0.25, name, f"{ratio:.2f}", va="center", fontsize=8, color=plot.INK)
+    each = f"{lens[0]}" if min(lens) == max(lens) else f"{min(lens)} to {max(lens)}"
+    title = f"query {result['workload']['prefix_len']}, {len(lens)} items of {each}"
+    axes.set_title(f"{title}\npackscore: {rows[0]['median_seconds']:.2f} s", fontsize=9, loc="left")
+    axes.set_xticks([0, 5, 10])
+    axes.tick_params(axis="x", colors=plot.QUIET, labelsize=8, length=2)
+    axes.tick_params(axis="y", labelcolor=plot.INK, labelsize=9, length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
 
 
 def main(folder: Path = FOLDER) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,3 +54,14 @@ class Cli:
     def read(self, name: str) -> list[dict[str, Any]]:
         """The records of a JSONL file."""
         return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
+
+
+def with_command(folder: Path) -> dict[str, str]:
+    """An environment for shells in which `packscore` is this interpreter's, installed or not."""
+    folder.mkdir(exist_ok=True)
+    script = folder / "packscore"
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m packscore "$@"\n')
+    script.chmod(0o755)
+    python = Path(sys.executable).parent
+    path = os.pathsep.join([str(folder), str(python), os.environ["PATH"]])
+    return {**os.environ, "MODEL": str(shipped_model_path()), "PATH": path}

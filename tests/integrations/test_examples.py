@@ -1,15 +1,18 @@
-"""The examples of the integrations run as they are and say what they should."""
+"""The examples of integrations and the command line run as they are and say what they should."""
 
 from __future__ import annotations
 
 import re
 import runpy
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import logging
+
+from cli_helpers import with_command
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -50,3 +53,25 @@ def test_langchain(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.fullmatch(r"  0\.\d{3}  shutil: Recursively delete .*", lines[1])
     assert lines[3] == "shuffle a list"
     assert re.fullmatch(r"  0\.\d{3}  random: Shuffle .*", lines[4])
+
+
+def test_llama_index(capsys: pytest.CaptureFixture[str]) -> None:
+    best, other = run("llama_index_rerank.py", capsys)
+    assert re.fullmatch(r"0\.\d{3}  shutil: Recursively delete .*", best)
+    assert re.fullmatch(r"0\.\d{3}  os: Rename .*", other)
+
+
+def test_rerankers(capsys: pytest.CaptureFixture[str]) -> None:
+    best, other = run("rerankers_rank.py", capsys)
+    assert re.fullmatch(r"1  0\.\d{3}  shutil: Recursively delete .*", best)
+    assert re.fullmatch(r"2  0\.\d{3}  os: Rename .*", other)
+
+
+def test_command_line(tmp_path: Path) -> None:
+    command = ["sh", str(EXAMPLES / "files.sh")]
+    environment = with_command(tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    header, best, *_ = done.stdout.splitlines()
+    assert header == "query,corpus_id,score,text,truncated"
+    assert best.startswith("delete a directory tree,1,0.")
+    assert done.stdout.splitlines()[-1] == "verdict: equal"
