@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from packscore.errors import InputError
+from packscore.paging import PAGE_SIZE
 from packscore.results import FLOWS, Flow
 from packscore_kernels.hardware import cdiv
 
@@ -76,7 +77,8 @@ class Limits:
     """What one launch can hold.
 
     Args:
-      max_tokens: tokens of one launch; one item that is longer is a launch of its own.
+      max_tokens: tokens of one launch; one item that is longer is a launch of its own, and so is
+        what one item needs of a prefix that has no pages.
       target_tokens: tokens up to which several requests share a launch.
       max_groups: requests in one launch.
       max_pages: pages that the requests of one launch read, beyond those of one alone.
@@ -114,12 +116,19 @@ class Plan:
       bounds: (first, end) of each launch's items, in packing order.
       cost_ms: predicted.
       computed_tokens: tokens that run through the model.
+      prefix_ends: before those, launches that put the prefix into pages up to here.
     """
 
     flow: Flow
     bounds: tuple[Bounds, ...]
     cost_ms: float = 0.0
     computed_tokens: int = 0
+    prefix_ends: tuple[int, ...] = ()
+
+    @property
+    def num_launches(self) -> int:
+        """How many there are."""
+        return len(self.prefix_ends) + len(self.bounds)
 
 
 @dataclass(frozen=True)
@@ -153,7 +162,7 @@ class Explanation:
         for plan in self.plans:
             mark = "> " if plan is self.chosen else "  "
             lines.append(
-                f"{mark}{plan.flow:8} {len(plan.bounds):8,} {plan.computed_tokens:16,} "
+                f"{mark}{plan.flow:8} {plan.num_launches:8,} {plan.computed_tokens:16,} "
                 f"{plan.cost_ms:13,.2f}"
             )
         lines += [f"  {flow:8} {why}" for flow, why in self.refused.items()]
@@ -193,18 +202,35 @@ class Planner:
         plans.sort(key=lambda plan: plan.cost_ms)
         return Explanation(work, tuple(plans), self.costs.source, refused)
 
+    def prefix_ends(self, work: Workload) -> tuple[int, ...]:
+        """Where to cut a prefix that does not fit into one launch beside the shortest item."""
+        most, at = self.limits.max_tokens, work.cached_len
+        room = max(most - int(work.item_lens.min(initial=most)), 0)
+        ends: list[int] = []
+        while work.is_kept and most >= PAGE_SIZE and work.prefix_len - at > room:
+            at = min((at + most) // PAGE_SIZE * PAGE_SIZE, work.prefix_len)
+            ends.append(at)
+        return tuple(ends)
+
     def _refusal(self, flow: Flow, work: Workload) -> str | None:
-        whole = work.cached_len == work.prefix_len
-        if flow == "packed" and work.is_kept and whole and work.prefix_len:
+        missing = work.prefix_len - work.cached_len
+        is_whole = work.is_kept and not missing and work.prefix_len > 0
+        if flow == "packed" and is_whole:
             return "the prefix is in pages already, which is extend"
         size, most = self._size(work), self.limits.max_tokens
-        if flow == "packed" and work.is_kept and size > most and len(work.item_lens) > 1:
+        is_many = len(work.item_lens) > 1 or bool(self.prefix_ends(work))
+        if flow == "packed" and work.is_kept and size > most and is_many:
             return f"{size:,} tokens are more than the {most:,} of one launch"
-        if flow == "extend" and not (work.is_kept and whole and work.prefix_len):
-            return f"{work.prefix_len - work.cached_len:,} prefix tokens are not in pages"
-        if flow == "chunked" and (not work.is_kept or whole):
+        longest = work.prefix_len + int(work.item_lens.max(initial=0))
+        if flow == "plain" and work.is_kept and longest > most:
+            return f"{longest:,} tokens are more than the {most:,} of one launch"
+        if flow == "extend" and not work.prefix_len:
+            return "there is no prefix"
+        if flow == "extend" and not is_whole:
+            return f"{missing:,} prefix tokens are not in pages"
+        if flow == "chunked" and (not work.is_kept or not missing):
             return "no prefix tokens to put into pages, or no pages for them"
-        if flow == "chunked" and len(work.item_lens) < 2:
+        if flow == "chunked" and not is_many:
             return "one item cannot be divided"
         return None
 
@@ -216,10 +242,30 @@ class Planner:
         """The cheapest division into launches; of equal cost the one of fewer."""
         if flow == "plain":
             return self._one_by_one(work)
+        ends = self.prefix_ends(work)
+        if ends:
+            cost, computed = self._prefix_cost(work.cached_len, ends)
+            rest = self._best(flow, replace(work, cached_len=ends[-1]))
+            return replace(
+                rest,
+                cost_ms=rest.cost_ms + cost,
+                computed_tokens=rest.computed_tokens + computed,
+                prefix_ends=ends,
+            )
         shares = (self._equal_shares(work, count) for count in self._counts(flow, work))
         filled = (self._filled(work, room) for room in self._rooms(flow, work))
         plans = [*self._improving(flow, work, shares), *self._improving(flow, work, filled)]
         return min(plans, key=lambda plan: plan.cost_ms)
+
+    def _prefix_cost(self, cached: int, ends: Sequence[int]) -> tuple[float, int]:
+        """Milliseconds and tokens of launches that compute nothing but a prefix."""
+        starts = [cached, *ends[:-1]]
+        sizes = [end - start for start, end in zip(starts, ends, strict=True)]
+        cost = sum(
+            self.costs.launch(size, size * (start + size / 2))
+            for start, size in zip(starts, sizes, strict=True)
+        )
+        return cost, sum(sizes)
 
     def _improving(
         self, flow: Flow, work: Workload, divisions: Iterable[list[Bounds]]
@@ -250,7 +296,8 @@ class Planner:
         total = int(work.item_lens.sum())
         own = work.prefix_len if not work.is_kept else 0
         least = cdiv(total, max(self.limits.max_tokens - own, 1)) if total else 1
-        found, count = [], min(max(least, 2 if flow == "chunked" else 1), most)
+        whole = work.cached_len == work.prefix_len
+        found, count = [], min(max(least, 2 if flow == "chunked" and not whole else 1), most)
         while count <= most:
             found.append(count)
             count = count + 1 if count < EVERY_COUNT else cdiv(count * 9, 8)

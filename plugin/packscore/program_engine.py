@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ class ProgramEngine:
         num_pages = program.num_pages(cache_bytes)
         self.pool: PagePool | None = PagePool(num_pages) if num_pages else None
         self._pages = program.device_pages(num_pages) if num_pages else None
+        if self.pool is not None and self._pages is not None:
+            self._pages.on_lost = self.pool.clear
         self.costs: CostModel = flops_cost_model(program.config, token_bucket)
         self._watch = WeightWatch(program.model, is_copied=True)
 
@@ -49,12 +52,24 @@ class ProgramEngine:
 
     def launch(self, batch: PackedBatch, label_ids: list[int], over_vocabulary: bool) -> Launched:
         """Start a batch; the host goes on while the device computes."""
-        return self._program.start(batch, label_ids, over_vocabulary, self._pages)
+        with self._recovering():
+            return self._program.start(batch, label_ids, over_vocabulary, self._pages)
 
     def read(
         self, launched: Sequence[Launched], label_ids: list[int], over_vocabulary: bool
     ) -> LabelLogits:
         """Logits and normaliser of all rows."""
-        found = [one.read() for one in launched]
+        with self._recovering():
+            found = [one.read() for one in launched]
         logits, normalizer = (np.concatenate(parts) for parts in zip(*found, strict=True))
         return torch.from_numpy(logits), torch.from_numpy(normalizer)
+
+    @contextmanager
+    def _recovering(self) -> Iterator[None]:
+        """A launch that fails, at once or when it is read, must not leave spoilt pages behind."""
+        try:
+            yield
+        except BaseException:
+            if self._pages is not None:
+                self._pages.recover()
+            raise

@@ -127,7 +127,9 @@ def test_stale_leases_raise() -> None:
         released.check()
     cleared.check()
     pool.clear()
-    with pytest.raises(StalePrefixError, match=r"computed with other weights; open a new one"):
+    with pytest.raises(
+        StalePrefixError, match=r"other weights, or its pages were cleared; open a new one"
+    ):
         cleared.check()
     assert pool.cached_len(ids(40)) == 0
     cleared.release()
