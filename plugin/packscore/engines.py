@@ -13,12 +13,13 @@ import torch
 from transformers import PreTrainedModel
 
 from packscore.attention import SegmentPlan
+from packscore.costs import CostModel, flops_cost_model
 from packscore.errors import MaskTooLargeError
 from packscore.head import LinearHead
 from packscore.kv_pages import KvPages, PageWrite, page_bytes
 from packscore.packing import PackedBatch
 from packscore.paging import PAGE_SIZE, PagePool
-from packscore.planner import CostModel, Limits, flops_cost_model
+from packscore.planner import Limits
 from packscore.results import MaskImpl
 from packscore.watching import WeightWatch
 from packscore_kernels.segment_paged_attention.layout import PREFIX_SEGMENT, SegmentLayout

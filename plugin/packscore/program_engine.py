@@ -8,13 +8,15 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from packscore.costs import CostModel, flops_cost_model, tpu_cost_model
 from packscore.engines import LabelLogits
 from packscore.packing import PackedBatch
 from packscore.paging import PagePool
-from packscore.planner import CostModel, Limits, flops_cost_model
+from packscore.planner import Limits
 from packscore.program import MAX_GROUPS, NAMED_PAGES, Launched, ModelProgram, token_bucket
 from packscore.results import MaskImpl
 from packscore.watching import WeightWatch
+from packscore_kernels.hardware import chip_of
 
 
 class ProgramEngine:
@@ -34,7 +36,7 @@ class ProgramEngine:
         self._pages = program.device_pages(num_pages) if num_pages else None
         if self.pool is not None and self._pages is not None:
             self._pages.on_lost = self.pool.clear
-        self.costs: CostModel = flops_cost_model(program.config, token_bucket)
+        self.costs = _costs(program)
         self._watch = WeightWatch(program.model, is_copied=True)
 
     @property
@@ -73,3 +75,11 @@ class ProgramEngine:
             if self._pages is not None:
                 self._pages.recover()
             raise
+
+
+def _costs(program: ModelProgram) -> CostModel:
+    chip = chip_of(program.device)
+    if chip is None:
+        return flops_cost_model(program.config, token_bucket)
+    itemsize = program.model.dtype.itemsize
+    return tpu_cost_model(program.config, chip, itemsize, token_bucket)

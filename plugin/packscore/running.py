@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from packscore.costs import measured_cost_model
 from packscore.encoding import EncodedRequest
 from packscore.engines import Engine
 from packscore.errors import StalePrefixError
 from packscore.packing import PackedBatch, Share, TokenIds, pack
 from packscore.paging import MIN_SHARED_TOKENS, PrefixLease, common_len
-from packscore.planner import Explanation, Plan, Planner, Workload, measured_cost_model
+from packscore.planner import Explanation, Plan, Planner, Workload
 from packscore.results import Flow, MaskImpl, Usage
 
 # Requests that are planned together; more would hold their results back longer for no gain.

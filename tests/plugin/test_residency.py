@@ -1,4 +1,4 @@
-"""What lies in pages is read and nothing else is: poisoned slots, failed launches, long prefixes."""
+"""What lies in pages is read and nothing else: poisoned slots, failed launches, long prefixes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from packscore import (
     program_of,
     unpatch_model,
 )
+from packscore.costs import flops_cost_model
 from packscore.engines import activation_bytes
 from packscore.kv_pages import page_bytes
 from packscore.packing import Share, pack
 from packscore.paging import PAGE_SIZE, PagePool
-from packscore.planner import Limits, Planner, Workload, flops_cost_model
+from packscore.planner import Limits, Planner, Workload
 from packscore.program import MAX_PAGES, block_sizes_for, program_inputs, program_key
 from tolerances import PROBABILITY_MAX_FLOAT32
 
