@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from packscore.packing import pack
+from packscore.packing import Share, pack
 from packscore.program import ProgramKey, block_sizes_for, program_inputs, program_key
 from packscore_kernels import BlockSizes, SegmentLayout, build_schedule
 
@@ -49,7 +49,7 @@ def main() -> None:
     items = [np.arange(args.item_len) for _ in range(args.items)]
 
     def batch() -> Any:
-        return pack(prefix, items).batches[0]
+        return pack([Share(0, prefix, items, np.arange(len(items)))])
 
     packed = batch()
     key: ProgramKey = program_key(len(packed.token_ids), args.items, 2, False)
