@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -84,6 +85,7 @@ class ScoringCore:
         self.default_label_ids = named or self.head.defaults(spec.labels)
         self.takes_text = pieces is not None
         self._engine: tuple[ModelProgram | None, Engine] | None = None
+        self._engine_lock = threading.Lock()
 
     def encode(
         self, query: Any, items: list[Any], names: ArgumentNames, *, item_first: bool = False
@@ -142,9 +144,10 @@ class ScoringCore:
     def runner(self) -> Runner:
         """Runs requests where the model runs now: in torch, or in its compiled programs."""
         program = program_of(self.base) if self.mask_impl == "segment" else None
-        if self._engine is None or self._engine[0] is not program:
-            self._engine = program, self._new_engine(program)
-        return Runner(self._engine[1])
+        with self._engine_lock:
+            if self._engine is None or self._engine[0] is not program:
+                self._engine = program, self._new_engine(program)
+            return Runner(self._engine[1])
 
     def _new_engine(self, program: ModelProgram | None) -> Engine:
         if program is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,12 +13,13 @@ import torch
 from transformers import PreTrainedModel
 
 from packscore.attention import SegmentPlan
+from packscore.costs import CostModel, flops_cost_model
 from packscore.errors import MaskTooLargeError
 from packscore.head import LinearHead
 from packscore.kv_pages import KvPages, PageWrite, page_bytes
 from packscore.packing import PackedBatch
 from packscore.paging import PAGE_SIZE, PagePool
-from packscore.planner import CostModel, Limits, flops_cost_model
+from packscore.planner import Limits
 from packscore.results import MaskImpl
 from packscore.watching import WeightWatch
 from packscore_kernels.segment_paged_attention.layout import PREFIX_SEGMENT, SegmentLayout
@@ -31,6 +33,9 @@ TELL_MASK_BYTES = 256 * 2**20
 TARGET_TOKENS_CPU = 2048
 MAX_TOKENS = 32_768
 MAX_GROUPS = 256
+# A launch may fill this share of the free memory, but is not cut below so many tokens.
+MEMORY_SHARE = 0.5
+LEAST_MAX_TOKENS = 256
 
 LabelLogits = tuple[torch.Tensor, torch.Tensor]
 
@@ -90,12 +95,28 @@ class TorchEngine:
         self._pages = KvPages(self.pool.num_pages, self.pool.page_size) if self.pool else None
         on_cpu = model.device.type in ("cpu", "meta")
         target = TARGET_TOKENS_CPU if on_cpu else MAX_TOKENS
-        self.limits = Limits(MAX_TOKENS, target, MAX_GROUPS)
+        self.most = Limits(MAX_TOKENS, target, MAX_GROUPS)
         self.costs = flops_cost_model(model.config)
         self._watch = WeightWatch(model, is_copied=True)
+        self._fitting_tokens = self._fitting()
+
+    @property
+    def limits(self) -> Limits:
+        """What one launch can hold, of the memory that was free when the run began."""
+        tokens = min(self.most.max_tokens, self._fitting_tokens)
+        return replace(
+            self.most, max_tokens=tokens, target_tokens=min(self.most.target_tokens, tokens)
+        )
+
+    def _fitting(self) -> int:
+        """A power of two, so that a little more or less memory changes no launch."""
+        per_token = activation_bytes(self._model.config, self._model.dtype)
+        tokens = int(MEMORY_SHARE * free_bytes(device_of(self._model))) // per_token
+        return max(1 << max(tokens.bit_length() - 1, 0), LEAST_MAX_TOKENS)
 
     def refresh(self) -> None:
-        """Forget prefixes that other weights computed."""
+        """Look how much memory is free, and forget prefixes that other weights computed."""
+        self._fitting_tokens = self._fitting()
         if self.pool is not None and self._watch.sees_change(self._model):
             self._watch = WeightWatch(self._model, is_copied=True)
             self.pool.clear()
@@ -105,7 +126,7 @@ class TorchEngine:
     ) -> torch.Tensor:
         """[num_items, hidden_size] of the scored rows."""
         writes = [
-            PageWrite.of(share.lease, start)
+            PageWrite.of(share.lease, len(share.prefix), start)
             for share, start in zip(batch.shares, batch.layout.group_starts.tolist(), strict=False)
             if share.lease is not None and not share.lease.is_whole
         ]
@@ -165,6 +186,28 @@ class DenseEngine:
     ) -> LabelLogits:
         """Logits and normaliser of all rows at once."""
         return read_rows(self._head, launched, label_ids, over_vocabulary)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that new tensors can have, what torch keeps for them included."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
+
+
+def activation_bytes(config: Any, dtype: torch.dtype) -> int:
+    """An upper estimate of what one packed token takes while a layer runs.
+
+    Attention has queries, keys and values before and after the rotation, and two partial results
+    in float32; the MLP has its gate, its other half, and what becomes of them.
+    """
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    attention = 4 * head_dim * (heads + 2 * kv_heads) * dtype.itemsize + 12 * head_dim * heads
+    mlp = 4 * getattr(config, "intermediate_size", 4 * config.hidden_size) * dtype.itemsize
+    return int(3 * config.hidden_size * dtype.itemsize + max(attention, mlp))
 
 
 def device_of(model: PreTrainedModel) -> torch.device:
@@ -241,10 +284,7 @@ def check_dense_fits(
     if eager:
         per_pair = 1 + dtype.itemsize + num_q_heads * (2 * dtype.itemsize + 4)
     needed = num_tokens**2 * per_pair
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available
+    free = free_bytes(device)
     told = (
         f"mask_impl='dense' needs {needed / 2**20:,.0f} MiB for {num_tokens:,} tokens "
         f"({per_pair} bytes for each pair of tokens); {free / 2**20:,.0f} MiB are free"

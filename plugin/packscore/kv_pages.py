@@ -48,13 +48,13 @@ class PageWrite:
     copied_page: tuple[int, int] | None  # (from, to), before the tokens are written
 
     @classmethod
-    def of(cls, lease: PrefixLease, first_row: int) -> PageWrite:
-        """What a lease still misses, of tokens that start at a storage index."""
+    def of(cls, lease: PrefixLease, end: int, first_row: int) -> PageWrite:
+        """What a lease still misses of its first `end` tokens; they start at a storage index."""
         size, cached = lease.pool.page_size, lease.cached_len
         copied = None
         if lease.copied_page is not None:
             copied = lease.copied_page, int(lease.pages[cached // size])
-        runs = slot_runs(lease.pages, cached, len(lease.tokens), size)
+        runs = slot_runs(lease.pages, cached, end, size)
         return cls(first_row, runs, copied)
 
 

@@ -69,19 +69,29 @@ class PrefixLease:
         """Whether nothing of the prefix needs computing."""
         return self.cached_len == len(self.tokens)
 
+    @property
+    def is_stale(self) -> bool:
+        """Whether its pages may hold another prefix, another model's, or nothing."""
+        return self.is_released or self._generation != self.pool.generation
+
     def check(self) -> None:
-        """Refuse a lease whose pages may hold another prefix, or another model's.
+        """Refuse a lease whose pages cannot be trusted.
 
         Raises:
           StalePrefixError: it was released, or the pool was cleared since.
         """
-        if self.is_released or self._generation != self.pool.generation:
-            why = "was released" if self.is_released else "was computed with other weights"
+        if self.is_stale:
+            cleared = "was computed with other weights, or its pages were cleared"
+            why = "was released" if self.is_released else cleared
             raise StalePrefixError(f"the prefix {why}; open a new one with scorer.prefix(query)")
 
-    def commit(self) -> None:
-        """Let others find what was written; does nothing where nothing was missing."""
-        self.pool._commit(self)
+    def commit(self, end: int | None = None) -> None:
+        """Let others find what was written; does nothing where nothing was missing.
+
+        Args:
+          end: how many tokens are written, a multiple of the page size; None is all.
+        """
+        self.pool._commit(self, len(self.tokens) if end is None else end)
 
     def release(self) -> None:
         """Unpin the pages; those never committed are free again. Twice is once."""
@@ -127,6 +137,14 @@ class PagePool:
             _, _, shared = self._find(tokens)
             return shared
 
+    def has_room(self, tokens: TokenIds) -> bool:
+        """Whether `acquire` would give a lease now; evicts nothing."""
+        with self._lock:
+            path, partial, cached = self._find(tokens)
+            found = [*path, partial] if partial else path
+            evictable = len(self._unpinned) - sum(node in self._unpinned for node in found)
+            return self._missing(tokens, path, partial, cached) <= len(self._free) + evictable
+
     def acquire(self, tokens: TokenIds) -> PrefixLease | None:
         """Pin what the tree holds of a prefix, and pages for the rest of it.
 
@@ -142,9 +160,7 @@ class PagePool:
             pinned = [*path, partial] if partial else path
             for node in pinned:
                 self._pin(node)
-            num_pages = cdiv(len(tokens), self.page_size)
-            missing = num_pages - len(path) - int(is_whole and partial is not None)
-            new = self._allocate(missing)
+            new = self._allocate(self._missing(tokens, path, partial, cached))
             if new is None:
                 self._unpin(pinned)
                 return None
@@ -195,6 +211,13 @@ class PagePool:
             node, at = best, at + shared
         return path, None, at
 
+    def _missing(
+        self, tokens: TokenIds, path: list[_Node], partial: _Node | None, cached: int
+    ) -> int:
+        """Pages that a prefix needs beside those found; one in common up to a token is copied."""
+        is_read = partial is not None and cached == len(tokens)
+        return cdiv(len(tokens), self.page_size) - len(path) - int(is_read)
+
     def _allocate(self, count: int) -> list[int] | None:
         """Free pages, evicted where there are too few; neighbours where there are some."""
         if count > len(self._free) + len(self._unpinned):
@@ -230,20 +253,20 @@ class PagePool:
             elif not node.pins:
                 self._unpinned[node] = None
 
-    def _commit(self, lease: PrefixLease) -> None:
+    def _commit(self, lease: PrefixLease, end: int) -> None:
         with self._lock:
-            if lease.is_released or lease.is_whole:
+            if lease.is_released or end <= lease.cached_len:
                 return
             stale = lease._generation != self.generation
             parent = lease._path[-1] if lease._path else self._root
-            for i in range(len(lease._path), len(lease.pages)):
+            for i in range(len(lease._path), cdiv(end, self.page_size)):
                 tokens = lease.tokens[i * self.page_size : (i + 1) * self.page_size]
                 node = _Node(int(lease.pages[i]), tokens, parent, pins=1, is_orphan=stale)
                 if not stale:
                     parent.children.setdefault(int(tokens[0]), []).append(node)
                 lease._path.append(node)
                 parent = node
-            lease.cached_len = len(lease.tokens)
+            lease.cached_len = end
             self._drop_source(lease)
 
     def _release(self, lease: PrefixLease) -> None:

@@ -7,14 +7,15 @@ in pages, items only. *chunked*: the first launch leaves the prefix in pages, th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from packscore.costs import CostModel
 from packscore.errors import InputError
+from packscore.paging import PAGE_SIZE
 from packscore.results import FLOWS, Flow
 from packscore_kernels.hardware import cdiv
 
@@ -25,50 +26,6 @@ Bounds = tuple[int, int]
 EVERY_COUNT = 16
 # Candidates without a gain after which none is expected.
 PATIENCE = 6
-# A CPU core, until a calibration says better; only the ratios decide.
-FLOPS_PER_MS = 2e8
-LAYER_LAUNCH_MS = 0.25
-# Launches that a calibration times, in tokens, and the items they consist of.
-CALIBRATION_TOKENS = (32, 256, 1024, 4096)
-CALIBRATION_ITEM = 32
-
-
-@dataclass(frozen=True)
-class CostModel:
-    """Predicted milliseconds of one launch.
-
-    Args:
-      source: where the numbers come from, for `explain`.
-      launch_ms: what a launch costs whatever its size.
-      tokens: ascending launch sizes at which the cost of everything but attention is known.
-      tokens_ms: that cost; between the sizes it is interpolated, beyond the last extrapolated.
-      pair_ms: one query row that sees one key, all layers and heads.
-      padded: the tokens that a launch of so many runs with.
-    """
-
-    source: str
-    launch_ms: float
-    tokens: tuple[float, ...]
-    tokens_ms: tuple[float, ...]
-    pair_ms: float
-    padded: Callable[[int], int] = int
-
-    def launch(self, num_tokens: int, num_pairs: float) -> float:
-        """Milliseconds of a launch.
-
-        Args:
-          num_tokens: tokens it computes.
-          num_pairs: (row, key) pairs that see each other.
-        """
-        size = self.padded(num_tokens)
-        last, ms = self.tokens[-1], self.tokens_ms[-1]
-        grown = max(size - last, 0) * ms / last
-        return (
-            self.launch_ms
-            + float(np.interp(size, self.tokens, self.tokens_ms))
-            + grown
-            + (num_pairs * self.pair_ms)
-        )
 
 
 @dataclass(frozen=True)
@@ -76,7 +33,8 @@ class Limits:
     """What one launch can hold.
 
     Args:
-      max_tokens: tokens of one launch; one item that is longer is a launch of its own.
+      max_tokens: tokens of one launch; one item that is longer is a launch of its own, and so is
+        what one item needs of a prefix that has no pages.
       target_tokens: tokens up to which several requests share a launch.
       max_groups: requests in one launch.
       max_pages: pages that the requests of one launch read, beyond those of one alone.
@@ -114,12 +72,19 @@ class Plan:
       bounds: (first, end) of each launch's items, in packing order.
       cost_ms: predicted.
       computed_tokens: tokens that run through the model.
+      prefix_ends: before those, launches that put the prefix into pages up to here.
     """
 
     flow: Flow
     bounds: tuple[Bounds, ...]
     cost_ms: float = 0.0
     computed_tokens: int = 0
+    prefix_ends: tuple[int, ...] = ()
+
+    @property
+    def num_launches(self) -> int:
+        """How many there are."""
+        return len(self.prefix_ends) + len(self.bounds)
 
 
 @dataclass(frozen=True)
@@ -153,7 +118,7 @@ class Explanation:
         for plan in self.plans:
             mark = "> " if plan is self.chosen else "  "
             lines.append(
-                f"{mark}{plan.flow:8} {len(plan.bounds):8,} {plan.computed_tokens:16,} "
+                f"{mark}{plan.flow:8} {plan.num_launches:8,} {plan.computed_tokens:16,} "
                 f"{plan.cost_ms:13,.2f}"
             )
         lines += [f"  {flow:8} {why}" for flow, why in self.refused.items()]
@@ -193,18 +158,35 @@ class Planner:
         plans.sort(key=lambda plan: plan.cost_ms)
         return Explanation(work, tuple(plans), self.costs.source, refused)
 
+    def prefix_ends(self, work: Workload) -> tuple[int, ...]:
+        """Where to cut a prefix that does not fit into one launch beside the shortest item."""
+        most, at = self.limits.max_tokens, work.cached_len
+        room = max(most - int(work.item_lens.min(initial=most)), 0)
+        ends: list[int] = []
+        while work.is_kept and most >= PAGE_SIZE and work.prefix_len - at > room:
+            at = min((at + most) // PAGE_SIZE * PAGE_SIZE, work.prefix_len)
+            ends.append(at)
+        return tuple(ends)
+
     def _refusal(self, flow: Flow, work: Workload) -> str | None:
-        whole = work.cached_len == work.prefix_len
-        if flow == "packed" and work.is_kept and whole and work.prefix_len:
+        missing = work.prefix_len - work.cached_len
+        is_whole = work.is_kept and not missing and work.prefix_len > 0
+        if flow == "packed" and is_whole:
             return "the prefix is in pages already, which is extend"
         size, most = self._size(work), self.limits.max_tokens
-        if flow == "packed" and work.is_kept and size > most and len(work.item_lens) > 1:
+        is_many = len(work.item_lens) > 1 or bool(self.prefix_ends(work))
+        if flow == "packed" and work.is_kept and size > most and is_many:
             return f"{size:,} tokens are more than the {most:,} of one launch"
-        if flow == "extend" and not (work.is_kept and whole and work.prefix_len):
-            return f"{work.prefix_len - work.cached_len:,} prefix tokens are not in pages"
-        if flow == "chunked" and (not work.is_kept or whole):
+        longest = work.prefix_len + int(work.item_lens.max(initial=0))
+        if flow == "plain" and work.is_kept and longest > most:
+            return f"{longest:,} tokens are more than the {most:,} of one launch"
+        if flow == "extend" and not work.prefix_len:
+            return "there is no prefix"
+        if flow == "extend" and not is_whole:
+            return f"{missing:,} prefix tokens are not in pages"
+        if flow == "chunked" and (not work.is_kept or not missing):
             return "no prefix tokens to put into pages, or no pages for them"
-        if flow == "chunked" and len(work.item_lens) < 2:
+        if flow == "chunked" and not is_many:
             return "one item cannot be divided"
         return None
 
@@ -216,10 +198,35 @@ class Planner:
         """The cheapest division into launches; of equal cost the one of fewer."""
         if flow == "plain":
             return self._one_by_one(work)
+        ends = self.prefix_ends(work)
+        if ends:
+            cost, computed = self._prefix_cost(work.cached_len, ends)
+            rest = self._best(flow, replace(work, cached_len=ends[-1]))
+            return replace(
+                rest,
+                cost_ms=rest.cost_ms + cost,
+                computed_tokens=rest.computed_tokens + computed,
+                prefix_ends=ends,
+            )
         shares = (self._equal_shares(work, count) for count in self._counts(flow, work))
         filled = (self._filled(work, room) for room in self._rooms(flow, work))
         plans = [*self._improving(flow, work, shares), *self._improving(flow, work, filled)]
+        if flow == "chunked" and work.cached_len < work.prefix_len:
+            # all items in one launch would be packed
+            most = len(work.item_lens)
+            divided = [plan for plan in plans if len(plan.bounds) > 1]
+            plans = divided or [self._priced(flow, work, [(0, 1), (1, most)][:most])]
         return min(plans, key=lambda plan: plan.cost_ms)
+
+    def _prefix_cost(self, cached: int, ends: Sequence[int]) -> tuple[float, int]:
+        """Milliseconds and tokens of launches that compute nothing but a prefix."""
+        starts = [cached, *ends[:-1]]
+        sizes = [end - start for start, end in zip(starts, ends, strict=True)]
+        cost = sum(
+            self.costs.launch(size, size * (start + size / 2))
+            for start, size in zip(starts, sizes, strict=True)
+        )
+        return cost, sum(sizes)
 
     def _improving(
         self, flow: Flow, work: Workload, divisions: Iterable[list[Bounds]]
@@ -250,7 +257,8 @@ class Planner:
         total = int(work.item_lens.sum())
         own = work.prefix_len if not work.is_kept else 0
         least = cdiv(total, max(self.limits.max_tokens - own, 1)) if total else 1
-        found, count = [], min(max(least, 2 if flow == "chunked" else 1), most)
+        whole = work.cached_len == work.prefix_len
+        found, count = [], min(max(least, 2 if flow == "chunked" and not whole else 1), most)
         while count <= most:
             found.append(count)
             count = count + 1 if count < EVERY_COUNT else cdiv(count * 9, 8)
@@ -313,60 +321,3 @@ class Planner:
             computed += own + items
             cached = work.prefix_len if work.is_kept else cached
         return Plan(flow, tuple(bounds), cost, computed)
-
-
-def flops_cost_model(config: Any, padded: Callable[[int], int] = int) -> CostModel:
-    """A CPU's costs from the model's arithmetic, for want of a calibration.
-
-    The ratios are those of the 0.6B's layers on one core of an AMD EPYC in bfloat16 (measured): a
-    launch costs what some ten tokens do, and activations beyond its caches a fifth more a token.
-    """
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    layers, hidden = config.num_hidden_layers, config.hidden_size
-    weights = hidden * head_dim * (2 * heads + 2 * kv_heads) + 3 * hidden * config.intermediate_size
-    token_ms = 2 * layers * weights / FLOPS_PER_MS
-    return CostModel(
-        source="estimated from the model's shape",
-        launch_ms=layers * LAYER_LAUNCH_MS + 8 * token_ms,
-        tokens=(1, 4096, 12_288),
-        tokens_ms=(token_ms, 4096 * token_ms, 12_288 * 1.2 * token_ms),
-        pair_ms=4 * layers * heads * head_dim / FLOPS_PER_MS,
-        padded=padded,
-    )
-
-
-def measured_cost_model(
-    timed: Callable[[int, Sequence[int]], float], before: CostModel, seconds: float
-) -> CostModel:
-    """Costs from a few launches of growing size, until the time is used up.
-
-    Args:
-      timed: milliseconds of a launch of (prefix tokens, tokens of each item).
-      before: the costs to replace, whose padding is kept.
-      seconds: about how long measuring may take.
-    """
-    spent, sizes, found = 0.0, [], []
-    for size in CALIBRATION_TOKENS:
-        items = [min(size, CALIBRATION_ITEM)] * max(size // CALIBRATION_ITEM, 1)
-        runs = [timed(0, items) for _ in range(2)]  # the first may compile or allocate
-        spent += sum(runs)
-        sizes.append(sum(items))
-        found.append(min(runs))
-        if spent * 4 > 1e3 * seconds:  # the next size takes about four times as long
-            break
-    rest, prefix = [CALIBRATION_ITEM] * max(sizes[-1] // CALIBRATION_ITEM, 1), sizes[-1]
-    # the same tokens with and without a prefix before them: what remains is what pairs cost
-    both = min(timed(prefix, rest) for _ in range(2))
-    alone = min(timed(0, [*rest, *rest]) for _ in range(2))
-    pairs = prefix**2 / 2 + sum(rest) * prefix
-    launch = max(found[0] - sizes[0] * (found[-1] / sizes[-1]), 0.0)
-    return replace(
-        before,
-        source="measured on this machine",
-        launch_ms=launch,
-        tokens=tuple(sizes),
-        tokens_ms=tuple(max(ms - launch, 1e-6) for ms in found),
-        pair_ms=max(both - alone, 0.0) / pairs,
-    )

@@ -16,6 +16,7 @@ from packscore.inputs import Text, as_list
 from packscore.packing import TokenIds
 from packscore.paging import PrefixLease
 from packscore.results import ScoreResult
+from packscore.running import Runner
 
 # Items of a stream's first launch: few, so that the first scores come soon.
 FIRST_ITEMS = 8
@@ -131,12 +132,14 @@ def stream(
     max_items: int | None,
 ) -> Iterator[list[float]]:
     """Scores of items as they arrive, a launch at a time; see `MultiItemScorer.score_stream`."""
-    runner, first, count = core.runner, 0, FIRST_ITEMS
-    lease = runner.hold(prefix_tokens(core, query))
+    tokens, first, count = prefix_tokens(core, query), 0, FIRST_ITEMS
+    lease: PrefixLease | None = None
     try:
         while taken := list(islice(items, min(count, max_items or count))):
+            core.check_ready()
+            lease = _still_held(core.runner, tokens, lease)
             request = core.encode(query, taken, _names_from(first))
-            same = lease is not None and np.array_equal(request.prefix, lease.tokens)
+            same = lease is not None and np.array_equal(request.prefix, tokens)
             found = core.run_one(
                 request,
                 label_ids,
@@ -145,11 +148,22 @@ def stream(
             )
             yield from core.probabilities(found)
             first += len(taken)
-            if sum(map(len, request.items)) < runner.engine.limits.target_tokens:
+            # an item of no tokens takes room as well
+            if sum(map(len, request.items)) + len(taken) < core.runner.engine.limits.target_tokens:
                 count *= 2
     finally:
         if lease is not None:
             lease.release()
+
+
+def _still_held(runner: Runner, tokens: TokenIds, lease: PrefixLease | None) -> PrefixLease | None:
+    """The same lease, or a new one where weights or the engine have changed since."""
+    runner.engine.refresh()
+    if lease is not None and lease.pool is runner.engine.pool and not lease.is_stale:
+        return lease
+    if lease is not None:
+        lease.release()
+    return runner.hold(tokens)
 
 
 def _names_from(first: int) -> ArgumentNames:

@@ -224,15 +224,49 @@ class DevicePages:
         self._device = device
         self._array: jax.Array | None = None
         self._lock = threading.Lock()
+        # called when a launch failed and took what was in the pages with it
+        self.on_lost: Callable[[], None] = lambda: None
 
-    def through(self, run: Callable[[jax.Array], tuple[Any, jax.Array]]) -> Any:
-        """Hand the array to a launch and keep what it makes of it."""
+    def through(
+        self,
+        run: Callable[[jax.Array], tuple[Any, jax.Array]],
+        leases: Sequence[PrefixLease | None] = (),
+    ) -> Any:
+        """Hand the array to a launch and keep what it makes of it.
+
+        Args:
+          run: the launch; the array is donated to it.
+          leases: whose pages it reads.
+
+        Raises:
+          StalePrefixError: another launch failed since a lease was taken, and lost its pages.
+        """
         with self._lock:
+            for lease in leases:
+                if lease is not None:
+                    lease.check()
             array, self._array = self._array, None
-            if array is None or array.is_deleted():
+            if array is None:
                 array = jnp.zeros(self.struct.shape, self.struct.dtype, device=self._device)
-            out, self._array = run(array)
+            try:
+                out, self._array = run(array)
+            except BaseException:
+                if array.is_deleted():
+                    self.on_lost()
+                else:
+                    self._array = array
+                raise
             return out
+
+    def recover(self) -> None:
+        """Let the array go if a launch that failed has spoilt it; waits for the device."""
+        with self._lock:
+            try:
+                if self._array is not None:
+                    self._array.block_until_ready()
+            except Exception:
+                self._array = None
+                self.on_lost()
 
 
 class ModelProgram:
@@ -360,7 +394,7 @@ class ModelProgram:
             logits, normalizer = self._executable(key, inputs)(weights, *inputs)
         else:
             run = self._executable(key, (pages.struct, *inputs))
-            logits, normalizer = pages.through(lambda array: run(weights, array, *inputs))
+            logits, normalizer = pages.through(lambda array: run(weights, array, *inputs), leases)
         return Launched(logits, normalizer, num_items, num_labels)
 
     def device_pages(self, num_pages: int) -> DevicePages:

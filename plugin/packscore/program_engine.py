@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
+from packscore.costs import CostModel, flops_cost_model, tpu_cost_model
 from packscore.engines import LabelLogits
 from packscore.packing import PackedBatch
 from packscore.paging import PagePool
-from packscore.planner import CostModel, Limits, flops_cost_model
+from packscore.planner import Limits
 from packscore.program import MAX_GROUPS, NAMED_PAGES, Launched, ModelProgram, token_bucket
 from packscore.results import MaskImpl
 from packscore.watching import WeightWatch
+from packscore_kernels.hardware import chip_of
 
 
 class ProgramEngine:
@@ -31,7 +34,9 @@ class ProgramEngine:
         num_pages = program.num_pages(cache_bytes)
         self.pool: PagePool | None = PagePool(num_pages) if num_pages else None
         self._pages = program.device_pages(num_pages) if num_pages else None
-        self.costs: CostModel = flops_cost_model(program.config, token_bucket)
+        if self.pool is not None and self._pages is not None:
+            self._pages.on_lost = self.pool.clear
+        self.costs = _costs(program)
         self._watch = WeightWatch(program.model, is_copied=True)
 
     @property
@@ -49,12 +54,32 @@ class ProgramEngine:
 
     def launch(self, batch: PackedBatch, label_ids: list[int], over_vocabulary: bool) -> Launched:
         """Start a batch; the host goes on while the device computes."""
-        return self._program.start(batch, label_ids, over_vocabulary, self._pages)
+        with self._recovering():
+            return self._program.start(batch, label_ids, over_vocabulary, self._pages)
 
     def read(
         self, launched: Sequence[Launched], label_ids: list[int], over_vocabulary: bool
     ) -> LabelLogits:
         """Logits and normaliser of all rows."""
-        found = [one.read() for one in launched]
+        with self._recovering():
+            found = [one.read() for one in launched]
         logits, normalizer = (np.concatenate(parts) for parts in zip(*found, strict=True))
         return torch.from_numpy(logits), torch.from_numpy(normalizer)
+
+    @contextmanager
+    def _recovering(self) -> Iterator[None]:
+        """A launch that fails, at once or when it is read, must not leave spoilt pages behind."""
+        try:
+            yield
+        except BaseException:
+            if self._pages is not None:
+                self._pages.recover()
+            raise
+
+
+def _costs(program: ModelProgram) -> CostModel:
+    chip = chip_of(program.device)
+    if chip is None:
+        return flops_cost_model(program.config, token_bucket)
+    itemsize = program.model.dtype.itemsize
+    return tpu_cost_model(program.config, chip, itemsize, token_bucket)

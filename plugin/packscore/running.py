@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from packscore.costs import measured_cost_model
 from packscore.encoding import EncodedRequest
 from packscore.engines import Engine
+from packscore.errors import StalePrefixError
 from packscore.packing import PackedBatch, Share, TokenIds, pack
 from packscore.paging import MIN_SHARED_TOKENS, PrefixLease, common_len
-from packscore.planner import Explanation, Plan, Planner, Workload, measured_cost_model
+from packscore.planner import Explanation, Plan, Planner, Workload
 from packscore.results import Flow, MaskImpl, Usage
-from packscore_kernels.hardware import cdiv
 
 # Requests that are planned together; more would hold their results back longer for no gain.
 WINDOW = 256
@@ -109,7 +110,9 @@ class Runner:
         try:
             return list(self._run(requests, label_ids, over_vocabulary, flow, lease))
         except Exception as error:
-            if len(requests) == 1:
+            # without a lease of the caller's the pages went while it ran: not its fault
+            is_lost = isinstance(error, StalePrefixError) and lease is None
+            if len(requests) == 1 and not is_lost:
                 return [error]
         # one by one, so that the others do not suffer from the one that failed
         alone: list[LabelLogits | Exception] = []
@@ -119,12 +122,12 @@ class Runner:
 
     def explain(self, request: EncodedRequest) -> Explanation:
         """What `run` would choose for a request, now."""
-        pool = self.engine.pool
-        cached = pool.cached_len(request.prefix) if pool else 0
-        pages = cdiv(len(request.prefix), pool.page_size) if pool else 0
-        is_kept = pool is not None and 0 < pages <= pool.num_pages - pool.num_pinned_pages
-        lens = np.sort([len(item) for item in request.items])
-        return self.planner.explain(Workload(len(request.prefix), cached, lens, is_kept))
+        self.engine.refresh()
+        pool, prefix = self.engine.pool, request.prefix
+        is_kept = pool is not None and len(prefix) > 0 and pool.has_room(prefix)
+        cached = pool.cached_len(prefix) if pool is not None and is_kept else 0
+        lens = np.sort(np.array([len(item) for item in request.items], np.int64))
+        return self.planner.explain(Workload(len(prefix), cached, lens, is_kept))
 
     def hold(self, prefix: TokenIds) -> PrefixLease | None:
         """Compute a prefix into pages and hold it; None where the pages do not suffice."""
@@ -133,14 +136,17 @@ class Runner:
         lease = pool.acquire(prefix) if pool and len(prefix) else None
         if lease is None or lease.is_whole:
             return lease
+        nothing = np.zeros(0, np.int64)
+        work = Workload(len(prefix), lease.cached_len, nothing, is_kept=True)
+        ends = self.planner.prefix_ends(work)
         try:
-            nothing = np.zeros(0, np.int64)
-            launched = self.engine.launch(pack([Share(0, prefix, [], nothing, lease)]), [0], False)
-            self.engine.read([launched], [0], False)
+            for end in ends if ends[-1:] == (len(prefix),) else (*ends, len(prefix)):
+                batch = pack([Share(0, prefix[:end], [], nothing, lease)])
+                self.engine.read([self.engine.launch(batch, [0], False)], [0], False)
+                lease.commit(end)
         except BaseException:
             lease.release()
             raise
-        lease.commit()
         return lease
 
     def calibrate(self, seconds: float) -> None:
@@ -174,6 +180,9 @@ class Runner:
                 for number, job in self._admit(requests, waiting, chosen, flow, lease):
                     jobs[number] = job
                     begun.append(job)
+                for share in chosen:
+                    if share.lease is not None:
+                        share.lease.check()
                 batch = pack(chosen)
                 launched.append(self.engine.launch(batch, label_ids, over_vocabulary))
                 order += chosen
@@ -247,6 +256,8 @@ class Runner:
     ) -> _Job:
         pool = self.engine.pool
         own = None
+        if lease is not None:
+            lease.check()
         keeps = flow not in ("packed", "plain")  # asked for by name, they give the same bits again
         if lease is None and pool is not None and len(request.prefix) and keeps:
             lease = own = pool.acquire(request.prefix)
@@ -263,9 +274,11 @@ class Runner:
             raise
         held = None if plan.flow == "plain" else lease
         shares = deque(
-            Share(number, request.prefix, [request.items[i] for i in part], part, held)
-            for part in (index[start:end] for start, end in plan.bounds)
+            Share(number, request.prefix[:end], [], index[:0], held) for end in plan.prefix_ends
         )
+        for part in (index[start:end] for start, end in plan.bounds):
+            items = [request.items[i] for i in part]
+            shares.append(Share(number, request.prefix, items, part, held))
         return _Job(request, plan, shares, lease, own is None, bool(lease and lease.is_whole))
 
     def _account(self, batch: PackedBatch, jobs: dict[int, _Job]) -> None:
@@ -278,7 +291,7 @@ class Runner:
             job.padding_tokens += padded * group.num_tokens / max(len(batch.token_ids), 1)
             job.is_causal = batch.is_causal
             if share.lease is not None:
-                share.lease.commit()
+                share.lease.commit(len(share.prefix))
             if not job.shares:
                 job.release()
 
@@ -325,6 +338,6 @@ def _flow_of(job: _Job) -> Flow:
         return "extend"
     if not len(job.request.prefix) or len(job.request.items) == 1:
         return "plain"
-    if job.plan.flow == "packed" and len(job.plan.bounds) > 1:
+    if job.plan.flow == "packed" and job.plan.num_launches > 1:
         return "chunked"
     return job.plan.flow

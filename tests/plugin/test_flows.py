@@ -41,7 +41,7 @@ def difference(
 
 def limit(scorer: MultiItemScorer, max_tokens: int, target_tokens: int | None = None) -> None:
     engine: Any = scorer._core.runner.engine
-    engine.limits = Limits(max_tokens, target_tokens or max_tokens, 64)
+    engine.most = Limits(max_tokens, target_tokens or max_tokens, 64)
 
 
 @pytest.mark.parametrize("prefix_len", PREFIX_LENS)
@@ -240,7 +240,7 @@ def test_a_stale_handle_never_scores(model: PreTrainedModel) -> None:
     p = scorer.prefix(prefix)
     with torch.no_grad():
         own.model.layers[0].self_attn.k_proj.weight.mul_(1.5)
-    with pytest.raises(StalePrefixError, match=r"the prefix was computed with other weights"):
+    with pytest.raises(StalePrefixError, match=r"computed with other weights, or its pages were"):
         p.score(ITEMS)
     p = scorer.prefix(prefix)
     scorer.clear_prefixes()

@@ -127,7 +127,9 @@ def test_stale_leases_raise() -> None:
         released.check()
     cleared.check()
     pool.clear()
-    with pytest.raises(StalePrefixError, match=r"computed with other weights; open a new one"):
+    with pytest.raises(
+        StalePrefixError, match=r"other weights, or its pages were cleared; open a new one"
+    ):
         cleared.check()
     assert pool.cached_len(ids(40)) == 0
     cleared.release()
@@ -169,6 +171,8 @@ def check_books(pool: PagePool, leases: list[PrefixLease]) -> None:
     assert not set(in_tree) & pool._free
     assert set(pool._unpinned) <= {n for n in pool._unpinned if n.pins == 0}
     held = {int(page) for lease in leases for page in lease.pages}
+    # and until it is copied, the page that a prefix parts in, which may have lost its tree
+    held |= {lease.copied_page for lease in leases if lease.copied_page is not None}
     assert not held & pool._free
     assert set(in_tree) | pool._free | held == set(range(pool.num_pages))
     own = [
@@ -200,9 +204,15 @@ class PoolMachine(RuleBasedStateMachine):
             self.leases.append(lease)
 
     @precondition(lambda self: self.leases)
-    @rule(which=st.integers(0), then_release=st.booleans())
-    def commit(self, which: int, then_release: bool) -> None:
+    @rule(which=st.integers(0), then_release=st.booleans(), pieces=st.booleans())
+    def commit(self, which: int, then_release: bool, pieces: bool) -> None:
         lease = self.leases[which % len(self.leases)]
+        if pieces and lease.copied_page is None:
+            end = (lease.cached_len // 20 + 1) * 20
+            if end < len(lease.tokens):
+                for i in range(lease.cached_len, end):
+                    self.written[lease.pages[i // 20], i % 20] = lease.tokens[i]
+                lease.commit(end)
         if lease.copied_page is not None:
             self.written[lease.pages[lease.cached_len // 20]] = self.written[lease.copied_page]
         for i in range(lease.cached_len, len(lease.tokens)):

@@ -7,21 +7,33 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import Qwen3Config
 
 from helpers import random_ids, random_qwen3
 from packscore import InputError, MultiItemScorer, patch_model
-from packscore.planner import (
+from packscore.costs import (
     CostModel,
-    Limits,
-    Plan,
-    Planner,
-    Workload,
+    Shape,
+    TpuCycles,
     flops_cost_model,
     measured_cost_model,
+    tpu_cost_model,
+    tpu_table,
 )
+from packscore.planner import Limits, Plan, Planner, Workload
 from packscore.program import token_bucket
+from packscore_kernels.hardware import CHIPS
 
+QWEN3 = Qwen3Config(
+    hidden_size=1024,
+    intermediate_size=3072,
+    num_hidden_layers=28,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=128,
+)
 COSTS = {
+    "v6e": tpu_cost_model(QWEN3, "v6e", 2, token_bucket),
     "cpu": flops_cost_model(random_qwen3().config),
     "buckets": CostModel("test", 0.2, (1, 16_384), (0.003, 40.0), 2e-7, token_bucket),
     "dear launches": CostModel("test", 50.0, (1,), (0.01,), 1e-6),
@@ -92,7 +104,9 @@ def test_the_choice_is_within_ten_percent_of_the_best(name: str) -> None:
 def check_bounds(plan: Plan, work: Workload, limits: Limits) -> None:
     assert plan.bounds[0][0] == 0
     assert plan.bounds[-1][1] == len(work.item_lens)
-    cached = work.cached_len
+    cached = plan.prefix_ends[-1] if plan.prefix_ends else work.cached_len
+    pieces = np.diff([work.cached_len, *plan.prefix_ends])
+    assert ((pieces > 0) & (pieces <= limits.max_tokens)).all()
     for (start, end), following in zip(plan.bounds, [*plan.bounds[1:], None], strict=True):
         assert end > start
         assert following is None or following[0] == end
@@ -173,3 +187,45 @@ def test_measured_costs_are_those_of_the_machine() -> None:
         assert found.launch(tokens, pairs) == pytest.approx(truth.launch(tokens, pairs), rel=0.05)
     # out of time after the first launches
     assert len(measured_cost_model(timed, COSTS["cpu"], 0.001).tokens) == 1
+
+
+@pytest.mark.parametrize("chip", ["v6e", "v5e"])
+def test_the_costs_of_a_tpu_are_those_of_its_schedules(chip: str) -> None:
+    """At every program that was counted, and for models of other sizes by their arithmetic."""
+    table = tpu_table(chip)
+    assert "predicted, not measured" in table["kind"]
+    assert set(table["versions"]) == {"jax", "libtpu"}
+    facts, cycles = CHIPS[chip], TpuCycles(**table["cycles"])
+    for point in table["points"]:
+        small = point["model"] == "0.6B"
+        heads = 16 if small else 32
+        shape = (
+            Shape(28, 16, 2048, 1024, 1024, 3072, 3072)
+            if small
+            else Shape(36, 32, 4096, 1024, 2560, 9728, 9728)
+        )
+        prefix, count, length = point["prefix_len"], point["num_items"], point["item_len"]
+        pairs = prefix**2 / 2 + count * (length * prefix + length**2 / 2)
+        fitted = point["num_tokens"] * cycles.of_token(shape, facts.peak_flops / facts.clock_hz)
+        fitted += shape.layers * heads * (cycles.pair * pairs + cycles.head)
+        error = fitted / sum(1e6 * mega for mega in point["mega_cycles"].values()) - 1
+        print(f"{chip} {point['model']} {point['num_tokens']:6} tokens: {error:+.1%}")
+        assert abs(error) <= 0.1
+
+
+def test_a_tpu_launch_costs_at_least_its_weights() -> None:
+    costs = tpu_cost_model(QWEN3, "v6e", 2, token_bucket)
+    assert costs.source == "from the compiler's schedule for v6e, predicted"
+    weights_ms = 1e3 * 2 * 28 * 15_728_640 / 1.64e12
+    assert costs.launch(1, 0) - costs.launch_ms == pytest.approx(weights_ms)
+    # the reference job: 34.8 ms in the program's schedule
+    assert costs.launch(12_000, 22.1e6) == pytest.approx(34.8, rel=0.1)
+    assert costs.launch(24_576, 0) - costs.launch_ms == pytest.approx(
+        2 * (costs.launch(12_288, 0) - costs.launch_ms)
+    )
+    # a chip that was never compiled for says so
+    other = tpu_cost_model(QWEN3, "v5p", 2, token_bucket)
+    assert other.source == (
+        "from the compiler's schedule for v6e and the published peak of v5p, predicted"
+    )
+    assert other.launch(12_000, 22.1e6) == pytest.approx(2 * costs.launch(12_000, 22.1e6), rel=0.01)

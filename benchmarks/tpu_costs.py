@@ -1,0 +1,131 @@
+"""What the planner needs to know of a TPU: a few coefficients, fitted to the compiler's schedules.
+
+    python benchmarks/tpu_costs.py --chip v6e                   compiles every point, minutes each
+    python benchmarks/tpu_costs.py --chip v6e --figures FILE    from earlier predict_tpu.py --json
+
+Every point is a whole program, counted by `predict_tpu.py` in a process of its own. Products take
+what the chip's published peak says and some cycles for each column they write; the rest and
+attention are lines. Writes plugin/packscore/tpu_costs/<chip>.json, with the points which a test
+compares with the fit. Predictions, not measurements.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from packscore.costs import Shape
+from packscore_kernels.hardware import CHIPS
+from predict_tpu import HEAD_DIM, KV_HEADS, MODELS
+
+HERE = Path(__file__).parent
+TABLES = HERE.parent / "plugin" / "packscore" / "tpu_costs"
+ITEM_LEN = 20
+# (model, query tokens, items of 20)
+POINTS = (
+    ("0.6B", 100, 7),
+    ("0.6B", 300, 36),
+    ("0.6B", 4000, 4),
+    ("4B", 1000, 150),
+    ("0.6B", 2000, 500),
+)
+
+
+def figures(chip: str) -> list[dict[str, Any]]:
+    """Compile and count every point."""
+    found = []
+    for model, prefix, items in POINTS:
+        command = [sys.executable, str(HERE / "predict_tpu.py"), "--chip", chip, "--model", model]
+        command += ["--prefix", str(prefix), "--items", str(items), "--item-len", str(ITEM_LEN)]
+        done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+        print(done.stdout.splitlines()[-1], flush=True)
+    return found
+
+
+def shape_of_model(model: str) -> Shape:
+    """The sizes of one of the models that are predicted."""
+    sizes = MODELS[model]
+    config = SimpleNamespace(
+        num_attention_heads=sizes["heads"],
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        hidden_size=sizes["hidden"],
+        intermediate_size=sizes["intermediate"],
+        num_hidden_layers=sizes["layers"],
+    )
+    return Shape.of(config)
+
+
+def fit(points: list[dict[str, Any]], flops_per_cycle: float) -> dict[str, float]:
+    """Least squares of the error relative to each point's whole program."""
+    cycles = {
+        part: np.array([1e6 * point["mega_cycles"][part] for point in points])
+        for part in points[0]["mega_cycles"]
+    }
+    total = sum(cycles.values())
+    shapes = [shape_of_model(point["model"]) for point in points]
+    tokens = np.array([point["num_tokens"] for point in points], float)
+    layers = np.array([shape.layers for shape in shapes], float)
+    heads = layers * [shape.heads for shape in shapes]
+    pairs = np.array([pairs_of(point) for point in points], float)
+
+    def solve(columns: list[Any], values: Any) -> list[float]:
+        weighted = np.stack(columns, 1) / total[:, None]
+        found: list[float] = np.linalg.lstsq(weighted, values / total, rcond=None)[0].tolist()
+        return found
+
+    at_peak = 2 * tokens * layers * [shape.weights for shape in shapes] / flops_per_cycle
+    written = tokens * layers * [shape.columns for shape in shapes]
+    rotated = tokens * layers * [shape.q + shape.kv for shape in shapes]
+    (column,) = solve([written], cycles["matmuls"] - at_peak)
+    (rest,) = solve([rotated], cycles["rest"] + cycles["once"])
+    pair, row, head = solve([heads * pairs, heads * tokens, heads], cycles["attention"])
+    return {"column": column, "rotated": rest, "pair": pair, "row": row, "head": head}
+
+
+def pairs_of(point: dict[str, Any]) -> float:
+    """(row, key) pairs that see each other."""
+    prefix, items, length = (point[name] for name in ("prefix_len", "num_items", "item_len"))
+    return float(prefix**2 / 2 + items * (length * prefix + length**2 / 2))
+
+
+def main() -> None:
+    """Fit, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--chip", choices=sorted(CHIPS), required=True)
+    parser.add_argument("--figures", type=Path, help="lines of predict_tpu.py --json")
+    parser.add_argument("--date", default=date.today().isoformat(), help="of the figures")
+    args = parser.parse_args()
+    if args.figures:
+        points = [json.loads(line) for line in args.figures.read_text().splitlines()]
+    else:
+        points = figures(args.chip)
+    facts = CHIPS[args.chip]
+    cycles = fit(points, facts.peak_flops / facts.clock_hz)
+    names = ("model", "prefix_len", "num_items", "item_len", "num_tokens", "mega_cycles")
+    table = {
+        "chip": args.chip,
+        "kind": "fitted to the compiler's schedules: predicted, not measured",
+        "date": args.date,
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+        "command": f"python benchmarks/tpu_costs.py --chip {args.chip}",
+        "cycles": {name: float(f"{value:.4g}") for name, value in cycles.items()},
+        "points": [{name: point[name] for name in names} for point in points],
+    }
+    TABLES.mkdir(exist_ok=True)
+    (TABLES / f"{args.chip}.json").write_text(json.dumps(table, indent=1) + "\n")
+    print(json.dumps(table["cycles"]))
+
+
+if __name__ == "__main__":
+    main()
