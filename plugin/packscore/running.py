@@ -84,7 +84,8 @@ class Runner:
           over_vocabulary: normalise over the vocabulary instead of over the labels.
           flow: the flow of every request; None is the cheapest. "packed" and "plain" by name leave
             the pages alone, so that the launches do not depend on what was scored before.
-          lease: of the one request's prefix, held by the caller; None takes one for the run.
+          lease: of a prefix that all requests start with, held by the caller; it is that of the
+            one request, or whole. None takes one for the run.
           progress: called with the number of items that were scored since.
 
         Returns:
@@ -119,12 +120,19 @@ class Runner:
 
     def explain(self, request: EncodedRequest) -> Explanation:
         """What `run` would choose for a request, now."""
+        prefix, lens = request.prefix, np.sort([len(item) for item in request.items])
+        work = Workload(len(prefix), self.cached_len(prefix), lens, self.can_hold(prefix))
+        return self.planner.explain(work)
+
+    def cached_len(self, prefix: TokenIds) -> int:
+        """How many tokens of a prefix are in pages now."""
+        return self.engine.pool.cached_len(prefix) if self.engine.pool else 0
+
+    def can_hold(self, prefix: TokenIds) -> bool:
+        """Whether the pages that nobody holds suffice for a prefix."""
         pool = self.engine.pool
-        cached = pool.cached_len(request.prefix) if pool else 0
-        pages = cdiv(len(request.prefix), pool.page_size) if pool else 0
-        is_kept = pool is not None and 0 < pages <= pool.num_pages - pool.num_pinned_pages
-        lens = np.sort([len(item) for item in request.items])
-        return self.planner.explain(Workload(len(request.prefix), cached, lens, is_kept))
+        pages = cdiv(len(prefix), pool.page_size) if pool else 0
+        return pool is not None and 0 < pages <= pool.num_pages - pool.num_pinned_pages
 
     def hold(self, prefix: TokenIds) -> PrefixLease | None:
         """Compute a prefix into pages and hold it; None where the pages do not suffice."""

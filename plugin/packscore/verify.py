@@ -16,6 +16,7 @@ from torch import nn
 from packscore.encoding import EncodedRequest
 from packscore.errors import InputError
 from packscore.inputs import Text, as_list, as_pairs
+from packscore.labels import LabelIds
 from packscore.patching import base_model, patched
 from packscore.prompts import PromptSpec
 from packscore.scoring import MultiItemScorer
@@ -149,7 +150,7 @@ def verify_parity(
     prompt: str | PromptSpec | None = None,
     instruction: str | None = None,
     labels: Sequence[str] | None = None,
-    label_token_ids: Sequence[int] | None = None,
+    label_token_ids: LabelIds | None = None,
     max_tokens: int | None = None,
     mask_impl: Literal["auto", "segment", "dense"] = "auto",
     tolerance: Tolerance | None = None,
