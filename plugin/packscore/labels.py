@@ -61,6 +61,11 @@ class Labels:
         """One id a label where every label is one token, else one list a label."""
         return self.token_ids if self.are_single else [list(ids) for ids in self.sequences]
 
+    @property
+    def are_exclusive(self) -> bool:
+        """Whether no label begins another one."""
+        return set(self.contexts).isdisjoint(self.sequences)
+
     def check_exclusive(self) -> None:
         """Refuse to compare a label with one that it begins, for it can never score lower.
 
