@@ -14,6 +14,7 @@ from packscore.encoding import EncodedRequest
 from packscore.errors import InputError, InputTypeError, UnsupportedModelError
 from packscore.head import LabelHead, LinearHead, class_count, is_classifier
 from packscore.inputs import as_list, short
+from packscore.labels import LabelIds, Labels
 from packscore.tokenizing import PieceTokenizer
 
 # In-place changes that `from_pretrained` makes to a weight that it draws because the checkpoint
@@ -65,9 +66,9 @@ class ClassHead(LinearHead):
             )
 
     def resolve(
-        self, labels: Sequence[str] | None, label_token_ids: Sequence[int] | None
-    ) -> list[int] | None:
-        """Class ids of class names; None where none are given.
+        self, labels: Sequence[str] | None, label_token_ids: LabelIds | None
+    ) -> Labels | None:
+        """Labels of class names; None where none are given.
 
         Raises:
           InputError, InputTypeError: the labels are not distinct names of the model's id2label.
@@ -82,7 +83,7 @@ class ClassHead(LinearHead):
         ids = [self._class_id(i, label) for i, label in enumerate(as_list("labels", labels))]
         if len(set(ids)) < len(ids):
             raise InputError(f"labels={short(labels)} names one class twice; name each class once")
-        return ids
+        return _of_classes(ids)
 
     def _class_id(self, i: int, label: object) -> int:
         if not isinstance(label, str):
@@ -95,23 +96,23 @@ class ClassHead(LinearHead):
             f"it must be one of {short(list(self._names.values()))}"
         )
 
-    def defaults(self, prompt_labels: Sequence[str] | None) -> list[int]:
+    def defaults(self, prompt_labels: Sequence[str] | None) -> Labels:
         """The labels of a scorer that names none: all classes, for a prompt's are tokens."""
-        return self._all
+        return _of_classes(self._all)
 
-    def for_ranking(self, label_ids: list[int] | None) -> list[int]:
+    def for_ranking(self, labels: Labels | None) -> Labels:
         """Classes (negative, positive), or the one of a head that has no other.
 
         Raises:
           InputError: the scorer has another number of classes.
         """
-        if label_ids is None or (len(label_ids) != 2 and not self._is_single):
+        if labels is None or (len(labels) != 2 and not self._is_single):
             raise InputError(
                 f"labels: rank and predict compare two classes, (negative, positive), and this "
-                f"scorer has {len(label_ids or ())}; pass MultiItemScorer(..., labels=[...]) with "
+                f"scorer has {len(labels or ())}; pass MultiItemScorer(..., labels=[...]) with "
                 f"two of {short(list(self._names.values()))}"
             )
-        return label_ids
+        return labels
 
     def pooled(self, request: EncodedRequest) -> EncodedRequest:
         """The request up to where the model reads classes: the last token that is no padding.
@@ -136,7 +137,7 @@ class ClassHead(LinearHead):
                 )
         return replace(request, items=items)
 
-    def to_compute(self, label_ids: list[int], over_vocabulary: bool) -> tuple[list[int], bool]:
+    def to_compute(self, labels: Labels, over_vocabulary: bool) -> tuple[list[int], bool]:
         """All classes, whose normaliser `chosen` takes: they are few."""
         return self._all, False
 
@@ -144,14 +145,18 @@ class ClassHead(LinearHead):
         self,
         logits: torch.Tensor,  # float32[num_items, num_classes]
         normalizer: torch.Tensor,  # float32[num_items]
-        label_ids: list[int],
+        labels: Labels,
         over_vocabulary: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(logits of the chosen classes, their normaliser), of the logits of all classes."""
-        found = logits[:, label_ids]
+        found = logits[:, labels.token_ids]
         if self._is_single:  # its probability is a sigmoid: against a logit of zero
             return found, torch.logaddexp(found[:, 0], torch.zeros_like(found[:, 0]))
         return found, normalizer if over_vocabulary else found.logsumexp(-1)
+
+
+def _of_classes(ids: list[int]) -> Labels:
+    return Labels(tuple((i,) for i in ids))
 
 
 def _came_from_checkpoint(parameter: torch.Tensor) -> bool:

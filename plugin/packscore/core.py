@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -22,6 +24,8 @@ from packscore.encoding import (
 from packscore.engines import DenseEngine, Engine, TorchEngine
 from packscore.errors import InputError, NotPatchedError
 from packscore.inputs import check_choice, check_count, short
+from packscore.label_runs import run_labels
+from packscore.labels import LabelIds, Labels
 from packscore.paging import PrefixLease
 from packscore.patching import base_model, check_supported, is_patched, program_of
 from packscore.prompts import PromptSpec, resolve_prompt
@@ -31,6 +35,9 @@ from packscore.tokenizing import PieceTokenizer
 
 if TYPE_CHECKING:
     from packscore.program import ModelProgram
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+Scores = npt.NDArray[np.float32]
 
 
 class ScoringCore:
@@ -45,7 +52,7 @@ class ScoringCore:
         mask_impl: Literal["auto", "segment", "dense"],
         instruction: str | None,
         labels: Sequence[str] | None,
-        label_token_ids: Sequence[int] | None,
+        label_token_ids: LabelIds | None,
         max_tokens: int | None,
         on_long: Literal["truncate", "error"],
         split_special_tokens: bool,
@@ -65,7 +72,8 @@ class ScoringCore:
         self.head = head_of(self.base, pieces)
         model_limit = int(self.base.config.max_position_embeddings)
         check_count("max_tokens", max_tokens, model_limit)
-        budget = Budget(max_tokens or min(spec.max_tokens or model_limit, model_limit), on_long)
+        most = max_tokens or min(spec.max_tokens or model_limit, model_limit)
+        budget = Budget(most, on_long, model_limit)
         self._encoder: RequestEncoder
         if spec.joins_ids:
             self._encoder = PlainEncoder(
@@ -82,34 +90,51 @@ class ScoringCore:
                 split_special_tokens=split_special_tokens,
             )
         named = self.head.resolve(labels, label_token_ids)
-        self.default_label_ids = named or self.head.defaults(spec.labels)
+        self.default_labels = named or self.head.defaults(spec.labels)
         self.takes_text = pieces is not None
         self._engine: tuple[ModelProgram | None, Engine] | None = None
         self._engine_lock = threading.Lock()
 
     def encode(
-        self, query: Any, items: list[Any], names: ArgumentNames, *, item_first: bool = False
+        self,
+        query: Any,
+        items: list[Any],
+        names: ArgumentNames,
+        labels: Labels | None = None,
+        *,
+        item_first: bool = False,
     ) -> EncodedRequest:
-        """Token ids of a query and its items, up to where the head reads them."""
-        return self.head.pooled(self._encoder.encode(query, items, names, item_first=item_first))
+        """Token ids of a query and its items, up to where the head reads them.
 
-    def label_ids(
-        self, labels: Sequence[str] | None, label_token_ids: Sequence[int] | None
-    ) -> list[int]:
+        The model has room for the tokens of `labels` behind each.
+        """
+        extra = labels.num_extra_tokens if labels else 0
+        encoded = self._encoder.encode(query, items, names, item_first=item_first, extra=extra)
+        return self.head.pooled(encoded)
+
+    def labels(
+        self,
+        labels: Sequence[str] | None,
+        label_token_ids: LabelIds | None,
+        *,
+        over_vocabulary: bool,
+    ) -> Labels:
         """The labels of one call, or the scorer's.
 
         Raises:
-          InputError, InputTypeError: there are none, or they cannot be scored.
+          InputError, InputTypeError: there are none, they cannot be scored, or not be compared.
         """
-        found = self.head.resolve(labels, label_token_ids) or self.default_label_ids
+        found = self.head.resolve(labels, label_token_ids) or self.default_labels
         if found is None:
             raise InputError("labels are missing, and the prompt has none; pass labels=[...]")
+        if not over_vocabulary:
+            found.check_exclusive()
         return found
 
     def run(
         self,
         requests: Sequence[EncodedRequest],
-        label_ids: list[int],
+        labels: Labels,
         *,
         over_vocabulary: bool,
         flow: Flow | None = None,
@@ -119,24 +144,29 @@ class ScoringCore:
         """Label logits of every request, or the error that it met."""
         if flow is not None:
             check_choice("flow", flow, FLOWS)
-        ids, over = self.head.to_compute(label_ids, over_vocabulary)
+        if not labels.are_single:
+            runner = self.runner
+            return run_labels(
+                runner, requests, labels, over_vocabulary, flow=flow, lease=lease, progress=progress
+            )
+        ids, over = self.head.to_compute(labels, over_vocabulary)
         found = self.runner.run(requests, ids, over, flow=flow, lease=lease, progress=progress)
-        return [self._read(result, label_ids, over_vocabulary) for result in found]
+        return [self._read(result, labels, over_vocabulary) for result in found]
 
-    def run_one(self, request: EncodedRequest, label_ids: list[int], **options: Any) -> LabelLogits:
+    def run_one(self, request: EncodedRequest, labels: Labels, **options: Any) -> LabelLogits:
         """Label logits of one request; raises the error that it met."""
-        (found,) = self.run([request], label_ids, **options)
+        (found,) = self.run([request], labels, **options)
         if isinstance(found, Exception):
             raise found
         return found
 
     def _read(
-        self, found: LabelLogits | Exception, label_ids: list[int], over_vocabulary: bool
+        self, found: LabelLogits | Exception, labels: Labels, over_vocabulary: bool
     ) -> LabelLogits | Exception:
         if isinstance(found, Exception):
             return found
         logits, normalizer = self.head.chosen(
-            found.logits, found.normalizer, label_ids, over_vocabulary
+            found.logits, found.normalizer, labels, over_vocabulary
         )
         return replace(found, logits=logits, normalizer=normalizer)
 
@@ -183,4 +213,15 @@ class ScoringCore:
         with torch.inference_mode():
             log_probs = found.logits - found.normalizer[:, None]
             scores: list[list[float]] = log_probs.exp().tolist()
+        return scores
+
+    @staticmethod
+    def activated(found: LabelLogits, activation_fn: Activation | None) -> Scores:
+        """float32[num_items]: activated log-odds of the positive against the negative label."""
+        with torch.inference_mode():
+            positive = found.logits[:, -1]
+            is_alone = found.logits.shape[1] == 1  # a classifier's only class
+            log_odds = positive if is_alone else positive - found.logits[:, 0]
+            activated = (activation_fn or torch.sigmoid)(log_odds)
+        scores: Scores = activated.float().cpu().numpy()
         return scores

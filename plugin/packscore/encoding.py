@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,9 +43,15 @@ class RequestEncoder(Protocol):
     """What turns the arguments of `score` into token ids."""
 
     def encode(
-        self, query: Any, items: list[Any], names: ArgumentNames, *, item_first: bool = False
+        self,
+        query: Any,
+        items: list[Any],
+        names: ArgumentNames,
+        *,
+        item_first: bool = False,
+        extra: int = 0,
     ) -> EncodedRequest:
-        """Token ids of a query and its items."""
+        """Token ids of a query and its items, with room for `extra` tokens behind each."""
         ...
 
 
@@ -54,6 +61,11 @@ class Budget:
 
     max_tokens: int
     on_long: str
+    model_limit: int = sys.maxsize  # at least as many
+
+    def beside(self, extra: int) -> Budget:
+        """The budget that leaves the model room for `extra` tokens."""
+        return replace(self, max_tokens=min(self.max_tokens, self.model_limit - extra))
 
     def check_room(self, prefix_len: int, tail_len: int, names: ArgumentNames) -> int:
         """Tokens left for an item behind its prefix.
@@ -101,7 +113,13 @@ class PlainEncoder:
         self._split_special_tokens = split_special_tokens
 
     def encode(
-        self, query: Any, items: list[Any], names: ArgumentNames, *, item_first: bool = False
+        self,
+        query: Any,
+        items: list[Any],
+        names: ArgumentNames,
+        *,
+        item_first: bool = False,
+        extra: int = 0,
     ) -> EncodedRequest:
         """Token ids of `query` and `items`; the tokenizer's BOS comes before what comes first.
 
@@ -113,10 +131,9 @@ class PlainEncoder:
         item_ids = self._to_ids(items, items_are_text, names.item, item_first)
         nothing = np.zeros(0, np.int64)
         prefix, tail = (nothing, query_ids) if item_first else (query_ids, nothing)
-        room = self._budget.check_room(len(prefix), len(tail), names)
-        fitted = [
-            self._budget.fit(ids, tail, room, names.item(i)) for i, ids in enumerate(item_ids)
-        ]
+        budget = self._budget.beside(extra)
+        room = budget.check_room(len(prefix), len(tail), names)
+        fitted = [budget.fit(ids, tail, room, names.item(i)) for i, ids in enumerate(item_ids)]
         for i, ids in enumerate(fitted):
             if not len(prefix) and not len(ids):
                 raise InputError(
@@ -176,7 +193,13 @@ class PromptEncoder:
         self._cut_is_exact = self._try_cut()
 
     def encode(
-        self, query: Any, items: list[Any], names: ArgumentNames, *, item_first: bool = False
+        self,
+        query: Any,
+        items: list[Any],
+        names: ArgumentNames,
+        *,
+        item_first: bool = False,
+        extra: int = 0,
     ) -> EncodedRequest:
         """Token ids of the prompt for `query` and each of `items`.
 
@@ -193,7 +216,8 @@ class PromptEncoder:
             raise InputError(f"{names.query}={query!r} is empty, and the prompt asks about it")
         prefix_pieces = self._prefix(query)
         prefix, tail = self._tokenizer.encode([prefix_pieces, self._tail])
-        room = self._budget.check_room(len(prefix), len(tail), names)
+        budget = self._budget.beside(extra)
+        room = budget.check_room(len(prefix), len(tail), names)
         shared, limit = ([], room) if self._cut_is_exact else (prefix_pieces, room + len(prefix))
         # the tail is encoded with its item, for they may merge where no special token starts it
         texts = [[*shared, *self._body(item)] for item in items]
@@ -202,7 +226,7 @@ class PromptEncoder:
         for i, body in zip(
             truncated, self._tokenizer.encode([texts[i] for i in truncated]), strict=True
         ):
-            encoded[i] = self._budget.fit(body, tail, limit, names.item(i))
+            encoded[i] = budget.fit(body, tail, limit, names.item(i))
         if not self._cut_is_exact:
             shared_len = common_prefix_len(encoded)
             prefix, encoded = encoded[0][:shared_len], [ids[shared_len:] for ids in encoded]

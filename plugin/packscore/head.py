@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from packscore.encoding import EncodedRequest
-from packscore.errors import InputError, InputTypeError, UnsupportedModelError
-from packscore.inputs import as_list, short, token_ids
+from packscore.errors import InputError, UnsupportedModelError
+from packscore.labels import LabelIds, Labels, read_labels
 from packscore.tokenizing import PieceTokenizer
 
 # Vocabulary columns of one step of the log-sum-exp: bounds the float32 copy of the head's weight.
@@ -148,75 +148,50 @@ class LabelHead(LinearHead):
         self._label_limit = min(self.vocab_size, tokenizer.vocab_size if tokenizer else sys.maxsize)
 
     def resolve(
-        self, labels: Sequence[str] | None, label_token_ids: Sequence[int] | None
-    ) -> list[int] | None:
-        """Token ids of labels given as text or as ids; None where neither is given.
+        self, labels: Sequence[str] | None, label_token_ids: LabelIds | None
+    ) -> Labels | None:
+        """Labels given as text or as ids; None where neither is given.
 
         Raises:
-          InputError, InputTypeError: the labels are not distinct single tokens of the vocabulary.
+          InputError, InputTypeError: the labels are not distinct runs of the vocabulary's tokens.
           UnsupportedModelError: the head was never trained for them.
         """
-        if labels is not None and label_token_ids is not None:
-            raise InputError("labels and label_token_ids are two ways to say one thing; pass one")
-        if labels is not None:
-            ids = self._text_ids(as_list("labels", labels))
-        elif label_token_ids is not None:
-            values = as_list("label_token_ids", label_token_ids)
-            ids = token_ids("label_token_ids", values, self._label_limit).tolist()
-        else:
-            return None
-        if len(set(ids)) < len(ids):
-            raise InputError(f"labels: token ids {ids} hold one token twice; name each label once")
-        if max(ids) >= self._label_limit:
-            raise InputError(
-                f"labels: token id {max(ids)} must be below {self._label_limit}, the size of the "
-                "model's vocabulary; use the model's own tokenizer"
-            )
-        self._check_trained("label_token_ids", "token", ids)
-        return ids
+        found = read_labels(labels, label_token_ids, self._tokenizer, self._label_limit)
+        if found is not None:
+            self._check_trained("label_token_ids", "token", found.token_ids)
+        return found
 
-    def _text_ids(self, labels: list[object]) -> list[int]:
-        if self._tokenizer is None:
-            raise InputError(f"labels={short(labels)} needs a tokenizer; pass label_token_ids")
-        ids = []
-        for i, label in enumerate(labels):
-            if not isinstance(label, str):
-                raise InputTypeError(
-                    f"labels[{i}]={short(label)} must be a string; ids go to label_token_ids"
-                )
-            ids.append(self._tokenizer.label_id(f"labels[{i}]", label))
-        return ids
-
-    def defaults(self, prompt_labels: Sequence[str] | None) -> list[int] | None:
+    def defaults(self, prompt_labels: Sequence[str] | None) -> Labels | None:
         """The labels of a scorer that names none: its prompt's."""
         return self.resolve(prompt_labels or None, None)
 
-    def for_ranking(self, label_ids: list[int] | None) -> list[int]:
+    def for_ranking(self, labels: Labels | None) -> Labels:
         """Labels (negative, positive).
 
         Raises:
-          InputError: the scorer has another number of labels.
+          InputError: the scorer has another number of labels, or one begins the other.
         """
-        if label_ids is None or len(label_ids) != 2:
+        if labels is None or len(labels) != 2:
             raise InputError(
                 f"labels: rank and predict compare two, (negative, positive), and this scorer has "
-                f"{len(label_ids or ())}; pass MultiItemScorer(..., labels=['no', 'yes'])"
+                f"{len(labels or ())}; pass MultiItemScorer(..., labels=['no', 'yes'])"
             )
-        return label_ids
+        labels.check_exclusive()
+        return labels
 
     def pooled(self, request: EncodedRequest) -> EncodedRequest:
         """The request up to where the model reads labels: its last tokens."""
         return request
 
-    def to_compute(self, label_ids: list[int], over_vocabulary: bool) -> tuple[list[int], bool]:
-        """Labels to compute, and whether their normaliser runs over the vocabulary."""
-        return label_ids, over_vocabulary
+    def to_compute(self, labels: Labels, over_vocabulary: bool) -> tuple[list[int], bool]:
+        """Ids to compute, and whether their normaliser runs over the vocabulary."""
+        return labels.token_ids, over_vocabulary
 
     def chosen(
         self,
         logits: torch.Tensor,  # float32[num_items, num_labels]
         normalizer: torch.Tensor,  # float32[num_items]
-        label_ids: list[int],
+        labels: Labels,
         over_vocabulary: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(logits of the labels, their normaliser), of what was computed."""

@@ -21,11 +21,12 @@ class Share:
 
     Args:
       request: which request of the run.
-      prefix: i64[prefix_len], whole, may be empty.
+      prefix: i64[prefix_len], whole, may be empty and may continue what the lease holds.
       items: token ids of each item, may be empty.
       index: i64[num_items], which items of the request they are.
-      lease: pages that hold the first `lease.cached_len` prefix tokens and take the others; None
-        packs the whole prefix and keeps nothing.
+      lease: pages that hold the first `lease.cached_len` prefix tokens and take the others up to
+        `len(lease.tokens)`, which are all unless that many are held; None packs the whole prefix
+        and keeps nothing.
     """
 
     request: int
@@ -43,7 +44,8 @@ class Share:
         if self.lease is None:
             return 0
         has_empty = any(not len(item) for item in self.items)
-        return self.lease.cached_len - int(self.lease.is_whole and has_empty)
+        is_in_pages = self.lease.cached_len == len(self.prefix)
+        return self.lease.cached_len - int(is_in_pages and has_empty)
 
     @property
     def num_tokens(self) -> int:

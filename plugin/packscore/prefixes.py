@@ -13,6 +13,7 @@ from packscore.core import ScoringCore
 from packscore.encoding import ArgumentNames
 from packscore.errors import InputError, StalePrefixError
 from packscore.inputs import Text, as_list
+from packscore.labels import LabelIds, Labels
 from packscore.packing import TokenIds
 from packscore.paging import PrefixLease
 from packscore.results import ScoreResult
@@ -62,7 +63,7 @@ class Prefix:
         items: Iterable[Text],
         *,
         labels: Sequence[str] | None = None,
-        label_token_ids: Sequence[int] | None = None,
+        label_token_ids: LabelIds | None = None,
         apply_softmax: bool = False,
     ) -> ScoreResult[list[list[float]]]:
         """`MultiItemScorer.score` for the query that is held, with its usage.
@@ -73,15 +74,14 @@ class Prefix:
         """
         self._core.check_ready()
         self.check()
-        label_ids = self._core.label_ids(labels, label_token_ids)
-        request = self._core.encode(self._query, as_list("items", items), ArgumentNames())
+        over_vocabulary = not apply_softmax
+        chosen = self._core.labels(labels, label_token_ids, over_vocabulary=over_vocabulary)
+        request = self._core.encode(self._query, as_list("items", items), ArgumentNames(), chosen)
         # the encoder may cut query and items elsewhere for these items; then the pool finds what
         # is held by content
         same = np.array_equal(request.prefix, self._tokens)
         lease = self._lease if same else None
-        found = self._core.run_one(
-            request, label_ids, over_vocabulary=not apply_softmax, lease=lease
-        )
+        found = self._core.run_one(request, chosen, over_vocabulary=over_vocabulary, lease=lease)
         return ScoreResult(self._core.probabilities(found), found.usage)
 
     def check(self) -> None:
@@ -127,7 +127,7 @@ def stream(
     core: ScoringCore,
     query: Text,
     items: Iterator[Any],
-    label_ids: list[int],
+    labels: Labels,
     over_vocabulary: bool,
     max_items: int | None,
 ) -> Iterator[list[float]]:
@@ -138,11 +138,11 @@ def stream(
         while taken := list(islice(items, min(count, max_items or count))):
             core.check_ready()
             lease = _still_held(core.runner, tokens, lease)
-            request = core.encode(query, taken, _names_from(first))
+            request = core.encode(query, taken, _names_from(first), labels)
             same = lease is not None and np.array_equal(request.prefix, tokens)
             found = core.run_one(
                 request,
-                label_ids,
+                labels,
                 over_vocabulary=over_vocabulary,
                 lease=lease if same else None,
             )

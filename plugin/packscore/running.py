@@ -85,7 +85,8 @@ class Runner:
           over_vocabulary: normalise over the vocabulary instead of over the labels.
           flow: the flow of every request; None is the cheapest. "packed" and "plain" by name leave
             the pages alone, so that the launches do not depend on what was scored before.
-          lease: of the one request's prefix, held by the caller; None takes one for the run.
+          lease: of a prefix that all requests start with, held by the caller; it is that of the
+            one request, or whole. None takes one for the run.
           progress: called with the number of items that were scored since.
 
         Returns:
@@ -123,11 +124,20 @@ class Runner:
     def explain(self, request: EncodedRequest) -> Explanation:
         """What `run` would choose for a request, now."""
         self.engine.refresh()
-        pool, prefix = self.engine.pool, request.prefix
-        is_kept = pool is not None and len(prefix) > 0 and pool.has_room(prefix)
-        cached = pool.cached_len(prefix) if pool is not None and is_kept else 0
+        prefix = request.prefix
         lens = np.sort(np.array([len(item) for item in request.items], np.int64))
+        is_kept = self.can_hold(prefix)
+        cached = self.cached_len(prefix) if is_kept else 0
         return self.planner.explain(Workload(len(prefix), cached, lens, is_kept))
+
+    def cached_len(self, prefix: TokenIds) -> int:
+        """How many tokens of a prefix are in pages now."""
+        return self.engine.pool.cached_len(prefix) if self.engine.pool else 0
+
+    def can_hold(self, prefix: TokenIds) -> bool:
+        """Whether the pages that nobody holds suffice for a prefix."""
+        pool = self.engine.pool
+        return pool is not None and len(prefix) > 0 and pool.has_room(prefix)
 
     def hold(self, prefix: TokenIds) -> PrefixLease | None:
         """Compute a prefix into pages and hold it; None where the pages do not suffice."""

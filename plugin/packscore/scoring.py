@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, overload
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from packscore.core import ScoringCore
+from packscore.core import Activation, Scores, ScoringCore
 from packscore.encoding import ArgumentNames, EncodedRequest, group_by_query
 from packscore.errors import ScoringError
 from packscore.inputs import Text, as_iterator, as_list, as_pairs, as_requests, check_count
+from packscore.labels import LabelIds, Labels
 from packscore.paging import PREFIX_CACHE_BYTES
 from packscore.planner import Explanation
 from packscore.prefixes import Prefix, stream
 from packscore.prompts import PromptSpec
 from packscore.results import Flow, RankedDocument, ScoreResult, Usage, merge_usages
-from packscore.running import LabelLogits
-
-Activation = Callable[[torch.Tensor], torch.Tensor]
-Scores = npt.NDArray[np.float32]
 
 
 class MultiItemScorer:
@@ -42,7 +37,7 @@ class MultiItemScorer:
       instruction: what `{instruction}` of the prompt becomes; None takes the prompt's default.
       labels: default label texts; None takes the prompt's. Of a sequence classifier: names of
         classes, and None takes all.
-      label_token_ids: default labels as token ids, instead of `labels`.
+      label_token_ids: default labels as token ids instead, one each or one list each.
       max_tokens: budget of query and one item; None takes the prompt's or the model's own.
       on_long: "truncate" cuts the end of items over the budget and reports them, "error" raises.
       split_special_tokens: encode special tokens in texts as ordinary text, so that a document
@@ -66,7 +61,7 @@ class MultiItemScorer:
         mask_impl: Literal["auto", "segment", "dense"] = "auto",
         instruction: str | None = None,
         labels: Sequence[str] | None = None,
-        label_token_ids: Sequence[int] | None = None,
+        label_token_ids: LabelIds | None = None,
         max_tokens: int | None = None,
         on_long: Literal["truncate", "error"] = "truncate",
         split_special_tokens: bool = True,
@@ -103,7 +98,7 @@ class MultiItemScorer:
         items: Iterable[Text],
         *,
         labels: Sequence[str] | None = None,
-        label_token_ids: Sequence[int] | None = None,
+        label_token_ids: LabelIds | None = None,
         apply_softmax: bool = False,
         item_first: bool = False,
         flow: Flow | None = None,
@@ -117,7 +112,7 @@ class MultiItemScorer:
         items: Iterable[Text],
         *,
         labels: Sequence[str] | None = None,
-        label_token_ids: Sequence[int] | None = None,
+        label_token_ids: LabelIds | None = None,
         apply_softmax: bool = False,
         item_first: bool = False,
         flow: Flow | None = None,
@@ -130,7 +125,7 @@ class MultiItemScorer:
         items: Iterable[Text],
         *,
         labels: Sequence[str] | None = None,
-        label_token_ids: Sequence[int] | None = None,
+        label_token_ids: LabelIds | None = None,
         apply_softmax: bool = False,
         item_first: bool = False,
         flow: Flow | None = None,
@@ -141,8 +136,9 @@ class MultiItemScorer:
         Args:
           query: text, or token ids (with the prompt "plain").
           items: texts or token ids, one kind only; an empty item is scored at the query's end.
-          labels: label texts of one token each; None takes the scorer's.
-          label_token_ids: labels as token ids, instead of `labels`.
+          labels: label texts; None takes the scorer's. P of a label of several tokens is the
+            product of theirs, each behind the item and the tokens before it.
+          label_token_ids: labels as token ids instead, one each or one list each.
           apply_softmax: softmax over the labels alone; False: over the whole vocabulary, or over
             all classes of a classifier. The only class of a classifier gets a sigmoid.
           item_first: score `item + query` instead; then nothing is shared between items.
@@ -159,12 +155,11 @@ class MultiItemScorer:
           NotPatchedError: the model was unpatched since.
         """
         self._core.check_ready()
-        label_ids = self._core.label_ids(labels, label_token_ids)
+        over_vocabulary = not apply_softmax
+        chosen = self._core.labels(labels, label_token_ids, over_vocabulary=over_vocabulary)
         found = as_list("items", items)
-        request = self._core.encode(query, found, ArgumentNames(), item_first=item_first)
-        result = self._core.run_one(
-            request, label_ids, over_vocabulary=not apply_softmax, flow=flow
-        )
+        request = self._core.encode(query, found, ArgumentNames(), chosen, item_first=item_first)
+        result = self._core.run_one(request, chosen, over_vocabulary=over_vocabulary, flow=flow)
         scores = self._core.probabilities(result)
         return ScoreResult(scores, result.usage) if return_usage else scores
 
@@ -228,10 +223,10 @@ class MultiItemScorer:
         check_count("top_k", top_k)
         found = as_list("documents", documents)
         names = ArgumentNames(item="documents[{}]".format)
-        label_ids = self._core.head.for_ranking(self._core.default_label_ids)
-        request = self._core.encode(query, found, names)
-        result = self._core.run_one(request, label_ids, over_vocabulary=False, flow=flow)
-        scores, usage = _activated(result, activation_fn), result.usage
+        labels = self._core.head.for_ranking(self._core.default_labels)
+        request = self._core.encode(query, found, names, labels)
+        result = self._core.run_one(request, labels, over_vocabulary=False, flow=flow)
+        scores, usage = self._core.activated(result, activation_fn), result.usage
         ranked: list[RankedDocument] = []
         for i in np.argsort(-scores, kind="stable")[:top_k].tolist():
             ranked.append({"corpus_id": i, "score": float(scores[i])})
@@ -288,21 +283,21 @@ class MultiItemScorer:
         """
         self._core.check_ready()
         found = as_pairs("pairs", pairs)
-        label_ids = self._core.head.for_ranking(self._core.default_label_ids)
+        labels = self._core.head.for_ranking(self._core.default_labels)
         groups = group_by_query(found)
-        requests = [self._encode_group(found, index) for index in groups]
+        requests = [self._encode_group(found, index, labels) for index in groups]
         scores = np.full(len(found), np.nan, np.float32)
         usages: list[Usage] = []
         failures: list[tuple[int, Exception]] = []
         with tqdm(total=len(found), unit="pair", disable=not show_progress_bar) as bar:
             results = self._core.run(
-                requests, label_ids, over_vocabulary=False, flow=flow, progress=bar.update
+                requests, labels, over_vocabulary=False, flow=flow, progress=bar.update
             )
         for index, result in zip(groups, results, strict=True):
             try:
                 if isinstance(result, Exception):
                     raise result
-                scores[index] = _activated(result, activation_fn)
+                scores[index] = self._core.activated(result, activation_fn)
                 usages.append(result.usage)
             except Exception as failure:
                 failures.append((index[0], failure))
@@ -320,7 +315,7 @@ class MultiItemScorer:
         requests: Iterable[tuple[Text, Iterable[Text]]],
         *,
         labels: Sequence[str] | None = None,
-        label_token_ids: Sequence[int] | None = None,
+        label_token_ids: LabelIds | None = None,
         apply_softmax: bool = False,
         flow: Flow | None = None,
         show_progress_bar: bool = False,
@@ -344,20 +339,17 @@ class MultiItemScorer:
             others, and None for those that failed.
         """
         self._core.check_ready()
-        label_ids = self._core.label_ids(labels, label_token_ids)
+        over_vocabulary = not apply_softmax
+        chosen = self._core.labels(labels, label_token_ids, over_vocabulary=over_vocabulary)
         found = as_requests("requests", requests)
         encoded = [
-            self._core.encode(query, items, _names_of_request(i))
+            self._core.encode(query, items, _names_of_request(i), chosen)
             for i, (query, items) in enumerate(found)
         ]
         total = sum(len(items) for _, items in found)
         with tqdm(total=total, unit="item", disable=not show_progress_bar) as bar:
             results = self._core.run(
-                encoded,
-                label_ids,
-                over_vocabulary=not apply_softmax,
-                flow=flow,
-                progress=bar.update,
+                encoded, chosen, over_vocabulary=over_vocabulary, flow=flow, progress=bar.update
             )
         scored = [
             None
@@ -381,7 +373,7 @@ class MultiItemScorer:
         items: Iterable[Text],
         *,
         labels: Sequence[str] | None = None,
-        label_token_ids: Sequence[int] | None = None,
+        label_token_ids: LabelIds | None = None,
         apply_softmax: bool = False,
         max_items: int | None = None,
     ) -> Iterator[list[float]]:
@@ -406,9 +398,10 @@ class MultiItemScorer:
         """
         check_count("max_items", max_items)
         self._core.check_ready()
-        label_ids = self._core.label_ids(labels, label_token_ids)
+        over_vocabulary = not apply_softmax
+        chosen = self._core.labels(labels, label_token_ids, over_vocabulary=over_vocabulary)
         iterator = as_iterator("items", items)
-        return stream(self._core, query, iterator, label_ids, not apply_softmax, max_items)
+        return stream(self._core, query, iterator, chosen, over_vocabulary, max_items)
 
     def prefix(self, query: Text) -> Prefix:
         """Compute a query once and hold it on the device, whatever else is scored meanwhile.
@@ -451,9 +444,9 @@ class MultiItemScorer:
             pool.clear()
 
     @property
-    def label_token_ids(self) -> list[int] | None:
-        """Ids of the scorer's own labels; None where neither it nor its prompt has any."""
-        return self._core.default_label_ids
+    def label_token_ids(self) -> list[int] | list[list[int]] | None:
+        """Ids of the scorer's own labels, as lists where one has several tokens; None: no label."""
+        return self._core.default_labels.ids if self._core.default_labels else None
 
     def encode(self, query: Text, items: Iterable[Text]) -> EncodedRequest:
         """The token ids that `score(query, items)` runs: its prefix, and each item behind it.
@@ -461,23 +454,14 @@ class MultiItemScorer:
         Raises:
           InputError, InputTypeError: the query or an item cannot be scored.
         """
-        return self._core.encode(query, as_list("items", items), ArgumentNames())
+        found = as_list("items", items)
+        return self._core.encode(query, found, ArgumentNames(), self._core.default_labels)
 
-    def _encode_group(self, pairs: list[Any], index: list[int]) -> EncodedRequest:
+    def _encode_group(self, pairs: list[Any], index: list[int], labels: Labels) -> EncodedRequest:
         names = ArgumentNames(f"pairs[{index[0]}][0]", lambda i: f"pairs[{index[i]}][1]")
-        return self._core.encode(pairs[index[0]][0], [pairs[i][1] for i in index], names)
+        query, documents = pairs[index[0]][0], [pairs[i][1] for i in index]
+        return self._core.encode(query, documents, names, labels)
 
 
 def _names_of_request(number: int) -> ArgumentNames:
     return ArgumentNames(f"requests[{number}][0]", lambda i: f"requests[{number}][1][{i}]")
-
-
-def _activated(found: LabelLogits, activation_fn: Activation | None) -> Scores:
-    """Activated log-odds of the positive against the negative label."""
-    with torch.inference_mode():
-        positive = found.logits[:, -1]
-        is_alone = found.logits.shape[1] == 1  # a classifier's only class
-        log_odds = positive if is_alone else positive - found.logits[:, 0]
-        activated = (activation_fn or torch.sigmoid)(log_odds)
-    scores: Scores = activated.float().cpu().numpy()
-    return scores

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from packscore.errors import InputError
 from packscore.packing import TokenIds
 
 Pieces = list[tuple[str, bool]]  # (text, whether special tokens in it count as such)
@@ -62,20 +61,6 @@ class PieceTokenizer:
     def mentions_special(self, text: str) -> bool:
         """Whether the text of a special token occurs in `text`."""
         return self._special_pattern.search(text) is not None
-
-    def label_id(self, name: str, label: str) -> int:
-        """The one token id of a label.
-
-        Raises:
-          InputError: the label is not one token.
-        """
-        (ids,) = self.encode([[(label, True)]])
-        if len(ids) != 1:
-            raise InputError(
-                f"{name}={label!r} is {len(ids)} tokens {ids.tolist()}; "
-                "a label must be a single token of this tokenizer"
-            )
-        return int(ids[0])
 
     @cached_property
     def leading_ids(self) -> list[int]:

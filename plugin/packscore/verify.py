@@ -15,7 +15,9 @@ from torch import nn
 
 from packscore.encoding import EncodedRequest
 from packscore.errors import InputError
+from packscore.head import is_classifier
 from packscore.inputs import Text, as_list, as_pairs
+from packscore.labels import LabelIds, Labels
 from packscore.patching import base_model, patched
 from packscore.prompts import PromptSpec
 from packscore.scoring import MultiItemScorer
@@ -149,7 +151,7 @@ def verify_parity(
     prompt: str | PromptSpec | None = None,
     instruction: str | None = None,
     labels: Sequence[str] | None = None,
-    label_token_ids: Sequence[int] | None = None,
+    label_token_ids: LabelIds | None = None,
     max_tokens: int | None = None,
     mask_impl: Literal["auto", "segment", "dense"] = "auto",
     tolerance: Tolerance | None = None,
@@ -157,8 +159,9 @@ def verify_parity(
 ) -> ParityReport:
     """Compare packed scores with the unpatched model's: eager attention, one by one, no cache.
 
-    Probabilities over the vocabulary and, for two labels or more, over the labels are compared. The
-    model is left as it was found: patched or not, with its compiled programs, bit for bit.
+    Probabilities over the vocabulary are compared and, for two labels or more of which none begins
+    another, over the labels; for a classifier those of its classes. The model is left as it was
+    found: patched or not, with its compiled programs, bit for bit.
 
     Args:
       model: as `MultiItemScorer` takes it, patched or not.
@@ -219,22 +222,19 @@ def _compare(
     scorer: MultiItemScorer, query: Text, items: list[Text]
 ) -> tuple[SampleParity, Float64, float]:
     """(the row of one sample, f64[num_items, columns] of differences, spread between items)."""
-    label_ids = scorer.label_token_ids or []
-    modes = (False, True) if len(label_ids) > 1 else (False,)
+    given = scorer.label_token_ids or []
+    labels = Labels(tuple((i,) if isinstance(i, int) else tuple(i) for i in given))
+    over_labels = len(labels) > 1 and labels.are_exclusive
+    modes = (False, True) if over_labels else (False,)
     packed = np.concatenate(
         [np.array(scorer.score(query, items, apply_softmax=mode)) for mode in modes], axis=1
     )
     request = scorer.encode(query, items)
     with unpatched_eager(scorer.model):
-        logits = logits_one_by_one(scorer.model, request)
-    unpacked = np.concatenate(
-        [
-            (logits[:, label_ids].softmax(-1) if mode else logits.softmax(-1)[:, label_ids]).numpy()
-            for mode in modes
-        ],
-        axis=1,
-        dtype=np.float64,
-    )
+        log_probs = log_probs_one_by_one(scorer.model, request, labels)
+    unpacked = torch.cat(
+        [log_probs.softmax(-1) if mode else log_probs.exp() for mode in modes], 1
+    ).numpy()
     errors = np.abs(packed - unpacked)
     row = SampleParity(
         num_items=len(items),
@@ -247,20 +247,29 @@ def _compare(
 
 
 @torch.inference_mode()
-def logits_one_by_one(model: nn.Module, request: EncodedRequest) -> torch.Tensor:
-    """Every item alone behind its query, through the model's own whole forward.
+def log_probs_one_by_one(model: nn.Module, request: EncodedRequest, labels: Labels) -> torch.Tensor:
+    """Every item alone behind its query, and before all but the last token of a label.
 
     Returns:
-      float32[num_items, vocab_size], the logits at each last token, on the CPU.
+      float64[num_items, num_labels], through the model's own whole forward, on the CPU.
     """
     embedding: Any = base_model(model).get_input_embeddings()
     device = embedding.weight.device
-    rows = []
+    classifies = is_classifier(base_model(model))
+    found = []
     for item in request.items:
-        ids = torch.from_numpy(np.concatenate([request.prefix, item]))[None].to(device)
-        output = model(input_ids=ids, use_cache=False, logits_to_keep=1)
-        rows.append(output.logits[0, -1].float().cpu())
-    return torch.stack(rows)
+        rows: dict[tuple[int, ...], torch.Tensor] = {}
+        for beginning in dict.fromkeys(label[:-1] for label in labels.sequences):
+            ids = np.concatenate([request.prefix, item, np.array(beginning, np.int64)])
+            kept = {} if classifies else {"logits_to_keep": 1 + len(beginning)}
+            output = model(torch.from_numpy(ids)[None].to(device), use_cache=False, **kept)
+            # a classifier has one row, and its only class is against a logit of zero
+            logits = output.logits.view(-1, output.logits.shape[-1]).cpu()
+            logits = logits if logits.shape[-1] > 1 else nn.functional.pad(logits, (0, 1))
+            rows[beginning] = logits.double().log_softmax(-1)
+        each = [rows[ids[:-1]][range(len(ids)), list(ids)].sum() for ids in labels.sequences]
+        found.append(torch.stack(each))
+    return torch.stack(found)
 
 
 @contextmanager

@@ -157,7 +157,37 @@ IDS: list[tuple[str, Call, type[PackscoreError], str]] = [
         "labels-twice",
         lambda s: s.score([1], [[1]], label_token_ids=[3, 3]),
         InputError,
-        r"token ids \[3, 3\] hold one token twice",
+        r"token ids \[3, 3\] hold one label twice; name each label once",
+    ),
+    (
+        "label-sequences-twice",
+        lambda s: s.score([1], [[1]], label_token_ids=[[3, 4], [5], [3, 4]]),
+        InputError,
+        r"token ids \[\[3, 4\], 5, \[3, 4\]\] hold one label twice",
+    ),
+    (
+        "label-sequence-empty",
+        lambda s: s.score([1], [[1]], label_token_ids=[[3, 4], []]),
+        InputError,
+        r"label_token_ids\[1\]=\[\] is 0 tokens; a label must have one or more",
+    ),
+    (
+        "label-sequence-range",
+        lambda s: s.score([1], [[1]], label_token_ids=[[3], [4, 320]]),
+        InputError,
+        r"label_token_ids\[1\]\[1\]=320 is not in the vocabulary",
+    ),
+    (
+        "label-sequences-and-ids",
+        lambda s: s.score([1], [[1]], label_token_ids=[[3, 4], 5]),
+        InputTypeError,
+        r"label_token_ids\[1\]=5 is one id and others are lists; pass one id for each label",
+    ),
+    (
+        "label-begins-another",
+        lambda s: s.score([1], [[1]], label_token_ids=[[3, 4], [3]], apply_softmax=True),
+        InputError,
+        r"labels: token ids \[3\] are a label and begin another one.*; to compare the two, end both",
     ),
     (
         "label-range",
@@ -241,12 +271,6 @@ TEXT: list[tuple[str, Call, type[PackscoreError], str]] = [
         lambda s: s.score("q", ["a"], item_first=True),
         InputError,
         r"item_first=True has no meaning in a prompt; pass prompt='plain'",
-    ),
-    (
-        "label-of-many-tokens",
-        lambda s: s.score("q", ["a"], labels=["yes", "certainly not"]),
-        InputError,
-        r"labels\[1\]='certainly not' is \d+ tokens \[.*\]; a label must be a single token",
     ),
     (
         "empty-label",
