@@ -120,7 +120,7 @@ def row_of(
     name: str, seconds: dict[str, list[float]], worst: float, workload: Workload
 ) -> dict[str, Any]:
     """What one system took."""
-    times, count = seconds[name], len(workload.item_lens)
+    times, count, sampled = seconds[name], len(workload.item_lens), workload.sampled_items
     ratios = [base / own for base, own in zip(seconds[BASE], times, strict=True)]
     middle = 1e3 * statistics.median(times)
     return {
@@ -133,5 +133,5 @@ def row_of(
         "times_one_by_one_min": min(ratios),
         "times_one_by_one_max": max(ratios),
         "max_difference": worst,
-        "scaled_from_items": workload.sampled_items if name == BASE else None,
+        "scaled_from_items": sampled if name == BASE and sampled < count else None,
     }

@@ -102,38 +102,33 @@ def predict(chip: str, mask: str, program: str) -> dict[str, Any]:
 
 
 def predicted_rows(programs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The table's rows: the launches of a flow added up, and items a second."""
-    by_name = {(one["chip"], one["mask"], one["flow"]): one for one in programs}
+    """A chip's table: the launches of each flow added up, and items a second."""
+    by_name = {(one["mask"], one["flow"]): one for one in programs}
     rows = []
-    for chip in CHIPS:
-        for mask in MASKS:
-            for flow in FLOWS:
-                launches = [by_name.get((chip, mask, name)) for name in PROGRAMS[flow]]
-                if None in launches:
-                    continue
-                row: dict[str, Any] = {"chip": chip, "mask": mask, "flow": flow}
-                refused = [one["refused"] for one in launches if one and "refused" in one]
-                if refused:
-                    rows.append({**row, "refused": refused[0]})
-                    continue
-                sums = {
-                    key: sum(one[key] for one in launches if one)
-                    for key in ("ms", "cycles_ms", "hbm_ms")
+    for mask in MASKS:
+        for flow in FLOWS:
+            launches = [by_name[mask, name] for name in PROGRAMS[flow]]
+            row: dict[str, Any] = {"mask": mask, "flow": flow}
+            if refused := [one["refused"] for one in launches if "refused" in one]:
+                rows.append({**row, "refused": refused[0]})
+                continue
+            last = launches[-1]["ms"]
+            sums = {key: sum(one[key] for one in launches) for key in ("ms", "cycles_ms", "hbm_ms")}
+            parts = {
+                name: sum(one["parts_ms"][name] for one in launches)
+                for name in launches[0]["parts_ms"]
+            }
+            rows.append(
+                {
+                    **row,
+                    **sums,
+                    "items_per_s": 1e3 * REQUEST["num_items"] / sums["ms"],
+                    "parts_ms": parts,
+                    "last_launch_ms": last,
+                    "last_launch_items_per_s": 1e3 * REQUEST["num_items"] / last,
+                    "temporary_bytes": max(one["temporary_bytes"] for one in launches),
                 }
-                rows.append(
-                    {
-                        **row,
-                        **sums,
-                        "items_per_s": 1e3 * REQUEST["num_items"] / sums["ms"],
-                        "last_launch_ms": launches[-1]["ms"],
-                        "items_per_s_of_last_launch": 1e3
-                        * REQUEST["num_items"]
-                        / launches[-1]["ms"],
-                        "attention_ms": sum(one["parts_ms"]["attention"] for one in launches),
-                        "temporary_bytes": max(one["temporary_bytes"] for one in launches),
-                        "weight_bytes": launches[-1]["weight_bytes"],
-                    }
-                )
+            )
     return rows
 
 
@@ -179,40 +174,37 @@ def markdown(header: Sequence[str], rows: list[Sequence[str]]) -> str:
 def tables(results: Results) -> dict[str, str]:
     """Every table of docs/ab.md, by its name."""
     found = {}
-    if "predicted" in results:
-        for chip in CHIPS:
-            rows = [row for row in results["predicted"]["rows"] if row["chip"] == chip]
-            found[f"predicted {chip}"] = markdown(
-                ("mask", "flow", "predicted ms", "of it attention", "predicted items/s",
-                 "scratch, GiB"),
-                [predicted_cells(row) for row in rows],
-            )  # fmt: skip
-    if "measured" in results:
-        for one in results["measured"]["results"]:
-            found[f"measured {one['workload']}"] = markdown(
-                ("system", "scores", "ms", "items/s", "x one by one", "least-most"),
-                [measured_cells(row) for row in one["rows"]],
-            )
+    for chip, part in results["predicted"].items():
+        found[f"predicted {chip}"] = markdown(
+            ("mask", "flow", "ms", "of it attention", "items/s", "last launch alone, items/s",
+             "temporaries, GiB"),
+            [predicted_cells(row) for row in part["rows"]],
+        )  # fmt: skip
+        found[f"made {chip}"] = made_line(part["made"])
+    for one in results["measured"].get("results", []):
+        found[f"measured {one['workload']}"] = markdown(
+            ("system", "scores", "ms", "items/s", "x one by one", "least-most"),
+            [measured_cells(row) for row in one["rows"]],
+        )
+        found["made measured"] = made_line(results["measured"]["made"])
     found["published"] = markdown(
         ("system", "what it is", "items/s"),
         [(p["system"], p["note"], f"{p['items_per_s']:,}") for p in results["published"]],
     )
-    for part in ("predicted", "measured"):
-        if part in results:
-            found[f"made {part}"] = made_line(results[part]["made"])
     return found
 
 
 def predicted_cells(row: dict[str, Any]) -> Sequence[str]:
     """One row of a predicted table."""
     if "refused" in row:
-        return row["mask"], row["flow"], "does not compile", "", "", ""
+        return row["mask"], row["flow"], "does not compile", "", "", "", ""
     return (
         row["mask"],
         row["flow"],
         f"{row['ms']:.1f}",
-        f"{row['attention_ms']:.1f}",
+        f"{row['parts_ms']['attention']:.1f}",
         f"{row['items_per_s']:,.0f}",
+        "" if row["flow"] == "packed" else f"{row['last_launch_items_per_s']:,.0f}",
         f"{row['temporary_bytes'] / 2**30:.2f}",
     )
 
@@ -245,14 +237,13 @@ def made_line(about: dict[str, Any]) -> str:
 def load(path: Path = RESULTS) -> Results:
     """What is there, or the published numbers alone."""
     found: Results = json.loads(path.read_text()) if path.exists() else {}
-    return {**found, "request": REQUEST, "published": PUBLISHED}
+    return {"predicted": {}, "measured": {}, **found, "request": REQUEST, "published": PUBLISHED}
 
 
-def save(results: Results, path: Path) -> None:
-    """Write it, rows anew from the programs."""
-    if "predicted" in results:
-        part = results["predicted"]
-        results["predicted"] = {**part, "rows": predicted_rows(part["programs"])}
+def save(path: Path, name: str, part: dict[str, Any]) -> None:
+    """Put a part into the file, which is read anew: two commands may fill it side by side."""
+    results = load(path)
+    results[name] = {**results[name], **part}
     path.write_text(json.dumps(results, indent=1) + "\n")
 
 
@@ -264,31 +255,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--measure", action="store_true", help="the CPU alone")
     parser.add_argument("--show", action="store_true", help="run nothing")
     parser.add_argument("--chips", nargs="+", choices=CHIPS, default=CHIPS)
-    parser.add_argument("--masks", nargs="+", choices=MASKS, default=MASKS)
     parser.add_argument("--workloads", nargs="+", default=("reduced", "reference"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     every = not (args.predict or args.measure or args.show)
-    results = load(args.json)
     if args.predict or every:
-        old = results.get("predicted", {"programs": []})["programs"]
-        programs = [
-            one for one in old if one["chip"] not in args.chips or one["mask"] not in args.masks
-        ]
-        about = made(argv)
         for chip in args.chips:
-            for mask in args.masks:
-                for program in ("packed", "prefill", "extend"):
-                    programs.append(predict(chip, mask, program))
-                    results["predicted"] = {"made": about, "programs": programs}
-                    save(results, args.json)
+            about = made(argv)
+            programs = [
+                predict(chip, mask, program)
+                for mask in MASKS
+                for program in ("packed", "prefill", "extend")
+            ]
+            part = {"made": about, "programs": programs, "rows": predicted_rows(programs)}
+            save(args.json, "predicted", {chip: part})
     if args.measure or every:
         about = {**made(argv), "threads": args.threads, "dtype": "bfloat16", "num_layers": 4}
         found = measure(args.rounds, args.threads, args.workloads)
-        results["measured"] = {"made": about, "results": found}
-        save(results, args.json)
+        save(args.json, "measured", {"made": about, "results": found})
+    results = load(args.json)
     for name, text in tables(results).items():
         print(f"\n{name}\n{text}")
 
