@@ -14,8 +14,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import StrMethodFormatter
 
-from packscore.plot import INK, ITEM_COLOURS, PADDING_COLOUR, PREFIX_COLOUR, QUIET
+from packscore.plot import INK, ITEM_COLOURS, PADDING_COLOUR, PREFIX_COLOUR, QUIET, WHITE_INK
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent / "benchmarks"))
@@ -25,12 +26,12 @@ import ab_tables  # noqa: E402 - found through the line above
 PAGE = DOCS / "ab.md"
 DENSE_COLOUR = ITEM_COLOURS[0]
 MASK_COLOURS = {"dense": DENSE_COLOUR, "segment": PREFIX_COLOUR}
-PARTS = {  # of a program's time, and their colours
-    "attention": PREFIX_COLOUR,
-    "matmuls": ITEM_COLOURS[4],
-    "rest": ITEM_COLOURS[0],
-    "once": INK,
+PARTS = {  # of a program's time: their names in the results, and their colours
+    "attention": (("attention",), PREFIX_COLOUR),
+    "other matmuls": (("matmuls",), ITEM_COLOURS[4]),
+    "norms, rope, embedding, head": (("rest", "once"), ITEM_COLOURS[1]),
 }
+SPREAD = ("min", "max")
 TABLE = r"(<!-- table: {} -->\n).*?(\n<!-- end -->)"
 
 Bar = tuple[str, float, str]  # label, length, colour
@@ -86,7 +87,7 @@ def predicted(results: dict[str, Any]) -> Figure:
     )
     axes[0].set(xscale="log", xlim=(20, 60_000))
     axes[2].set_xlabel("items a second (logarithmic)", color=QUIET, fontsize=9)
-    _plain_numbers(axes[2])
+    axes[2].xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     return figure
 
 
@@ -98,42 +99,39 @@ def parts(results: dict[str, Any]) -> Figure:
         rows = [row for row in results["predicted"][chip]["rows"] if "ms" in row]
         for at, row in enumerate(rows):
             left = 0.0
-            for name, colour in PARTS.items():
-                width = row["parts_ms"][name]
+            for names, colour in PARTS.values():
+                width = sum(row["parts_ms"][name] for name in names)
                 chart.barh(at, width, left=left, color=colour, height=0.66)
                 left += width
-            chart.text(left, at, f"  {left:.0f}", va="center", fontsize=8, color=INK)
+            _label(chart, at, left, f"{left:.0f}", 4, INK)
         longest = max(row["ms"] for row in rows)
         chart.set(xlim=(0, 1.08 * longest))
         _axis(chart, [f"{row['mask']}, {row['flow']}" for row in rows])
         chart.set_title(f"one {chip} chip, predicted ms", loc="left", fontsize=9, color=INK)
-    handles = [Patch(facecolor=colour, label=name) for name, colour in PARTS.items()]
+    handles = [Patch(facecolor=colour, label=name) for name, (_, colour) in PARTS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
 
 def measured(results: dict[str, Any]) -> Figure:
-    """How many times as fast as one by one, on the CPU, with the spread over rounds."""
+    """How many times as fast as one by one (dashed), on the CPU, with the range over rounds."""
     workloads = results["measured"]["results"]
     figure = _figure(7.6, 1.0 + 1.35 * len(workloads))
     charts = figure.subplots(len(workloads), 1, sharex=True, squeeze=False)[:, 0]
     for chart, one in zip(charts, workloads, strict=True):
-        rows = [row for row in one["rows"] if row["times_one_by_one"] != 1.0]
-        bars = [
-            (row["system"], row["times_one_by_one"], MASK_COLOURS[row["system"].split()[0]])
-            for row in rows
-        ]
-        title = f"query {one['prefix_len']:,}, {one['num_items']} items x {one['item_len']}"
-        _bars(chart, bars, f"{title}, measured on a CPU", "{:.1f} x")
+        rows = [row for row in one["rows"] if row["scaled_from_items"] is None]
         for at, row in enumerate(rows):
-            spread = [row["times_one_by_one_min"], row["times_one_by_one_max"]]
+            times, spread = row["times_one_by_one"], [row[f"times_one_by_one_{x}"] for x in SPREAD]
+            chart.barh(at, times, color=MASK_COLOURS[row["system"].split()[0]], height=0.66)
             chart.plot(spread, [at, at], color=INK, linewidth=1.2, solid_capstyle="butt")
-    charts[0].set(xscale="log")
-    low = min(row["times_one_by_one_min"] for one in workloads for row in one["rows"])
-    high = max(row["times_one_by_one_max"] for one in workloads for row in one["rows"])
-    charts[0].set_xlim(min(low, 1.0), 1.6 * high)
-    charts[-1].set_xlabel("times one by one (logarithmic)", color=QUIET, fontsize=9)
-    _plain_numbers(charts[-1])
+            _label(chart, at, spread[1], f"{times:.1f} x", 4, INK)
+        _axis(chart, [row["system"] for row in rows])
+        chart.axvline(1, color=QUIET, linewidth=0.9, linestyle=(0, (4, 3)))
+        title = f"query {one['prefix_len']:,}, {one['num_items']} items x {one['item_len']}"
+        chart.set_title(f"{title}, measured on a CPU", loc="left", fontsize=9, color=INK)
+    longest = max(row["times_one_by_one_max"] for one in workloads for row in one["rows"])
+    charts[0].set_xlim(0, 1.1 * longest)
+    charts[-1].set_xlabel("times as fast as one by one (dashed)", color=QUIET, fontsize=9)
     return figure
 
 
@@ -141,17 +139,20 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), facecolor="white", layout="constrained")
 
 
-def _bars(chart: Axes, bars: list[Bar], title: str, form: str = "{:,.0f}") -> None:
+def _bars(chart: Axes, bars: list[Bar], title: str) -> None:
     for at, (_, length, colour) in enumerate(bars):
         chart.barh(at, length, color=colour, height=0.66)
-        label = f"  {form.format(length)}"
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-        chart.annotate(
-            label, (length, at), va="center", fontsize=8, color=INK, bbox=box, xytext=(3, 0),
-            textcoords="offset points",
-        )  # fmt: skip
+        # inside the bar, where no line crosses it
+        _label(chart, at, length, f"{length:,.0f}", -4, "white" if colour in WHITE_INK else INK)
     _axis(chart, [label for label, _, _ in bars])
     chart.set_title(title, loc="left", fontsize=9, color=INK)
+
+
+def _label(chart: Axes, at: int, x: float, text: str, points: float, ink: str) -> None:
+    """A number beside the end of a bar."""
+    side = "right" if points < 0 else "left"
+    offset = {"xytext": (points, 0), "textcoords": "offset points"}
+    chart.annotate(text, (x, at), **offset, ha=side, va="center", fontsize=8, color=ink)
 
 
 def _axis(chart: Axes, labels: list[str]) -> None:
@@ -161,11 +162,6 @@ def _axis(chart: Axes, labels: list[str]) -> None:
     chart.tick_params(axis="x", colors=QUIET, labelsize=8, length=2)
     for side in chart.spines.values():
         side.set_visible(False)
-
-
-def _plain_numbers(chart: Axes) -> None:
-    chart.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
-    chart.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
 
 def main() -> None:
