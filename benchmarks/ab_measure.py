@@ -3,6 +3,8 @@
 Each round draws a query and items that no system has seen, runs every system on them in turn, and
 compares all their scores with one-by-one's on the first items. Nothing is timed before one round
 has agreed, and a round that disagrees ends it all: there is no speed without the right scores.
+Times are the processor's, of the one thread that runs, so that other work on the machine counts
+little.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -85,7 +86,6 @@ def measure(
     workload: Workload,
     rounds: int,
     max_difference: float,
-    clock: Callable[[], float] = time.perf_counter,
 ) -> list[dict[str, Any]]:
     """Check, then time, every system, in an order that is turned around every round.
 
@@ -99,11 +99,11 @@ def measure(
         scores = {}
         for name in list(systems)[:: -1 if number % 2 else 1]:
             chosen = items[: workload.sampled_items] if name == BASE else items
-            start = clock()
+            start = time.process_time()
             scores[name] = systems[name](prefix, chosen)
             if number:
                 scale = workload.scale if name == BASE else 1.0
-                seconds[name].append((clock() - start) * scale)
+                seconds[name].append((time.process_time() - start) * scale)
         for name, found in scores.items():
             expected = scores[BASE]
             difference = float((found[: len(expected)] - expected).abs().max())

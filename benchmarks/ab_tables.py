@@ -132,7 +132,7 @@ def predicted_rows(programs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def measure(rounds: int, threads: int, names: Sequence[str]) -> list[dict[str, Any]]:
+def measure(rounds: int, names: Sequence[str]) -> list[dict[str, Any]]:
     """The CPU's part: each workload checked and timed."""
     import torch
 
@@ -140,7 +140,7 @@ def measure(rounds: int, threads: int, names: Sequence[str]) -> list[dict[str, A
     from ab_measure import systems_of
     from cpu_peers import MAX_DIFFERENCE, Workload, make_model
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # whose time is taken
     workloads = [
         Workload("reduced", 500, (20,) * 100, 10),
         Workload("reference", 2000, (20,) * 500, 3),
@@ -255,9 +255,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--measure", action="store_true", help="the CPU alone")
     parser.add_argument("--show", action="store_true", help="run nothing")
     parser.add_argument("--chips", nargs="+", choices=CHIPS, default=CHIPS)
-    parser.add_argument("--workloads", nargs="+", choices=("reduced", "reference"), default=("reduced",))
+    parser.add_argument(
+        "--workloads", nargs="+", choices=("reduced", "reference"), default=("reduced",)
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     every = not (args.predict or args.measure or args.show)
@@ -272,8 +273,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             part = {"made": about, "programs": programs, "rows": predicted_rows(programs)}
             save(args.json, "predicted", {chip: part})
     if args.measure or every:
-        about = {**made(argv), "threads": args.threads, "dtype": "bfloat16", "num_layers": 4}
-        found = measure(args.rounds, args.threads, args.workloads)
+        about = {**made(argv), "threads": 1, "dtype": "bfloat16", "num_layers": 4}
+        found = measure(args.rounds, args.workloads)
         save(args.json, "measured", {"made": about, "results": found})
     results = load(args.json)
     for name, text in tables(results).items():
