@@ -146,9 +146,8 @@ def costs_of_kernels(job: Job, inputs: tuple[Any, ...], clock_hz: float, bandwid
     return cost
 
 
-def predict(chip: str, mask: str, flow: str, job: Job, layers: int | None = None) -> dict[str, Any]:
+def predict(chip: str, mask: str, flow: str, job: Job, dump: str) -> dict[str, Any]:
     """Compile one program for a chip and count it; a refusal of the compiler is a result."""
-    dump = tempfile.mkdtemp(prefix=f"ab_{chip}_")
     os.environ["LIBTPU_INIT_ARGS"] = ONLY_SCHEDULES
     tpu_schedule.configure(TOPOLOGIES[chip], dump)
     import jax
@@ -162,7 +161,7 @@ def predict(chip: str, mask: str, flow: str, job: Job, layers: int | None = None
     from packscore_kernels.hardware import CHIPS
 
     facts = CHIPS[chip]
-    config = Qwen3Config(**QWEN3_0_6B | ({"num_hidden_layers": layers} if layers else {}))
+    config = Qwen3Config(**QWEN3_0_6B)
     if mask == "dense":
         traced_ops.segment_paged_attention = dense_attention
     key, inputs = program_and_inputs(config, job, chip, mask, flow)
@@ -207,7 +206,8 @@ def main() -> None:
     parser.add_argument("--item-len", type=int, default=20)
     args = parser.parse_args()
     job = Job(prefix_len=args.prefix, num_items=args.items, item_len=args.item_len)
-    print(json.dumps(predict(args.chip, args.mask, args.flow, job)))
+    with tempfile.TemporaryDirectory(prefix=f"ab_{args.chip}_") as dump:  # a gigabyte
+        print(json.dumps(predict(args.chip, args.mask, args.flow, job, dump)))
 
 
 if __name__ == "__main__":

@@ -145,13 +145,13 @@ def measure(rounds: int, names: Sequence[str]) -> list[dict[str, Any]]:
         Workload("reduced", 500, (20,) * 100, 10),
         Workload("reference", 2000, (20,) * 500, 3),
     ]
-    systems = systems_of(make_model(torch.bfloat16))
+    systems = systems_of(make_model(torch.float32))
     results = []
     for workload in workloads:
         if workload.name in names:
             # the whole request takes minutes a round
             turns = rounds if workload.name == "reduced" else max(rounds // 2, 1)
-            rows = timed(systems, workload, turns, MAX_DIFFERENCE[torch.bfloat16])
+            rows = timed(systems, workload, turns, MAX_DIFFERENCE[torch.float32])
             results.append(
                 {
                     "workload": workload.name,
@@ -273,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             part = {"made": about, "programs": programs, "rows": predicted_rows(programs)}
             save(args.json, "predicted", {chip: part})
     if args.measure or every:
-        about = {**made(argv), "threads": 1, "dtype": "bfloat16", "num_layers": 4}
+        about = {**made(argv), "threads": 1, "dtype": "float32", "num_layers": 4}
         found = measure(args.rounds, args.workloads)
         save(args.json, "measured", {"made": about, "results": found})
     results = load(args.json)
