@@ -1,0 +1,139 @@
+"""What a compiled whole program takes, instruction by instruction: cycles and bytes of HBM.
+
+The text of the compiled program says which instructions stand in a loop, how often the loop turns,
+and which arrays lie in HBM (those whose layout does not end in another memory space, as VMEM does).
+The dumped schedule of each instruction says its cycles. An instruction takes what is longer: its
+cycles, or its bytes at the HBM's bandwidth; copies that the compiler starts early are hidden.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import tpu_schedule
+
+KERNEL, DENSE_SCOPE = "segment_paged_attention", "dense_attention"  # names in a program's text
+COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][a-z\-]*)\((.*)$")
+ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\[([\d,]*)\](\{[^}]*\})?")
+FILE = re.compile(r"\d+-(.+)-\d+-packed-bundles-post-ra\.txt$")
+TILE = re.compile(r"\{([\d,]+):T\(([\d,]+)\)")
+WHILE = re.compile(r"condition=%([\w.\-]+), body=%([\w.\-]+)")
+BOUND = re.compile(r" s32\[\]\S* constant\((\d+)\)")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One scheduled instruction of a program."""
+
+    name: str
+    times: int  # that it runs
+    cycles: float  # once
+    hbm_bytes: float  # once
+    multiplies: bool  # on the matrix unit
+    is_attention: bool
+
+    def milliseconds(self, clock_hz: float, hbm_bytes_per_s: float) -> float:
+        """All its runs."""
+        return 1e3 * self.times * max(self.cycles / clock_hz, self.hbm_bytes / hbm_bytes_per_s)
+
+
+def array_bytes(shape: str, turns: int) -> float:
+    """Bytes in HBM of all arrays of a shape, padded to their tiles as the chip stores them.
+
+    Of arrays that are stacked over the turns of a loop it is one turn's.
+    """
+    total = 0.0
+    for dtype, dims, layout in ARRAY.findall(shape):
+        if "S(" in layout:  # in VMEM, or scalar memory
+            continue
+        sizes = [int(d) for d in dims.split(",") if d]
+        stacked = turns > 1 and len(sizes) > 1 and sizes[0] % turns == 0
+        if tile := TILE.match(layout):
+            minor = [int(d) for d in tile[1].split(",")]
+            for axis, side in zip(minor, reversed(tile[2].split(",")), strict=False):
+                sizes[axis] = math.ceil(sizes[axis] / int(side)) * int(side)
+        bits = 8 if dtype == "pred" else int(re.sub(r"\D", "", dtype))
+        total += math.prod(sizes) * bits / 8 / (turns if stacked else 1)
+    return total
+
+
+def summary(
+    found: list[Instruction], clock_hz: float, hbm_bytes_per_s: float
+) -> dict[str, float | dict[str, float]]:
+    """Milliseconds of a program, in all and by what they are spent on."""
+    parts = dict.fromkeys(("attention", "matmuls", "rest", "once"), 0.0)
+    for one in found:
+        kind = "matmuls" if one.multiplies else "rest"
+        if one.is_attention:
+            kind = "attention"
+        elif one.times == 1:
+            kind = "once"
+        parts[kind] += one.milliseconds(clock_hz, hbm_bytes_per_s)
+    return {
+        "ms": sum(parts.values()),
+        "parts_ms": parts,
+        "cycles_ms": 1e3 * sum(one.times * one.cycles for one in found) / clock_hz,
+        "hbm_ms": 1e3 * sum(one.times * one.hbm_bytes for one in found) / hbm_bytes_per_s,
+    }
+
+
+def computations(hlo: str) -> Iterator[tuple[str, bool, list[str]]]:
+    """(name, whether it is the entry, lines) of every computation of a program's text."""
+    lines: list[str] = []
+    for line in hlo.splitlines():
+        if match := COMPUTATION.match(line):
+            lines = []
+            yield match[2], bool(match[1]), lines
+        elif line.startswith(" "):
+            lines.append(line)
+
+
+def instructions(
+    hlo: str,
+    schedules: list[str],
+    cost_of: Callable[[str, str], tuple[float, float] | None] = lambda name, path: None,
+) -> list[Instruction]:
+    """Every scheduled instruction of a program.
+
+    Args:
+      hlo: the compiled program's text.
+      schedules: the files that the compiler dumped for it.
+      cost_of: (instruction, its file) to its cycles and bytes, where these cannot be read off.
+    """
+    bodies = {name: (entry, lines) for name, entry, lines in computations(hlo)}
+    files = {m[1]: path for path in schedules if (m := FILE.search(os.path.basename(path)))}
+    found: list[Instruction] = []
+
+    def walk(name: str, times: int, turns: int) -> None:
+        shapes: dict[str, str] = {}
+        for line in bodies[name][1]:
+            match = INSTRUCTION.match(line)
+            if not match:
+                continue
+            own, shape, opcode, rest = match.groups()
+            shapes[own] = shape
+            if opcode == "while" and (loop := WHILE.search(rest)):
+                (bound,) = BOUND.findall("\n".join(bodies[loop[1]][1]))
+                walk(loop[2], times * int(bound), int(bound))
+            elif own in files:
+                path = files[own]
+                operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
+                arrays = [shape, *(shapes.get(operand, "") for operand in dict.fromkeys(operands))]
+                cost = cost_of(own, path)
+                if cost is None:
+                    moved = sum(array_bytes(array, turns) for array in arrays)
+                    if "gather" in own:  # reads the rows it gives, not the whole table
+                        moved = 2 * array_bytes(shape, turns)
+                    cost = tpu_schedule.pipelined_cycles(path), moved
+                multiplies = any(r.has("vmatmul") for r in tpu_schedule.regions(path))
+                is_attention = own.startswith(KERNEL) or DENSE_SCOPE in line
+                found.append(Instruction(own, times, *cost, multiplies, is_attention))
+
+    (entry,) = (name for name, (is_entry, _) in bodies.items() if is_entry)
+    walk(entry, 1, 1)
+    return found
