@@ -6,8 +6,8 @@
     python benchmarks/ab_tables.py --show                        print what is there
 
 The request: a query of 2 000 tokens and 500 items of 20, the query's own computation included. For
-v6e and v5e it is *predicted*, from the compiler's schedule of the whole Qwen3-0.6B (`ab_predict.py`
-says how). On this machine's CPU it is measured on four layers of that model (`ab_measure.py`),
+v6e and v5e it is *predicted*, from the compiler's schedule of the whole Qwen3-0.6B, as
+`predict_tpu.py` says. On this machine's CPU it is measured on four layers of that model (`ab_measure.py`),
 where a query is never seen twice, and where wrong scores end the run. A part that is not run keeps
 what the file holds. `python docs/ab_pictures.py` then renews docs/ab.md and its charts.
 """
@@ -92,7 +92,17 @@ def predict(chip: str, mask: str, program: str) -> dict[str, Any]:
     """One program's prediction, made in a process of its own."""
     sizes = ["--prefix", REQUEST["prefix_len"], "--items", REQUEST["num_items"]]
     sizes += ["--item-len", REQUEST["item_len"]]
-    script = [HERE / "ab_predict.py", "--chip", chip, "--mask", mask, "--flow", program, *sizes]
+    script = [
+        HERE / "predict_tpu.py",
+        "--json",
+        "--chip",
+        chip,
+        "--mask",
+        mask,
+        "--flow",
+        program,
+        *sizes,
+    ]
     command = [sys.executable, *map(str, script)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

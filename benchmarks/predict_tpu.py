@@ -2,26 +2,31 @@
 
     python benchmarks/predict_tpu.py --chip v6e            Qwen3-0.6B, query 2 000, 500 items x 20
     python benchmarks/predict_tpu.py --chip v5e --json     one object
+    python benchmarks/predict_tpu.py --chip v6e --mask dense --flow extend
 
-The program is the one that runs on a TPU (`packscore.ahead.compile_ahead`), compiled without one.
-Every instruction's schedule is counted once, and as often as there are layers where it stands in
-the scanned layer; attention is counted piece by piece as `kernel_cycles.py` does. Assumptions: one
-bundle issues a cycle; copies between HBM and VMEM hide behind compute, but for those of the page
-writes, which are added at the HBM's bandwidth; the time that all weights take at that bandwidth
-stands beside; the clock is the chip's published one; the host's work overlaps the device's. Fusions
-of the same code are scheduled once by the compiler, and counted as often as they stand there.
+The program is the one that runs on a TPU, compiled without one; `program_cycles.py` says how it is
+counted, attention piece by piece as in `kernel_cycles.py`. With `--mask dense` its layers call
+`dense_attention` in place of the kernel, and everything else stays. Flows: `packed`, which leaves
+the query in pages too where the mask is segment; `prefill`, the query alone, into pages; `extend`,
+the items behind the query's pages.
+
+Assumptions: one bundle issues a cycle; an instruction takes its cycles or the time of its bytes at
+the HBM's bandwidth, whichever is longer, and the page writes both; copies that the compiler starts
+early hide; the clock is the chip's published one; the host's work overlaps the device's.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-import os
-import re
+import tempfile
+import time
 from typing import Any
 
+import program_cycles
 import tpu_schedule
-from kernel_cycles import TOPOLOGIES, Job, Kernel
+from kernel_cycles import TOPOLOGIES, Job, count, read_costs
 
 MODELS = {
     "0.6B": {"hidden": 1024, "intermediate": 3072, "layers": 28, "heads": 16, "tied": True},
@@ -29,68 +34,114 @@ MODELS = {
     "8B": {"hidden": 4096, "intermediate": 12288, "layers": 36, "heads": 32, "tied": False},
 }
 KV_HEADS, HEAD_DIM, VOCAB_SIZE = 8, 128, 151_936
-ALIGNMENT = 16  # tokens that a page's window of tokens is longer by
-INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = ")
-CALLS = re.compile(r" fusion\(.*calls=%([\w.\-]+)")
-LONG_PIECE = 64  # bundles: the steps of a grid are shorter
-FILE = re.compile(r"\d+-(.+)-\d+-packed-bundles-post-ra\.txt$")
+# A piece of a kernel's schedule of so many bundles stands behind a guard; the steps of a grid are
+# shorter.
+LONG_PIECE = 64
 
 
-def scanned_instructions(hlo: str) -> set[str]:
-    """Names of the instructions of the computation that holds the attention: the scanned layer."""
-    names: list[str] = []
-    found: set[str] = set()
-    for line in hlo.splitlines():
-        if line and not line.startswith(" "):
-            names = []
-        elif match := INSTRUCTION.match(line):
-            names.append(match[1])
-            if match[1].startswith("segment_paged_attention"):
-                found = set(names)
-                names_of_layer = names
-        if found and line.startswith("}") and names is names_of_layer:
-            return set(names_of_layer)
-    return set(names_of_layer) if found else found
+def config_of(model: str) -> Any:
+    """The configuration of one of the models."""
+    from transformers import Qwen3Config
+
+    shape = MODELS[model]
+    return Qwen3Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=shape["hidden"],
+        intermediate_size=shape["intermediate"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=40_960,
+        tie_word_embeddings=shape["tied"],
+        dtype="bfloat16",
+    )
 
 
-def computations(hlo: str) -> dict[str, str]:
-    """The body of every computation, without the names and notes in it."""
-    bodies: dict[str, list[str]] = {}
-    name = ""
-    for line in hlo.splitlines():
-        if match := re.match(r"^(?:ENTRY )?%([\w.\-]+) \(", line):
-            name = match[1]
-            bodies[name] = []
-        elif name and INSTRUCTION.match(line):
-            bare = re.sub(r", (?:metadata|backend_config|frontend_attributes)=.*", "", line)
-            bodies[name].append(re.sub(r"%[\w.\-]+", "%", bare))
-    return {name: "\n".join(lines) for name, lines in bodies.items()}
+def dense_attention(
+    q: Any,  # [num_q_heads, num_tokens, head_dim]
+    k: Any,  # [num_kv_heads, num_tokens, head_dim]
+    v: Any,  # [num_kv_heads, num_tokens, head_dim]
+    kv_pages: Any,  # [num_pages, num_kv_heads, 2, page_size, head_dim], or None
+    schedule: Any,
+    *,
+    sm_scale: float,
+    implementation: str | None = None,
+) -> Any:
+    """What XLA makes of a dense mask, as cheap as it can be written: scores in the inputs' dtype.
+
+    `implementation="dense"` of the op is float32 throughout, and keeps NaN where it belongs.
+
+    Returns:
+      [num_q_heads, num_tokens, head_dim]; padding rows hold numbers that nobody reads.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from packscore_kernels.segment_paged_attention.xla import dense_mask
+
+    with jax.named_scope(program_cycles.DENSE_SCOPE):
+        if kv_pages is not None:
+            pool = kv_pages[jnp.asarray(schedule.page_indices)].transpose(2, 1, 0, 3, 4)
+            pool = pool.reshape(2, k.shape[0], -1, k.shape[2])
+            k, v = jnp.concatenate([pool[0], k], axis=1), jnp.concatenate([pool[1], v], axis=1)
+        grouped = (q * sm_scale).astype(q.dtype).reshape(k.shape[0], -1, *q.shape[1:])
+        scores = jnp.einsum("hgqd,hkd->hgqk", grouped, k)
+        scores = jnp.where(dense_mask(schedule), scores, jnp.finfo(q.dtype).min)
+        weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(q.dtype)
+        return jnp.einsum("hgqk,hkd->hgqd", weights, v).reshape(q.shape)
 
 
-def twins(hlo: str) -> dict[str, list[str]]:
-    """By fusion the fusions of the same code: the compiler schedules one of them for all."""
-    bodies = computations(hlo)
-    called = {
-        match[1]: bodies.get(calls[1], calls[1])
-        for line in hlo.splitlines()
-        if (match := INSTRUCTION.match(line)) and (calls := CALLS.search(line))
-    }
-    same: dict[str, list[str]] = {}
-    for name, body in called.items():
-        same.setdefault(body, []).append(name)
-    return {name: same[body] for name, body in called.items()}
+def layout_of(job: Job, flow: str) -> Any:
+    """The packed tokens of one launch."""
+    import numpy as np
+
+    from packscore_kernels import Group, SegmentLayout
+
+    items = np.full(job.num_items, job.item_len, np.int32)
+    if flow == "extend":
+        pages = np.arange(-(-job.prefix_len // job.page_size), dtype=np.int32)
+        group = Group(0, items, job.prefix_len, pages)
+    else:
+        group = Group(job.prefix_len, items[:0] if flow == "prefill" else items)
+    return SegmentLayout((group,), group.num_tokens)
 
 
-def guarded_cycles(path: str, live: int, steps: int) -> int:
-    """Cycles of a kernel whose long pieces run `live` times, behind a guard."""
-    found = [region.bundles for region in tpu_schedule.regions(path) if region.depth]
-    long = sum(bundles for bundles in found if bundles >= LONG_PIECE)
-    return live * long + steps * (sum(found) - long)
+def program_and_inputs(
+    config: Any, job: Job, chip: str, mask: str, flow: str
+) -> tuple[Any, tuple[Any, ...]]:
+    """The program's key and its arguments beside the weights."""
+    import jax.numpy as jnp
+    import numpy as np
 
+    from packscore.paging import PAGE_SIZE, PREFIX_CACHE_BYTES, PagePool
+    from packscore.program import (
+        block_sizes_for,
+        pages_within,
+        pool_struct,
+        program_inputs,
+        program_key,
+    )
 
-def multiplies(path: str) -> bool:
-    """Whether an instruction uses the matrix unit."""
-    return any(region.has("vmatmul") for region in tpu_schedule.regions(path))
+    dtype = jnp.dtype(job.dtype)
+    layout = layout_of(job, flow)
+    has_pages = mask == "segment" or flow != "packed"
+    num_pages = pages_within(config, dtype, PREFIX_CACHE_BYTES) if has_pages else 0
+    key = program_key(layout.num_tokens, len(layout.scored_rows), 2, False, num_pages)
+    page_size = PAGE_SIZE if has_pages else 0
+    blocks = block_sizes_for(config, dtype, key.num_tokens, chip, page_size=page_size)
+    leases = []
+    if has_pages and flow != "extend":
+        leases = [PagePool(num_pages).acquire(np.arange(job.prefix_len))]
+    ids = np.zeros(layout.num_tokens, np.int64)
+    inputs = program_inputs(key, blocks, layout, ids, [0, 1], leases=leases)
+    if not has_pages:
+        return key, inputs
+    if mask == "dense":
+        # a table of just this query's pages: the mask has a column for every token of the table
+        pages = inputs[2].page_indices[: -(-job.prefix_len // PAGE_SIZE)]
+        inputs = (*inputs[:2], dataclasses.replace(inputs[2], page_indices=pages), *inputs[3:])
+    return key, (pool_struct(config, dtype, num_pages), *inputs)
 
 
 def floor_ms(shape: dict[str, Any], job: Job, peak_flops: float) -> float:
@@ -105,120 +156,133 @@ def floor_ms(shape: dict[str, Any], job: Job, peak_flops: float) -> float:
     return 1e3 * flops / peak_flops
 
 
-def scheduled(
-    dump: str, before: set[str], guarded: dict[str, tuple[int, int]]
-) -> dict[str, tuple[float, bool]]:
-    """(cycles, whether it multiplies matrices) of each scheduled instruction but the attention.
-
-    Args:
-      dump: the compiler's folder.
-      before: files in it that are not the program's.
-      guarded: by kernel how often its long pieces run, and its steps.
-    """
-    found: dict[str, tuple[float, bool]] = {}
-    for path in sorted(set(tpu_schedule.find(dump)) - before):
-        match = FILE.search(os.path.basename(path))
-        name = match[1] if match else ""
-        kernel = name.partition(".")[0]
-        if kernel == "segment_paged_attention":
-            continue
-        if kernel in guarded:
-            cycles = guarded_cycles(path, *guarded[kernel])
-        else:
-            cycles = tpu_schedule.pipelined_cycles(path)
-        found[name] = cycles, multiplies(path)
-    return found
+def guarded_cycles(path: str, live: int, steps: int) -> int:
+    """Cycles of a kernel whose long pieces run `live` times, behind a guard."""
+    found = [region.bundles for region in tpu_schedule.regions(path) if region.depth]
+    long = sum(bundles for bundles in found if bundles >= LONG_PIECE)
+    return live * long + steps * (sum(found) - long)
 
 
-def guards(num_tokens: int, prefix_len: int, num_heads: int) -> dict[str, tuple[int, int]]:
-    """How often the long pieces and the steps of the kernels beside attention run."""
-    from packscore.paging import PAGE_SIZE
-    from packscore.program import most_page_writes
+def costs_of_kernels(job: Job, inputs: tuple[Any, ...], clock_hz: float, bandwidth: float) -> Any:
+    """What (instruction, its schedule) of our kernels takes: (cycles, bytes of HBM or None)."""
+    from packscore_kernels import PageWrites, SegmentSchedule
     from packscore_kernels.hardware import cdiv
     from packscore_kernels.projections.kernel import block_tokens, num_passes
+    from packscore_kernels.segment_paged_attention.kernel import TURN
 
+    (schedule,) = (x for x in inputs if isinstance(x, SegmentSchedule))
+    writes = [x for x in inputs if isinstance(x, PageWrites)]
+    num_tokens = inputs[-5 - len(writes)].shape[0]
     tiles = cdiv(num_tokens, block_tokens(num_tokens, 2))
-    steps = tiles * (num_passes(num_heads, KV_HEADS) + 1)
-    return {
-        "project_qkv": (tiles, steps),
-        "write_kv_pages": (cdiv(prefix_len, PAGE_SIZE), most_page_writes(num_tokens)),
-    }
+
+    def cost(name: str, path: str) -> tuple[float, float | None] | None:
+        if name.startswith("segment_paged_attention"):
+            got = count(job, read_costs(path), schedule, TURN)
+            return got["cycles"], got["hbm_bytes"]
+        if name.startswith("project_qkv"):
+            steps = tiles * (num_passes(job.num_q_heads, job.num_kv_heads) + 1)
+            return guarded_cycles(path, tiles, steps), None
+        if name.startswith("write_kv_pages"):
+            # each page waits for its keys, values and old slots, and then for its way back
+            pages = int(writes[0].count[0])
+            cycles = guarded_cycles(path, pages, len(writes[0].writes) // 5)
+            token = 2 * 2 * job.num_kv_heads * job.head_dim
+            moved = pages * token * (writes[0].page_size * 3 + 16)
+            return cycles + moved / bandwidth * clock_hz, moved
+        return None
+
+    return cost
 
 
-def page_write_bytes(prefix_len: int) -> int:
-    """HBM bytes of one layer's page writes, whose copies nothing hides: tokens and a page in, a
-    page out."""
-    from packscore.paging import PAGE_SIZE
-    from packscore_kernels.hardware import cdiv
+def predict(
+    chip: str, model: str, job: Job, dump: str, mask: str = "segment", flow: str = "packed"
+) -> dict[str, Any]:
+    """Compile one program for a chip and count it; a refusal of the compiler is a result."""
+    tpu_schedule.configure(TOPOLOGIES[chip], dump)
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+    from transformers import Qwen3ForCausalLM
 
-    pages = cdiv(prefix_len, PAGE_SIZE)
-    return pages * KV_HEADS * HEAD_DIM * 2 * 2 * (3 * PAGE_SIZE + ALIGNMENT)
-
-
-def predict(chip: str, model: str, job: Job) -> dict[str, Any]:
-    """Compile the program for a chip and count it."""
-    kernel = Kernel(job, chip)  # before anything imports jax
-    attention_files = set(tpu_schedule.find(kernel.dump))
-    from transformers import Qwen3Config
-
-    from packscore.ahead import compile_ahead
-    from packscore_kernels import SegmentLayout
+    from packscore import traced_ops
+    from packscore.ahead import bytes_of
+    from packscore.bridge import TracedModel
+    from packscore.program import compile_program
     from packscore_kernels.hardware import CHIPS
 
-    shape, facts = MODELS[model], CHIPS[chip]
-    config = Qwen3Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=shape["hidden"],
-        intermediate_size=shape["intermediate"],
-        num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        max_position_embeddings=40_960,
-        tie_word_embeddings=shape["tied"],
-        dtype="bfloat16",
-    )
-    layout = SegmentLayout.single(job.prefix_len, [job.item_len] * job.num_items)
-    ahead = compile_ahead(config, layout, chip=chip)
-    guarded = guards(ahead.num_tokens, job.prefix_len, shape["heads"])
-    cycles = scheduled(kernel.dump, attention_files, guarded)
-    hlo = ahead.compiled.as_text()
-    same, scanned = twins(hlo), scanned_instructions(hlo)
-    attention = shape["layers"] * kernel.cycles(job)["cycles"]
-    parts = {"attention": attention, "matmuls": 0.0, "rest": 0.0, "once": 0.0}
-    for name, (count, has_product) in cycles.items():
-        for twin in same.get(name, [name]):
-            if twin != name and twin in cycles:
-                continue
-            if twin in scanned:
-                parts["matmuls" if has_product else "rest"] += shape["layers"] * count
-            else:
-                parts["once"] += count
-    copies_ms = 1e3 * shape["layers"] * page_write_bytes(job.prefix_len) / facts.hbm_bytes_per_s
-    total_ms = sum(parts.values()) / facts.clock_hz * 1e3 + copies_ms
-    floor = floor_ms(shape, job, facts.peak_flops)
-    return {
+    facts, config = CHIPS[chip], config_of(model)
+    if mask == "dense":
+        traced_ops.segment_paged_attention = dense_attention
+    key, inputs = program_and_inputs(config, job, chip, mask, flow)
+    (device, *_) = topologies.get_topology_desc(
+        platform="tpu", topology_name=facts.topology, chips_per_host_bounds=(1, 1, 1)
+    ).devices
+    traced = TracedModel(Qwen3ForCausalLM, config)
+    weights = traced.weight_shapes(jnp.bfloat16)
+    row: dict[str, Any] = {
         "chip": chip,
         "model": model,
-        "prefix_len": job.prefix_len,
-        "num_items": job.num_items,
-        "item_len": job.item_len,
-        "num_tokens": ahead.num_tokens,
+        "mask": mask,
+        "flow": flow,
+        **{name: getattr(job, name) for name in ("prefix_len", "num_items", "item_len")},
+        "num_tokens": key.num_tokens,
         "predicted": True,
-        "clock_hz": facts.clock_hz,
-        "mega_cycles": {part: round(cycles / 1e6, 2) for part, cycles in parts.items()},
-        "page_copies_ms": copies_ms,
-        "total_ms": total_ms,
-        "items_per_s": job.num_items / total_ms * 1e3,
-        "floor_ms": floor,
-        "share_of_floor": floor / total_ms,
-        "weights_hbm_ms": ahead.weight_bytes / facts.hbm_bytes_per_s * 1e3,
-        "weight_bytes": ahead.weight_bytes,
-        "temporary_bytes": ahead.temporary_bytes,
-        "code_bytes": ahead.code_bytes,
-        "pool_bytes": ahead.pool_bytes,
-        "compile_cpu_seconds": ahead.compile_cpu_seconds,
     }
+    start = time.process_time()
+    try:
+        compiled = compile_program(traced, weights, key, inputs, device, "pallas")
+    except jax.errors.JaxRuntimeError as error:
+        return {**row, "refused": str(error).partition("\n\n")[0][:2000]}
+    seconds = time.process_time() - start
+    found = program_cycles.instructions(
+        compiled.as_text(),
+        tpu_schedule.find(dump),
+        costs_of_kernels(job, inputs, facts.clock_hz, facts.hbm_bytes_per_s),
+    )
+    counted = program_cycles.summary(found, facts.clock_hz, facts.hbm_bytes_per_s)
+    memory = compiled.memory_analysis()
+    floor = floor_ms(MODELS[model], job, facts.peak_flops)
+    return {
+        **row,
+        **counted,
+        "total_ms": counted["ms"],
+        "items_per_s": 1e3 * job.num_items / counted["ms"],
+        "floor_ms": floor,
+        "share_of_floor": floor / counted["ms"],
+        "weights_hbm_ms": 1e3 * bytes_of(weights) / facts.hbm_bytes_per_s,
+        "weight_bytes": bytes_of(weights),
+        "pool_bytes": bytes_of(inputs[0]) if key.num_pages else 0,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "code_bytes": memory.generated_code_size_in_bytes,
+        "compile_cpu_seconds": round(seconds, 1),
+    }
+
+
+def show(got: dict[str, Any]) -> None:
+    """Print it."""
+    print(
+        f"Qwen3-{got['model']}, query {got['prefix_len']}, {got['num_items']} items x "
+        f"{got['item_len']}, bfloat16, one {got['chip']} chip, {got['mask']} mask, {got['flow']}: "
+        "predicted from the compiler's schedule"
+    )
+    if "refused" in got:
+        print(f"  the compiler refuses it: {got['refused']}")
+        return
+    for part, ms in got["parts_ms"].items():
+        print(f"  {part:10} {ms:8.2f} ms")
+    print(f"  total      {got['total_ms']:8.2f} ms, {got['items_per_s']:,.0f} items/s")
+    print(f"  arithmetic {got['floor_ms']:8.2f} ms, {got['share_of_floor']:.0%} of it reached")
+    print(
+        f"  of the total {got['cycles_ms']:.2f} ms of cycles; {got['hbm_ms']:.2f} ms of HBM, most "
+        f"of it beside them; weights {got['weight_bytes'] / 2**30:.2f} GiB "
+        f"({got['weights_hbm_ms']:.2f} ms)"
+    )
+    print(
+        f"  pages {got['pool_bytes'] / 2**30:.2f} GiB, "
+        f"temporaries {got['temporary_bytes'] / 2**20:.0f} MiB, "
+        f"code {got['code_bytes'] / 1e6:.1f} MB, "
+        f"compiled in {got['compile_cpu_seconds']:.0f} s of one core"
+    )
 
 
 def main() -> None:
@@ -226,6 +290,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--chip", choices=sorted(TOPOLOGIES), default="v6e")
     parser.add_argument("--model", choices=sorted(MODELS), default="0.6B")
+    parser.add_argument("--mask", choices=["segment", "dense"], default="segment")
+    parser.add_argument("--flow", choices=["packed", "prefill", "extend"], default="packed")
     parser.add_argument("--prefix", type=int, default=2000)
     parser.add_argument("--items", type=int, default=500)
     parser.add_argument("--item-len", type=int, default=20)
@@ -239,26 +305,12 @@ def main() -> None:
         num_kv_heads=KV_HEADS,
         head_dim=HEAD_DIM,
     )
-    got = predict(args.chip, args.model, job)
+    with tempfile.TemporaryDirectory(prefix=f"predict_{args.chip}_") as dump:  # a gigabyte
+        got = predict(args.chip, args.model, job, dump, args.mask, args.flow)
     if args.json:
         print(json.dumps(got))
-        return
-    print(
-        f"Qwen3-{got['model']}, query {args.prefix}, {args.items} items x {args.item_len}, "
-        f"bfloat16, one {got['chip']} chip: predicted from the compiler's schedule"
-    )
-    for part, mega in got["mega_cycles"].items():
-        print(f"  {part:12} {mega:8.2f} M cycles {1e9 * mega / got['clock_hz']:8.2f} ms")
-    print(f"  page copies  {got['page_copies_ms']:17.2f} ms")
-    print(f"  total        {got['total_ms']:17.2f} ms, {got['items_per_s']:,.0f} items/s")
-    print(f"  arithmetic   {got['floor_ms']:17.2f} ms, {got['share_of_floor']:.0%} of it reached")
-    print(
-        f"  weights {got['weight_bytes'] / 2**30:.2f} GiB ({got['weights_hbm_ms']:.2f} ms of HBM), "
-        f"pages {got['pool_bytes'] / 2**30:.2f} GiB, "
-        f"temporaries {got['temporary_bytes'] / 2**20:.0f} MiB, "
-        f"code {got['code_bytes'] / 1e6:.1f} MB, "
-        f"compiled in {got['compile_cpu_seconds']:.0f} s of one core"
-    )
+    else:
+        show(got)
 
 
 if __name__ == "__main__":

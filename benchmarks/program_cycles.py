@@ -8,6 +8,7 @@ cycles, or its bytes at the HBM's bandwidth; copies that the compiler starts ear
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -23,6 +24,7 @@ ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\[([\d,]*)\](\{[^}]*\})?")
 FILE = re.compile(r"\d+-(.+)-\d+-packed-bundles-post-ra\.txt$")
 TILE = re.compile(r"\{([\d,]+):T\(([\d,]+)\)")
 WHILE = re.compile(r"condition=%([\w.\-]+), body=%([\w.\-]+)")
+CALLED = re.compile(r", calls=%([\w.\-]+)")
 BOUND = re.compile(r" s32\[\]\S* constant\((\d+)\)")
 
 
@@ -93,10 +95,27 @@ def computations(hlo: str) -> Iterator[tuple[str, bool, list[str]]]:
             lines.append(line)
 
 
+def twins(bodies: dict[str, tuple[bool, list[str]]]) -> Iterator[tuple[str, str]]:
+    """(fusion, another one of the same code): the compiler schedules one of them for all."""
+
+    def code(name: str) -> str:
+        bare = (re.sub(r", (?:metadata|backend_config)=.*", "", line) for line in bodies[name][1])
+        return re.sub(r"%[\w.\-]+", "%", "\n".join(bare))
+
+    same: dict[str, list[str]] = {}
+    for _, lines in bodies.values():
+        for line in lines:
+            match, called = INSTRUCTION.match(line), CALLED.search(line)
+            if match and called and match[3] == "fusion":
+                same.setdefault(code(called[1]), []).append(match[1])
+    for names in same.values():
+        yield from itertools.permutations(names, 2)
+
+
 def instructions(
     hlo: str,
     schedules: list[str],
-    cost_of: Callable[[str, str], tuple[float, float] | None] = lambda name, path: None,
+    cost_of: Callable[[str, str], tuple[float, float | None] | None] = lambda name, path: None,
 ) -> list[Instruction]:
     """Every scheduled instruction of a program.
 
@@ -104,9 +123,12 @@ def instructions(
       hlo: the compiled program's text.
       schedules: the files that the compiler dumped for it.
       cost_of: (instruction, its file) to its cycles and bytes, where these cannot be read off.
+
+    Fusions of the same code share the schedule of one of them.
     """
     bodies = {name: (entry, lines) for name, entry, lines in computations(hlo)}
     files = {m[1]: path for path in schedules if (m := FILE.search(os.path.basename(path)))}
+    files |= {own: files[twin] for own, twin in twins(bodies) if own not in files if twin in files}
     found: list[Instruction] = []
 
     def walk(name: str, times: int, turns: int) -> None:
@@ -125,14 +147,14 @@ def instructions(
                 operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
                 arrays = [shape, *(shapes.get(operand, "") for operand in dict.fromkeys(operands))]
                 cost = cost_of(own, path)
-                if cost is None:
+                cycles, moved = cost or (tpu_schedule.pipelined_cycles(path), None)
+                if moved is None:
                     moved = sum(array_bytes(array, turns) for array in arrays)
                     if "gather" in own:  # reads the rows it gives, not the whole table
                         moved = 2 * array_bytes(shape, turns)
-                    cost = tpu_schedule.pipelined_cycles(path), moved
                 multiplies = any(r.has("vmatmul") for r in tpu_schedule.regions(path))
                 is_attention = own.startswith(KERNEL) or DENSE_SCOPE in line
-                found.append(Instruction(own, times, *cost, multiplies, is_attention))
+                found.append(Instruction(own, times, cycles, moved, multiplies, is_attention))
 
     (entry,) = (name for name, (is_entry, _) in bodies.items() if is_entry)
     walk(entry, 1, 1)

@@ -66,11 +66,11 @@ def shape_of_model(model: str) -> Shape:
     return Shape.of(config)
 
 
-def fit(points: list[dict[str, Any]], flops_per_cycle: float) -> dict[str, float]:
+def fit(points: list[dict[str, Any]], clock_hz: float, peak_flops: float) -> dict[str, float]:
     """Least squares of the error relative to each point's whole program."""
     cycles = {
-        part: np.array([1e6 * point["mega_cycles"][part] for point in points])
-        for part in points[0]["mega_cycles"]
+        part: np.array([1e-3 * clock_hz * point["parts_ms"][part] for point in points])
+        for part in points[0]["parts_ms"]
     }
     total = sum(cycles.values())
     shapes = [shape_of_model(point["model"]) for point in points]
@@ -84,7 +84,7 @@ def fit(points: list[dict[str, Any]], flops_per_cycle: float) -> dict[str, float
         found: list[float] = np.linalg.lstsq(weighted, values / total, rcond=None)[0].tolist()
         return found
 
-    at_peak = 2 * tokens * layers * [shape.weights for shape in shapes] / flops_per_cycle
+    at_peak = 2 * tokens * layers * [shape.weights for shape in shapes] * clock_hz / peak_flops
     written = tokens * layers * [shape.columns for shape in shapes]
     rotated = tokens * layers * [shape.q + shape.kv for shape in shapes]
     (column,) = solve([written], cycles["matmuls"] - at_peak)
@@ -111,8 +111,8 @@ def main() -> None:
     else:
         points = figures(args.chip)
     facts = CHIPS[args.chip]
-    cycles = fit(points, facts.peak_flops / facts.clock_hz)
-    names = ("model", "prefix_len", "num_items", "item_len", "num_tokens", "mega_cycles")
+    cycles = fit(points, facts.clock_hz, facts.peak_flops)
+    names = ("model", "prefix_len", "num_items", "item_len", "num_tokens", "parts_ms")
     table = {
         "chip": args.chip,
         "kind": "fitted to the compiler's schedules: predicted, not measured",

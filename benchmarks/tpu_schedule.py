@@ -49,6 +49,8 @@ def configure(topology: str, dump_dir: str | None = None) -> None:
             f" --xla_jf_dump_to={dump_dir} --xla_jf_dump_hlo_text=true"
             " --xla_jf_dump_llo_text=true --xla_jf_dump_llo_html=false"
             " --xla_jf_emit_annotations=true"
+            # of some eighty schedules of each instruction those that are read
+            " --xla_jf_dump_llo_pass_label_regex=(packed-bundles-post-ra|pre-delay)"
         )
 
 

@@ -30,15 +30,15 @@ def benchmarks() -> Iterator[SimpleNamespace]:
     import ab_pictures
 
     import ab_measure
-    import ab_predict
     import ab_tables
     import cpu_peers
+    import predict_tpu
     import program_cycles
 
     yield SimpleNamespace(
         tables=ab_tables,
         measure=ab_measure,
-        predict=ab_predict,
+        predict=predict_tpu,
         cycles=program_cycles,
         peers=cpu_peers,
         pictures=ab_pictures,
