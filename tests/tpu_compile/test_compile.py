@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+PROGRAMS = Path(__file__).with_name("compile_programs.py")
 SCRIPT = Path(__file__).with_name("compile_variants.py")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -23,6 +24,10 @@ needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installe
 COMMANDS = {
     **{chip: (SCRIPT, chip) for chip in ("v4", "v5e", "v5p", "v6e", "tpu7x")},
     "calibrate": (BENCHMARKS / "tpu_schedule.py", "calibrate"),
+    "v6e 0.6B": (PROGRAMS, "v6e", "0.6B"),
+    "v5e 0.6B": (PROGRAMS, "v5e", "0.6B", "--over-vocabulary"),
+    "v6e 4B": (PROGRAMS, "v6e", "4B"),
+    "v6e 8B": (PROGRAMS, "v6e", "8B"),
     **{
         f"{chip} cycles": (BENCHMARKS / "kernel_cycles.py", "--chip", chip, "--json", "--sweep")
         for chip in ("v6e", "v5e")
@@ -81,3 +86,35 @@ def test_the_reference_layer_stays_within_its_cycles(name, most, output):
     assert out["flows"]["extend"]["cycles"] <= most
     assert out["sweep"]["items"]["line_error"] <= 0.05
     assert out["sweep"]["prefix"]["line_error"] <= 0.05
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("name", "hbm_bytes"),
+    [("v6e 0.6B", 32e9), ("v5e 0.6B", 16e9), ("v6e 4B", 32e9), ("v6e 8B", 32e9)],
+)
+def test_whole_models_compile(name, hbm_bytes, output):
+    """Qwen3 of its real sizes, a query of 2 000 tokens and 500 items, on one chip."""
+    out = json.loads(output(name))
+    print(name, out)
+    # nothing of tokens x tokens or tokens x vocabulary, and no weight baked into the program
+    for kind in ("squares", "logits", "constants"):
+        assert out[kind] == [], kind
+    assert out["argument_bytes"] >= out["weight_bytes"] + out["pool_bytes"]
+    # K, V and what attention found pass between the kernels as they are
+    assert out["copies"] == []
+    kernels = {"project_out", "project_qkv", "segment_paged_attention", "write_kv_pages"}
+    assert set(out["kernels"]) == kernels
+    # the pool is changed in place
+    assert out["aliased_bytes"] >= out["pool_bytes"] > 0
+    assert out["argument_bytes"] + out["temporary_bytes"] <= hbm_bytes
+    assert out["code_bytes"] <= 20e6
+
+
+def test_the_reader_of_programs_sees_what_must_not_be_there():
+    sys.path.insert(0, str(PROGRAMS.parent))
+    from compile_programs import shapes
+
+    line = "  %scores = bf16[16,12288,12288]{2,1,0:T(8,128)} fusion(%q), kind=kLoop"
+    argument = "  %w = bf16[151936,1024]{1,0} parameter(0)"
+    assert [sizes for sizes, _ in shapes(f"{line}\n{argument}")] == [[16, 12288, 12288]]

@@ -1,0 +1,76 @@
+"""Compile a whole model for a TPU that is not there, and say what is in the program. One object.
+
+python compile_programs.py v6e 0.6B [--over-vocabulary]
+"""
+
+import json
+import re
+import sys
+from math import prod
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import tpu_schedule
+from kernel_cycles import TOPOLOGIES
+
+KERNEL = r"%(\w+)\.\d+ = .*? custom-call\(.*?custom_call_target=\"tpu_custom_call\""
+# A query of 2 000 tokens and items of 20; of the 8B fewer, for the number of tokens of the bucket
+# must not be that of its intermediate size.
+NUM_ITEMS = {"0.6B": 500, "4B": 500, "8B": 450}
+
+
+def shapes(text):
+    """Sizes of every array that a program's text names, but its arguments."""
+    for line in text.splitlines():
+        if " = " in line and " parameter(" not in line:
+            result = line.split(" = ", 1)[1].split("(", 1)[0]
+            for dims in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", result):
+                yield [int(size) for size in dims.split(",")], line
+
+
+def main(chip, model, over_vocabulary):
+    tpu_schedule.configure(TOPOLOGIES[chip])
+    from packscore.ahead import compile_ahead
+    from packscore_kernels import SegmentLayout
+    from predict_tpu import VOCAB_SIZE, config_of
+
+    items = [20] * NUM_ITEMS[model]
+    config, layout = config_of(model), SegmentLayout.single(2000, items)
+    ahead = compile_ahead(config, layout, chip=chip, over_vocabulary=over_vocabulary)
+    text, tokens = ahead.compiled.as_text(), ahead.num_tokens
+    found = {"squares": [], "logits": [], "constants": []}
+    layer = next(x for x in text.split("\n\n") if "%segment_paged_attention" in x)
+    for sizes, line in shapes(text):
+        own = [size for size in sizes if size > 1]
+        if own.count(tokens) > 1:
+            found["squares"].append(line.strip()[:200])
+        if tokens in own and VOCAB_SIZE in own:
+            found["logits"].append(line.strip()[:200])
+        if " constant(" in line and prod(sizes) > 4096:
+            found["constants"].append(line.strip()[:200])
+    # inside the layer, arrays of all tokens that change their layout
+    moved = re.compile(rf"\[[\d,]*\b{tokens}\b[\d,]*\]\S* (?:copy|transpose)\(")
+    found["copies"] = [line.strip()[:200] for line in layer.splitlines() if moved.search(line)]
+    sizes = {
+        name: getattr(ahead, name)
+        for name in ("weight_bytes", "pool_bytes", "temporary_bytes", "code_bytes")
+    }
+    memory = ahead.compiled.memory_analysis()
+    print(
+        json.dumps(
+            {
+                **found,
+                **sizes,
+                "num_tokens": tokens,
+                "argument_bytes": memory.argument_size_in_bytes,
+                "aliased_bytes": memory.alias_size_in_bytes,
+                "kernels": sorted(set(re.findall(KERNEL, text))),
+                "compile_cpu_seconds": ahead.compile_cpu_seconds,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], "--over-vocabulary" in sys.argv)
