@@ -215,7 +215,7 @@ def measured_cells(row: dict[str, Any]) -> Sequence[str]:
     least, most = row["times_one_by_one_min"], row["times_one_by_one_max"]
     return (
         row["system"],
-        f"scaled from {scaled} items" if scaled else f"within {row['max_difference']:.4f}",
+        f"scaled from {scaled} items" if scaled else f"within {row['max_difference']:.0e}",
         f"{row['ms']:,.0f}",
         f"{row['items_per_s']:.2f}",
         f"{row['times_one_by_one']:.1f}",
