@@ -32,7 +32,7 @@ PARTS = {  # of a program's time: their names in the results, and their colours
     "norms, rope, embedding, head": (("rest", "once"), ITEM_COLOURS[1]),
 }
 SPREAD = ("min", "max")
-TABLE = r"(<!-- table: {} -->\n).*?(\n<!-- end -->)"
+TABLE = r"(<!-- table: {} -->\n).*?(<!-- end -->)"
 
 Bar = tuple[str, float, str]  # label, length, colour
 
@@ -41,7 +41,7 @@ def page(text: str, results: dict[str, Any]) -> str:
     """The page with every table between its marks made anew."""
     for name, table in ab_tables.tables(results).items():
         pattern = re.compile(TABLE.format(re.escape(name)), re.DOTALL)
-        text = pattern.sub(lambda found, table=table: found[1] + table + found[2], text)
+        text = pattern.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text)
     return text
 
 

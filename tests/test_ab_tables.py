@@ -201,7 +201,7 @@ def test_dense_attention_of_the_prediction_computes_the_same(benchmarks: SimpleN
         )
         pages = normal(3, 2, 2, 16, 16) if page_size else None
         want = segment_paged_attention(
-            q, k, v, pages, schedule, sm_scale=0.25, implementation="xla"
+            q, k, v, pages, layout, sm_scale=0.25, implementation="reference"
         )
         got = benchmarks.predict.dense_attention(q, k, v, pages, schedule, sm_scale=0.25)
         real = layout.num_real_tokens
