@@ -187,7 +187,7 @@ IDS: list[tuple[str, Call, type[PackscoreError], str]] = [
         "label-begins-another",
         lambda s: s.score([1], [[1]], label_token_ids=[[3, 4], [3]], apply_softmax=True),
         InputError,
-        r"labels: token ids \[3\] are a label and begin another one.*; to compare the two, end both",
+        r"labels: token ids \[3\] are a label and begin another one.*; to compare the two, end",
     ),
     (
         "label-range",
