@@ -134,8 +134,13 @@ class Runner:
         pages = cdiv(len(prefix), pool.page_size) if pool else 0
         return pool is not None and 0 < pages <= pool.num_pages - pool.num_pinned_pages
 
-    def hold(self, prefix: TokenIds) -> PrefixLease | None:
-        """Compute a prefix into pages and hold it; None where the pages do not suffice."""
+    def hold(
+        self, prefix: TokenIds, label_ids: Sequence[int] = (0,), over_vocabulary: bool = False
+    ) -> PrefixLease | None:
+        """Compute a prefix into pages and hold it; None where the pages do not suffice.
+
+        Labels are those of what comes next, so that one program serves both.
+        """
         self.engine.refresh()
         pool = self.engine.pool
         lease = pool.acquire(prefix) if pool and len(prefix) else None
@@ -143,8 +148,9 @@ class Runner:
             return lease
         try:
             nothing = np.zeros(0, np.int64)
-            launched = self.engine.launch(pack([Share(0, prefix, [], nothing, lease)]), [0], False)
-            self.engine.read([launched], [0], False)
+            batch, ids = pack([Share(0, prefix, [], nothing, lease)]), list(label_ids)
+            launched = self.engine.launch(batch, ids, over_vocabulary)
+            self.engine.read([launched], ids, over_vocabulary)
         except BaseException:
             lease.release()
             raise
