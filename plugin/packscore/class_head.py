@@ -55,11 +55,14 @@ class ClassHead(LinearHead):
     def _check_loaded(self, model: PreTrainedModel) -> None:
         """Refuse a head that loading drew at random, because the checkpoint had none."""
         decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
-        weight = getattr(self._head, "weight", None)
+        # an adapter with a head of its own keeps the model's beside it, which it began as a copy of
+        original = getattr(self._head, "original_module", self._head)
+        weight: Any = getattr(self._head, "weight", None)
+        drawn: Any = getattr(original, "weight", None)
         was_loaded = any(_came_from_checkpoint(p) for p in decoder.parameters())
-        if weight is None or not was_loaded or _came_from_checkpoint(weight):
+        if weight is None or not was_loaded or not _is_as_drawn(drawn):
             return
-        if not weight.is_inference() and weight._version == VERSION_OF_A_DRAWN_WEIGHT:
+        if weight is drawn or torch.equal(weight, drawn):
             raise UnsupportedModelError(
                 f"model: the checkpoint has no score.weight, so the head of this {self._owner} is "
                 "random; load a checkpoint of a trained classifier, or train this one"
@@ -162,6 +165,12 @@ def _of_classes(ids: list[int]) -> Labels:
 def _came_from_checkpoint(parameter: torch.Tensor) -> bool:
     # transformers marks what it loads; only a copy of the model loses the mark
     return bool(getattr(parameter, "_is_hf_initialized", False))
+
+
+def _is_as_drawn(weight: torch.Tensor) -> bool:
+    if _came_from_checkpoint(weight) or weight.is_inference():
+        return False
+    return weight._version == VERSION_OF_A_DRAWN_WEIGHT
 
 
 def head_of(model: PreTrainedModel, tokenizer: PieceTokenizer | None) -> LabelHead | ClassHead:

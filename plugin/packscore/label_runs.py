@@ -115,7 +115,7 @@ def _run_nested(
     try:
         if len(prefix) and held is None:
             missing = len(prefix) - runner.cached_len(prefix)
-            held = runner.hold(prefix)
+            held = runner.hold(prefix, labels.token_ids, True)
             if held is None:
                 return None
         groups = [

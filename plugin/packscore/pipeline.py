@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypeAlias, TypedDict
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -32,6 +32,8 @@ OUTPUT_OPTIONS = ("apply_softmax", "top_k", "return_items", "show_progress_bar")
 OPTIONS = (*SCORER_OPTIONS, *LABEL_OPTIONS, *OUTPUT_OPTIONS)
 ITEM_KEYS = {"query", "items", *LABEL_OPTIONS}
 SEQUENCE_KEYS = {"sequence", "candidate_labels"}
+# A text, an id, or the ids of a label of several tokens.
+Label: TypeAlias = str | int | tuple[int, ...]
 
 
 class ScoredItem(TypedDict):
@@ -39,8 +41,8 @@ class ScoredItem(TypedDict):
 
     index: int  # among the request's items
     score: float
-    label: NotRequired[str | int]
-    scores: NotRequired[dict[str | int, float]]
+    label: NotRequired[Label]
+    scores: NotRequired[dict[Label, float]]
     item: NotRequired[Text]
 
 
@@ -69,7 +71,7 @@ class Scored:
 
     request: Request
     scores: list[list[float]]
-    names: list[str | int] | None
+    names: list[Label] | None
 
 
 class MultiItemScoringPipeline(Pipeline):
@@ -113,8 +115,8 @@ class MultiItemScoringPipeline(Pipeline):
           inputs: {"query": text, "items": [text, ...]}, with its own "labels" or "label_token_ids"
             if it has any; or {"sequence": text or [text, ...], "candidate_labels": [...]} with a
             prompt that has no query; or a list, a generator or a data set of such requests.
-          **kwargs: labels: texts of one token each; None takes the prompt's.
-            label_token_ids: labels as token ids, instead of `labels`.
+          **kwargs: labels: texts; None takes the prompt's.
+            label_token_ids: labels as token ids instead, one each or one list each.
             apply_softmax: softmax over the labels (default); False: over the whole vocabulary.
             top_k: the best so many, best first; None gives all, in the order of the items.
             return_items: put each item into its entry, as "item".
@@ -289,13 +291,14 @@ def _score_requests(
     return scores
 
 
-def _label_names(labels: dict[str, Any]) -> list[str | int] | None:
+def _label_names(labels: dict[str, Any]) -> list[Label] | None:
     for values in labels.values():
-        return list(values)
+        # a label of several ids is a tuple: it becomes a key
+        return [tuple(name) if isinstance(name, list) else name for name in values]
     return None
 
 
-def _entry(index: int, row: list[float], names: list[str | int] | None) -> ScoredItem:
+def _entry(index: int, row: list[float], names: list[Label] | None) -> ScoredItem:
     if names is None:
         return {"index": index, "score": row[-1]}  # of (no, yes), or of a classifier's only class
     best = max(range(len(row)), key=row.__getitem__)

@@ -24,7 +24,7 @@ class PromptSpec:
       item: uses `{item}` exactly once.
       suffix: has no field; ends every item and survives truncation.
       instruction: default for `{instruction}`.
-      labels: default label texts, each one token; two labels mean (negative, positive).
+      labels: default label texts; two labels mean (negative, positive).
       max_tokens: budget of prefix + item + suffix; None is the model's own maximum.
       joins_ids: encode prefix and item on their own and join the ids, also where a tokenizer would
         merge characters across the cut. The special tokens that the tokenizer puts before a text

@@ -18,10 +18,12 @@ class Usage:
     """What one call computed.
 
     Args:
-      prompt_tokens: tokens that scoring the items one by one would compute.
+      prompt_tokens: tokens that scoring the items one by one would compute, each again for every
+        distinct beginning of labels of several tokens.
       computed_tokens: tokens that ran through the model, padding apart.
       computed_prefix_tokens: those of them that are a prefix's; 0 where all were in pages.
-      prefix_tokens_saved: prompt_tokens - computed_tokens, the prefix tokens that items shared.
+      prefix_tokens_saved: prompt_tokens - computed_tokens, the prefix tokens that items shared
+        (and the item tokens that the beginnings of labels did).
       padding_tokens: padding that ran through the model beside them.
       truncated_items: indices of items that lost their end to the budget.
       special_token_items: indices of items whose text holds a special token's.

@@ -139,8 +139,13 @@ class Runner:
         pool = self.engine.pool
         return pool is not None and len(prefix) > 0 and pool.has_room(prefix)
 
-    def hold(self, prefix: TokenIds) -> PrefixLease | None:
-        """Compute a prefix into pages and hold it; None where the pages do not suffice."""
+    def hold(
+        self, prefix: TokenIds, label_ids: Sequence[int] = (0,), over_vocabulary: bool = False
+    ) -> PrefixLease | None:
+        """Compute a prefix into pages and hold it; None where the pages do not suffice.
+
+        Labels are those of what comes next, so that one program serves both.
+        """
         self.engine.refresh()
         pool = self.engine.pool
         lease = pool.acquire(prefix) if pool and len(prefix) else None
@@ -151,8 +156,9 @@ class Runner:
         ends = self.planner.prefix_ends(work)
         try:
             for end in ends if ends[-1:] == (len(prefix),) else (*ends, len(prefix)):
-                batch = pack([Share(0, prefix[:end], [], nothing, lease)])
-                self.engine.read([self.engine.launch(batch, [0], False)], [0], False)
+                batch, ids = pack([Share(0, prefix[:end], [], nothing, lease)]), list(label_ids)
+                launched = self.engine.launch(batch, ids, over_vocabulary)
+                self.engine.read([launched], ids, over_vocabulary)
                 lease.commit(end)
         except BaseException:
             lease.release()

@@ -419,6 +419,8 @@ class MultiItemScorer:
     def explain(self, query: Text, items: Iterable[Text]) -> Explanation:
         """Print the flows that `score` could take, with their predicted costs, and the choice.
 
+        Labels of several tokens are not looked at, which run behind the items.
+
         Returns:
           What is printed, as data.
         """

@@ -41,6 +41,28 @@ def test_score_writes_what_the_api_gives(cli: Cli, scorer: MultiItemScorer, soft
     assert "3 records, 7 items" in done.err
 
 
+def test_labels_of_several_tokens(cli: Cli, scorer: MultiItemScorer) -> None:
+    path = cli.write("in.jsonl", RECORDS)
+    for option, values, columns, labels in (
+        ("--labels", " very good, bad", [" very good", " bad"], {"labels": [" very good", " bad"]}),
+        ("--label-token-ids", "5 17,300", ["5 17", "300"], {"label_token_ids": [[5, 17], [300]]}),
+    ):
+        done = cli("score", path, "-o", "out.csv", "--overwrite", *MODEL, option, values)
+        assert done.code == 0, done.err
+        with (cli.folder / "out.csv").open(newline="") as file:
+            found = [
+                [float(row[f"score_{name}"]) for name in columns] for row in csv.DictReader(file)
+            ]
+        expected: list[list[float]] = []
+        for record in RECORDS:
+            expected += scorer.score(record["query"], record["items"], **labels)
+        assert found == [pytest.approx(row, rel=0.05) for row in expected]  # in bfloat16
+    done = cli("verify", path, *MODEL, "--labels", "no.,yes.", "--dtype", "float32")
+    assert done.code == 0, done.err
+    done = cli("score", path, "-o", "b.csv", *MODEL, "--label-token-ids", "5 x,3")
+    assert "must be numbers with commas between labels, and blanks between the ids" in done.err
+
+
 def test_rank_takes_documents_top_k_and_texts(cli: Cli, scorer: MultiItemScorer) -> None:
     records = [{"query": r["query"], "documents": r["items"]} for r in RECORDS]
     options = ("--top-k", "2", "--return-documents")

@@ -249,6 +249,20 @@ def test_sequences_with_candidate_labels(
     assert sorted(comma["labels"]) == ["file", "list"]
 
 
+def test_labels_of_several_tokens(scorer: MultiItemScorer, pipe: Any, tokenizer: Any) -> None:
+    texts = [" very good", " bad"]
+    ids = [tokenizer.encode(text) for text in texts]
+    assert max(map(len, ids)) > 1
+    request = REQUESTS[0]
+    expected = scorer.score(**request, labels=texts, apply_softmax=True)
+    for labels, names in (({"labels": texts}, texts), ({"label_token_ids": ids}, map(tuple, ids))):
+        found = pipe({**request, **labels})
+        first, second = names
+        for entry, row in zip(found, expected, strict=True):
+            assert entry["scores"] == pytest.approx({first: row[0], second: row[1]}, abs=SAME)
+            assert entry["label"] == (first if row[0] > row[1] else second)
+
+
 @pytest.mark.parametrize("num_labels", [1, 2, 3])
 def test_a_classifier_gives_its_classes(tokenizer: Any, tmp_path: Path, num_labels: int) -> None:
     model = random_classifier(num_labels=num_labels, vocab_size=len(tokenizer))

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from helpers import FAMILIES, random_classifier, random_decoder, random_ids, random_qwen3
-from packscore import InputError, MultiItemScorer, patch_model, verify_parity
+from packscore import InputError, MultiItemScorer, patch_model, program_of, verify_parity
 from packscore.labels import Labels
 from packscore.paging import PAGE_SIZE
 from tolerances import (
@@ -82,7 +82,7 @@ def served(request: pytest.FixtureRequest) -> tuple[Any, Any]:
 
 
 def scorer_of(served: tuple[Any, Any], **options: Any) -> MultiItemScorer:
-    """With 32 pages, which are enough here and take an interpreter of programs less time."""
+    """With 32 pages, which are enough here and are less to copy on a CPU."""
     return MultiItemScorer(served[0], prefix_cache_bytes=2**21, **options)
 
 
@@ -267,6 +267,19 @@ def test_more_items_than_a_launch_has_groups(
     expected = log_probs(served[1], prefix, items, LABELS[:2]).exp()
     assert (torch.tensor(found.scores) - expected).abs().max() <= PROBABILITY_MAX_FLOAT32
     assert found.usage.computed_tokens == 150 + sum(map(len, items)) + 70
+
+
+def test_one_warmup_serves_them() -> None:
+    """The launch of the query and those of the items run the same programs."""
+    scorer = MultiItemScorer(patch_model(random_qwen3(), device="jax"))
+    program: Any = program_of(scorer.model)
+    labels = [[i, i + 1] for i in range(0, 20, 2)]
+    program.warmup(max_tokens=256, num_labels=20, over_vocabulary=(True,))
+    program.strict = True
+    result = scorer.score(
+        random_ids(90, seed=1), ITEMS[:5], label_token_ids=labels, return_usage=True
+    )
+    assert result.usage.flow == "chunked"
 
 
 def test_texts_are_tokenised_alone_and_joined_as_ids(

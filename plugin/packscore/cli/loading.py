@@ -148,8 +148,12 @@ def load(options: ModelOptions, *, weights: bool = True) -> Loaded:
         str(model.dtype).removeprefix("torch."),
         getattr(model.config, "_commit_hash", None),
         spec,
-        [str(i) for i in ids] if options.label_token_ids else names,
+        [_name_of(i) for i in ids] if options.label_token_ids else names,
     )
+
+
+def _name_of(label: int | list[int]) -> str:
+    return " ".join(map(str, label)) if isinstance(label, list) else str(label)
 
 
 def _load_model(options: ModelOptions, torch_device: str) -> PreTrainedModel:

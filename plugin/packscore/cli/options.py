@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from packscore.cli.exits import UsageError
 from packscore.cli.records import FieldNames
+
+if TYPE_CHECKING:
+    from packscore.labels import LabelIds
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -36,7 +39,11 @@ Labels = Annotated[
     typer.Option(help="Label texts with commas between them, such as no,yes.", show_default=False),
 ]
 LabelTokenIds = Annotated[
-    str | None, typer.Option(help="Labels as token ids, such as 2152,9693.", show_default=False)
+    str | None,
+    typer.Option(
+        help="Labels as token ids, such as 2152,9693; the ids of one label with blanks between.",
+        show_default=False,
+    ),
 ]
 MaxTokens = Annotated[
     int | None, typer.Option(min=1, help="Budget of the query and one item, in tokens.")
@@ -97,7 +104,7 @@ class ModelOptions:
     prompt: str
     instruction: str | None
     labels: list[str] | None
-    label_token_ids: list[int] | None
+    label_token_ids: LabelIds | None
     max_tokens: int | None
     on_long: Literal["truncate", "error"]
 
@@ -119,18 +126,23 @@ def split_labels(labels: str | None) -> list[str] | None:
     return None if labels is None else labels.split(",")
 
 
-def split_ids(label_token_ids: str | None) -> list[int] | None:
-    """`15,17` as a list.
+def split_ids(label_token_ids: str | None) -> LabelIds | None:
+    """`15,17` as a list of ids, `15 16,17` as a list of lists.
 
     Raises:
       UsageError: an id is not a number.
     """
+    if label_token_ids is None:
+        return None
     try:
-        return None if label_token_ids is None else [int(i) for i in label_token_ids.split(",")]
+        labels = [[int(i) for i in label.split()] for label in label_token_ids.split(",")]
     except ValueError as error:
         raise UsageError(
-            f"--label-token-ids={label_token_ids!r} must be numbers with commas between them"
+            f"--label-token-ids={label_token_ids!r} must be numbers with commas between labels, "
+            "and blanks between the ids of one"
         ) from error
+    are_single = all(len(ids) == 1 for ids in labels)
+    return [ids[0] for ids in labels] if are_single else labels
 
 
 def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
