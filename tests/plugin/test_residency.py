@@ -146,10 +146,6 @@ def test_repeated_runs_of_a_flow_are_bit_identical(scorer: MultiItemScorer, flow
             scorer.prefix(prefix).release()
         found.append(scorer.score(prefix, items, flow=flow))
     assert found[0] == found[1] == found[2]
-    if flow != "extend":
-        return
-    # the control: another order of the launches' tokens is not required to give the same bits
-    assert np.allclose(found[0], scorer.score(prefix, items, flow="packed"), atol=1e-6)
 
 
 def test_a_prefix_longer_than_a_launch_is_computed_in_pieces(
