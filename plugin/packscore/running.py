@@ -307,7 +307,8 @@ class Runner:
             job.padding_tokens += padded * group.num_tokens / max(len(batch.token_ids), 1)
             job.is_causal = batch.is_causal
             if share.lease is not None:
-                share.lease.commit(len(share.prefix))
+                # the prefix may go on behind what the lease holds
+                share.lease.commit(min(len(share.prefix), len(share.lease.tokens)))
             if not job.shares:
                 job.release()
 
