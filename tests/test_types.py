@@ -1,0 +1,118 @@
+"""Types reach the user: a right program passes mypy --strict, and a wrong one does not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import packscore
+import packscore_kernels
+
+RIGHT = """
+    from typing import Any
+
+    import numpy as np
+    import numpy.typing as npt
+    from transformers import AutoTokenizer, PreTrainedModel
+
+    from packscore import (
+        InputError,
+        MultiItemScorer,
+        ParityReport,
+        PromptSpec,
+        RankedDocument,
+        ScoreResult,
+        ScoringError,
+        patch_model,
+        patched,
+        register_pipelines,
+        unpatch_model,
+        verify_parity,
+    )
+
+
+    def rerank(model: PreTrainedModel, path: str, query: str, documents: list[str]) -> list[str]:
+        tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        scorer = MultiItemScorer(patch_model(model), tokenizer, prompt="qwen3-reranker")
+        ranked: list[RankedDocument] = scorer.rank(query, documents, top_k=3)
+        scores: list[list[float]] = scorer.score(query, documents, labels=["no", "yes"])
+        result: ScoreResult[list[list[float]]] = scorer.score(query, documents, return_usage=True)
+        saved: int = result.usage.prefix_tokens_saved
+        pairs: npt.NDArray[np.float32] = scorer.predict([(query, text) for text in documents])
+        many = scorer.score_many([(query, documents)], show_progress_bar=True)
+        first: list[float] = many[0].scores[0]
+        for row in scorer.score_stream(query, iter(documents)):
+            first = row
+        with scorer.prefix(query) as held:
+            first = held.score(documents).scores[0]
+        print(saved, pairs.mean(), scores, first, scorer.explain(query, documents).chosen.flow)
+        return [documents[entry["corpus_id"]] for entry in ranked if entry["score"] > 0.5]
+
+
+    def check(model: PreTrainedModel) -> ParityReport:
+        spec = PromptSpec(prefix="{query}", item=" {item}", suffix="?", labels=("no", "yes"))
+        register_pipelines()
+        try:
+            with patched(model):
+                return verify_parity(model, None, prompt=spec, show=False)
+        except (InputError, ScoringError):
+            unpatch_model(model)
+            raise
+"""
+WRONG = """
+    from packscore import MultiItemScorer
+
+
+    def wrong(scorer: MultiItemScorer) -> None:
+        scorer.rank("query", ["text"], topk=3)
+        score: str = scorer.score("query", ["text"])[0][0]
+        scorer.score("query", ["text"], return_usage=True).usage.tokens_saved
+"""
+
+
+def strict(folder: Path, program: str) -> list[str]:
+    """What mypy says of a program that stands outside this repository, line by line."""
+    path = folder / "users_program.py"
+    path.write_text(textwrap.dedent(program))
+    # an editable install is found by an import hook, which mypy does not run
+    homes = {Path(str(module.__file__)).parents[1] for module in (packscore, packscore_kernels)}
+    outside = [str(home) for home in sorted(homes) if home.name != "site-packages"]
+    environment = {**os.environ, "MYPYPATH": os.pathsep.join(outside)}
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file", "", str(path)]
+    command += ["--cache-dir", str(folder.parent / "mypy")]  # of both runs
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=folder, env=environment
+    )
+    assert done.returncode in (0, 1), done.stderr
+    return [line for line in done.stdout.splitlines() if line.startswith(path.name)]
+
+
+def test_a_users_program_is_typed(tmp_path: Path) -> None:
+    assert strict(tmp_path, RIGHT) == []
+
+
+@pytest.mark.parametrize(
+    "expected",
+    [
+        'No overload variant of "rank" of "MultiItemScorer"',
+        'has type "float", variable has type "str"',
+        '"Usage" has no attribute "tokens_saved"',
+    ],
+)
+def test_a_wrong_one_is_not(
+    tmp_path_factory: pytest.TempPathFactory, expected: str, found: list[str]
+) -> None:
+    if not found:
+        found += strict(tmp_path_factory.mktemp("wrong"), WRONG)
+    assert any(expected in line for line in found)
+
+
+@pytest.fixture(scope="module")
+def found() -> list[str]:
+    """What mypy said, once for all."""
+    return []
