@@ -75,7 +75,7 @@ def test_metadata_keeps_the_core_install_light(dist: Path) -> None:
     for marker in ('sys_platform == "linux"', 'platform_machine == "x86_64"', 'extra == "tpu"'):
         assert marker in libtpu[0]
     assert set(message.get_all("Provides-Extra", [])) == {
-        *("tpu", "test", "dev", "parquet", "plot"),
+        *("tpu", "test", "dev", "docs", "parquet", "plot"),
         *("langchain", "llama-index", "rerankers", "sentence-transformers"),
     }
     assert message["License-Expression"] == "Apache-2.0"

@@ -180,7 +180,7 @@ def test_what_a_lease_misses_is_written_and_found() -> None:
     k, v = torch.randn(2, 1, 2, 50, 16, generator=torch.Generator().manual_seed(0))
     first = pool.acquire(np.arange(50))
     assert first is not None
-    pages.write(0, k, v, [PageWrite.of(first, 0)])
+    pages.write(0, k, v, [PageWrite.of(first, len(first.tokens), 0)])
     first.commit()
     second = pool.acquire(np.concatenate([np.arange(50), [9, 9, 9]]))
     third = pool.acquire(np.concatenate([np.arange(20), np.full(30, 7)]))
@@ -188,7 +188,12 @@ def test_what_a_lease_misses_is_written_and_found() -> None:
     assert third is not None
     assert (second.cached_len, third.cached_len) == (50, 20)
     new_k, new_v = torch.randn(2, 1, 2, 40, 16, generator=torch.Generator().manual_seed(1))
-    pages.write(0, new_k, new_v, [PageWrite.of(second, 0), PageWrite.of(third, 3)])
+    pages.write(
+        0,
+        new_k,
+        new_v,
+        [PageWrite.of(x, len(x.tokens), row) for x, row in ((second, 0), (third, 3))],
+    )
     for lease, (row, start) in ((second, (0, 50)), (third, (3, 20))):
         length = len(lease.tokens)
         found, _ = pages.read(0, slot_runs(lease.pages, 0, length, 32))

@@ -89,7 +89,7 @@ def poison(scorer: MultiItemScorer, *, spare: bool = True) -> None:
             engine._pages._slots(layer, torch.zeros(1, 2, 1, 16))[:, :, slots] = torch.nan
         return
     pages = engine._pages
-    array = jnp.zeros(pages._shape) if pages._array is None else pages._array
+    array = jnp.zeros(pages.struct.shape) if pages._array is None else pages._array
     every_layer = np.tile(free, (2, 1))[:, None, None, :, None]
     pages._array = jnp.where(every_layer, jnp.nan, array)
 
