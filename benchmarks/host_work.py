@@ -16,25 +16,18 @@ from typing import Any
 
 import numpy as np
 
+from packscore.buckets import MAX_GROUPS, NAMED_PAGES, ProgramKey, program_key, token_bucket
 from packscore.core import ScoringCore
 from packscore.costs import tpu_cost_model
+from packscore.device_pages import pages_within
 from packscore.encoding import EncodedRequest
 from packscore.engines import LabelLogits
 from packscore.packing import PackedBatch, Share, pack
 from packscore.paging import PAGE_SIZE, PREFIX_CACHE_BYTES, PagePool
 from packscore.planner import Limits
-from packscore.program import (
-    MAX_GROUPS,
-    NAMED_PAGES,
-    Launched,
-    ProgramKey,
-    block_sizes_for,
-    pages_within,
-    program_inputs,
-    program_key,
-    token_bucket,
-)
+from packscore.program import Launched
 from packscore.program_engine import ProgramEngine
+from packscore.program_inputs import block_sizes_for, program_inputs
 from packscore.results import MaskImpl
 from packscore.running import Runner
 from packscore_kernels import BlockSizes, SegmentLayout, build_schedule

@@ -114,14 +114,10 @@ def program_and_inputs(
     import jax.numpy as jnp
     import numpy as np
 
+    from packscore.buckets import program_key
+    from packscore.device_pages import pages_within, pool_struct
     from packscore.paging import PAGE_SIZE, PREFIX_CACHE_BYTES, PagePool
-    from packscore.program import (
-        block_sizes_for,
-        pages_within,
-        pool_struct,
-        program_inputs,
-        program_key,
-    )
+    from packscore.program_inputs import block_sizes_for, program_inputs
 
     dtype = jnp.dtype(job.dtype)
     layout = layout_of(job, flow)

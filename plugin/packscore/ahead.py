@@ -14,16 +14,12 @@ from jax.experimental import topologies
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from packscore.bridge import TracedModel
+from packscore.buckets import program_key
+from packscore.device_pages import pages_within, pool_struct
 from packscore.errors import InputError
 from packscore.paging import PAGE_SIZE, PREFIX_CACHE_BYTES
-from packscore.program import (
-    block_sizes_for,
-    compile_program,
-    pages_within,
-    pool_struct,
-    program_inputs,
-    program_key,
-)
+from packscore.program import compile_program
+from packscore.program_inputs import block_sizes_for, program_inputs
 from packscore_kernels import BlockSizes, SegmentLayout
 from packscore_kernels.hardware import CHIPS
 

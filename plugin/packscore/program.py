@@ -1,4 +1,4 @@
-"""The model as compiled programs on the JAX path: buckets, one compile each, one call a request."""
+"""The model as compiled programs on the JAX path: one compile a bucket, one call a request."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -20,161 +19,30 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from packscore.bridge import TracedModel, shares_memory, to_torch, whole_head
+from packscore.buckets import (
+    DEFAULT_MAX_TOKENS,
+    HEAD_ROWS,
+    HeadKey,
+    ProgramKey,
+    program_key,
+    token_bucket,
+    token_ladder,
+)
 from packscore.compile_cache import compiling_into
+from packscore.device_pages import DevicePages, pages_within, pool_struct
 from packscore.errors import InputError, UnexpectedCompileError
 from packscore.head import class_count
-from packscore.kv_pages import page_bytes
 from packscore.packing import PackedBatch
-from packscore.paging import PAGE_SIZE, PREFIX_CACHE_BYTES, PrefixLease
+from packscore.paging import PAGE_SIZE, PREFIX_CACHE_BYTES
+from packscore.program_inputs import block_sizes_for, program_inputs
 from packscore.traced_ops import LayerPages
 from packscore.watching import WeightWatch
-from packscore_kernels import (
-    BlockSizes,
-    PageWrites,
-    SegmentLayout,
-    build_page_writes,
-    build_schedule,
-    resolve_block_sizes,
-)
-from packscore_kernels.hardware import cdiv, shape_of
+from packscore_kernels import BlockSizes, SegmentLayout
+from packscore_kernels.hardware import shape_of
 
 logger = logging.getLogger("packscore")
 
-SMALLEST_BUCKET = 128
-# Programs up to here double; above, eight sizes an octave waste at most 12.5 %.
-LARGEST_DOUBLING = 1024
-DEFAULT_MAX_TOKENS = 16_384
-# A program scores up to one item for so many tokens, or one for every token.
-TOKENS_PER_ITEM = 16
-SMALLEST_LABELS = 8
-# What a schedule has room for: requests of one launch, pages of the pool, and pages that the
-# requests of one launch name, each for itself where they share some.
-MAX_GROUPS = 32
-MAX_PAGES = 512
-NAMED_PAGES = 256
-# Rows of the programs that give the logits of the whole vocabulary: one token each of a few
-# sequences, or many tokens in steps, whose logits fit beside the weights (78 MB for Qwen3).
-HEAD_ROWS = (8, 128)
-
 Float32 = npt.NDArray[np.float32]
-
-
-def token_bucket(num_tokens: int) -> int:
-    """The program that serves `num_tokens`: a power of two, or in eighths of one above 1 024."""
-    size = max(SMALLEST_BUCKET, 1 << (num_tokens - 1).bit_length())
-    if size <= LARGEST_DOUBLING:
-        return size
-    step = size // 16
-    return cdiv(num_tokens, step) * step
-
-
-def token_ladder(max_tokens: int) -> list[int]:
-    """Every bucket up to the one that serves `max_tokens`."""
-    sizes, size = [], SMALLEST_BUCKET
-    while size < token_bucket(max_tokens):
-        sizes.append(size)
-        size = token_bucket(size + 1)
-    return [*sizes, size]
-
-
-@dataclass(frozen=True)
-class ProgramKey:
-    """What a program is compiled for; everything else is data."""
-
-    num_tokens: int
-    num_items: int
-    num_labels: int  # 0: the program stops before the head and gives hidden states
-    over_vocabulary: bool
-    num_pages: int = 0  # of the pool that the program reads and writes; 0: it has none
-
-
-@dataclass(frozen=True)
-class HeadKey:
-    """The program from hidden states to the logits of the whole vocabulary."""
-
-    num_rows: int
-
-
-def program_key(
-    num_tokens: int, num_items: int, num_labels: int, over_vocabulary: bool, num_pages: int = 0
-) -> ProgramKey:
-    """The program that serves a request of these sizes."""
-    tokens = token_bucket(num_tokens)
-    few = max(tokens // TOKENS_PER_ITEM, 1)
-    # every item has a token, or shares the row of the prefix's last one with other empty items
-    items = few if num_items <= few else 1 << max(num_items - 1, tokens - 1).bit_length()
-    labels = max(SMALLEST_LABELS, 1 << (num_labels - 1).bit_length()) if num_labels else 0
-    return ProgramKey(tokens, items, labels, over_vocabulary, num_pages)
-
-
-def block_sizes_for(
-    config: Any, dtype: Any, num_tokens: int, chip: str | None = None, page_size: int = 0
-) -> BlockSizes:
-    """The attention's tiles for a model and a bucket."""
-    num_heads = config.num_attention_heads
-    return resolve_block_sizes(
-        num_q_heads=num_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
-        dtype=dtype,
-        num_tokens=num_tokens,
-        page_size=page_size,
-        chip=chip,
-    )
-
-
-def program_inputs(
-    key: ProgramKey,
-    block_sizes: BlockSizes,
-    layout: SegmentLayout,
-    token_ids: npt.NDArray[np.int64],  # [num_tokens], without padding
-    label_ids: list[int],
-    rows: npt.NDArray[np.integer[Any]] | None = None,  # [num_items]: None takes the scored ones
-    leases: Sequence[PrefixLease | None] = (),
-) -> tuple[Any, ...]:
-    """A request as a program takes it.
-
-    Returns:
-      (token ids, positions, schedule, scored rows, label ids), and of a program with pages what it
-      writes to them.
-    """
-    padded = replace(layout, num_tokens=key.num_tokens)
-    rows = layout.scored_rows if rows is None else rows
-    ids, scored = np.zeros(key.num_tokens, np.int32), np.zeros(key.num_items, np.int32)
-    labels = np.zeros(key.num_labels, np.int32)
-    ids[: len(token_ids)], scored[: len(rows)] = token_ids, rows
-    labels[: len(label_ids)] = label_ids
-    schedule = build_schedule(
-        padded,
-        block_sizes=block_sizes,
-        page_size=PAGE_SIZE if key.num_pages else 0,
-        num_pages=key.num_pages,
-        max_groups=MAX_GROUPS,
-        max_pages=max(key.num_pages, NAMED_PAGES) if key.num_pages else 0,
-    )
-    inputs = ids, padded.position_ids, schedule, scored, labels
-    return (*inputs, _page_writes(key, padded, leases)) if key.num_pages else inputs
-
-
-def most_page_writes(num_tokens: int) -> int:
-    """Pages that a launch of so many tokens can write: a group may begin and end inside one."""
-    return cdiv(num_tokens, PAGE_SIZE) + MAX_GROUPS
-
-
-def _page_writes(
-    key: ProgramKey, layout: SegmentLayout, leases: Sequence[PrefixLease | None]
-) -> PageWrites:
-    """What a launch leaves in pages: the tokens that its leases miss."""
-    missing = [lease if lease and not lease.is_whole else None for lease in leases]
-    missing += [None] * (len(layout.groups) - len(missing))
-    return build_page_writes(
-        layout,
-        [lease.pages if lease else np.zeros(0, np.int32) for lease in missing],
-        page_size=PAGE_SIZE,
-        num_pages=key.num_pages,
-        max_writes=most_page_writes(key.num_tokens),
-        copied_pages=[lease.copied_page if lease else None for lease in missing],
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,79 +62,6 @@ class Launched:
             return chosen, np.asarray(self.normalizer)[: self.num_items]
         peak = chosen.max(-1)
         return chosen, peak + np.log(np.exp(chosen - peak[:, None]).sum(-1))
-
-
-def pages_within(config: Any, dtype: Any, cache_bytes: int) -> int:
-    """Pages that so many bytes hold, and that a schedule can name."""
-    return min(cache_bytes // page_bytes(config, jnp.dtype(dtype), PAGE_SIZE), MAX_PAGES)
-
-
-def pool_struct(config: Any, dtype: Any, num_pages: int) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of the pages of all layers of a model, as one array."""
-    head_dim = getattr(config, "head_dim", None)
-    head_dim = head_dim or config.hidden_size // config.num_attention_heads
-    page = (config.num_key_value_heads, 2, PAGE_SIZE, head_dim)
-    return shape_of((config.num_hidden_layers * num_pages, *page), dtype)
-
-
-class DevicePages:
-    """Pages of all layers as one array, handed from launch to launch and changed in place.
-
-    Args:
-      num_pages: pages of a layer.
-      struct: of the array, from `pool_struct`.
-      device: where it is.
-    """
-
-    def __init__(self, num_pages: int, struct: jax.ShapeDtypeStruct, device: Any) -> None:
-        self.num_pages = num_pages
-        self.struct = struct
-        self._device = device
-        self._array: jax.Array | None = None
-        self._lock = threading.Lock()
-        # called when a launch failed and took what was in the pages with it
-        self.on_lost: Callable[[], None] = lambda: None
-
-    def through(
-        self,
-        run: Callable[[jax.Array], tuple[Any, jax.Array]],
-        leases: Sequence[PrefixLease | None] = (),
-    ) -> Any:
-        """Hand the array to a launch and keep what it makes of it.
-
-        Args:
-          run: the launch; the array is donated to it.
-          leases: whose pages it reads.
-
-        Raises:
-          StalePrefixError: another launch failed since a lease was taken, and lost its pages.
-        """
-        with self._lock:
-            for lease in leases:
-                if lease is not None:
-                    lease.check()
-            array, self._array = self._array, None
-            if array is None:
-                array = jnp.zeros(self.struct.shape, self.struct.dtype, device=self._device)
-            try:
-                out, self._array = run(array)
-            except BaseException:
-                if array.is_deleted():
-                    self.on_lost()
-                else:
-                    self._array = array
-                raise
-            return out
-
-    def recover(self) -> None:
-        """Let the array go if a launch that failed has spoilt it; waits for the device."""
-        with self._lock:
-            try:
-                if self._array is not None:
-                    self._array.block_until_ready()
-            except Exception:
-                self._array = None
-                self.on_lost()
 
 
 class ModelProgram:

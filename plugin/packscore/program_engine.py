@@ -8,12 +8,13 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from packscore.buckets import MAX_GROUPS, NAMED_PAGES, token_bucket
 from packscore.costs import CostModel, flops_cost_model, tpu_cost_model
 from packscore.engines import LabelLogits
 from packscore.packing import PackedBatch
 from packscore.paging import PagePool
 from packscore.planner import Limits
-from packscore.program import MAX_GROUPS, NAMED_PAGES, Launched, ModelProgram, token_bucket
+from packscore.program import Launched, ModelProgram
 from packscore.results import MaskImpl
 from packscore.watching import WeightWatch
 from packscore_kernels.hardware import chip_of

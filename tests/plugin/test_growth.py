@@ -9,11 +9,11 @@ import pytest
 import torch
 from test_planner import QWEN3
 
+from packscore.buckets import MAX_GROUPS, NAMED_PAGES, token_bucket
 from packscore.costs import tpu_cost_model
 from packscore.encoding import EncodedRequest
 from packscore.paging import PagePool
 from packscore.planner import Limits
-from packscore.program import MAX_GROUPS, NAMED_PAGES, token_bucket
 from packscore.running import Runner
 from packscore_kernels import BlockSizes, build_schedule
 from packscore_kernels.hardware import cdiv

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel, Qwen3Model, pipeline
 
 from helpers import VOCAB_SIZE, random_classifier, random_decoder, random_ids, random_qwen3
 from packscore import UnexpectedCompileError, patch_model, program_of, unpatch_model
-from packscore.program import HeadKey
+from packscore.buckets import HeadKey
 from tolerances import (
     PROBABILITY_MAX_BFLOAT16,
     PROBABILITY_MAX_FLOAT32,

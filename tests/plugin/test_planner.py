@@ -11,6 +11,7 @@ from transformers import Qwen3Config
 
 from helpers import random_ids, random_qwen3
 from packscore import InputError, MultiItemScorer, patch_model
+from packscore.buckets import token_bucket
 from packscore.costs import (
     CostModel,
     Shape,
@@ -21,7 +22,6 @@ from packscore.costs import (
     tpu_table,
 )
 from packscore.planner import Limits, Plan, Planner, Workload
-from packscore.program import token_bucket
 from packscore_kernels.hardware import CHIPS
 
 QWEN3 = Qwen3Config(

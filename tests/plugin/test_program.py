@@ -33,8 +33,8 @@ from packscore import (
     patch_model,
     unpatch_model,
 )
+from packscore.buckets import program_key, token_bucket, token_ladder
 from packscore.patching import program_of
-from packscore.program import program_key, token_bucket, token_ladder
 from tolerances import (
     PROBABILITY_MAX_BFLOAT16,
     PROBABILITY_MAX_FLOAT32,

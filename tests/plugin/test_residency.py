@@ -22,13 +22,14 @@ from packscore import (
     program_of,
     unpatch_model,
 )
+from packscore.buckets import MAX_PAGES, program_key
 from packscore.costs import flops_cost_model
 from packscore.engines import activation_bytes
 from packscore.kv_pages import page_bytes
 from packscore.packing import Share, pack
 from packscore.paging import PAGE_SIZE, PagePool
 from packscore.planner import Limits, Planner, Workload
-from packscore.program import MAX_PAGES, block_sizes_for, program_inputs, program_key
+from packscore.program_inputs import block_sizes_for, program_inputs
 from tolerances import PROBABILITY_MAX_FLOAT32
 
 pytestmark = pytest.mark.usefixtures("quick_programs")
