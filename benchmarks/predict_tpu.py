@@ -12,7 +12,8 @@ the items behind the query's pages.
 
 Assumptions: one bundle issues a cycle; an instruction takes its cycles or the time of its bytes at
 the HBM's bandwidth, whichever is longer, and the page writes both; copies that the compiler starts
-early hide; the clock is the chip's published one; the host's work overlaps the device's.
+early hide, and copies within VMEM, where it puts a layer's weights before a kernel, take nothing;
+the clock is the chip's published one; the host's work overlaps the device's.
 """
 
 from __future__ import annotations
@@ -152,6 +153,12 @@ def floor_ms(shape: dict[str, Any], job: Job, peak_flops: float) -> float:
     return 1e3 * flops / peak_flops
 
 
+def steps_of(path: str) -> int:
+    """Steps of a kernel's grid: its loop, the last one, is left at that many and two."""
+    *_, exits = (region.exits for region in tpu_schedule.regions(path) if region.exits)
+    return int(exits[0]) - 2
+
+
 def guarded_cycles(path: str, live: int, steps: int) -> int:
     """Cycles of a kernel whose long pieces run `live` times, behind a guard."""
     found = [region.bundles for region in tpu_schedule.regions(path) if region.depth]
@@ -159,31 +166,62 @@ def guarded_cycles(path: str, live: int, steps: int) -> int:
     return live * long + steps * (sum(found) - long)
 
 
-def costs_of_kernels(job: Job, inputs: tuple[Any, ...], clock_hz: float, bandwidth: float) -> Any:
+def mlp_costs(path: str, chunks: int, weight_bytes: float) -> tuple[float, float]:
+    """Cycles of the MLP's kernel, and the bytes of its weights, which each tile of tokens reads.
+
+    Pieces with products, and what each step costs, run once a step; the loops over rows, which have
+    none, once a tile.
+    """
+    steps, cycles = steps_of(path), 0.0
+    tiles = steps // chunks
+    for region in tpu_schedule.regions(path):
+        if region.depth == 1:
+            cycles += steps * region.bundles
+        elif region.depth:
+            cycles += tiles * region.bundles * max(region.exits, default=1)
+    return cycles, weight_bytes * (tiles if chunks > 1 else 1)
+
+
+def costs_of_kernels(
+    config: Any, job: Job, inputs: tuple[Any, ...], clock_hz: float, bandwidth: float
+) -> Any:
     """What (instruction, its schedule) of our kernels takes: (cycles, bytes of HBM or None)."""
+    import numpy as np
+
     from packscore_kernels import PageWrites, SegmentSchedule
-    from packscore_kernels.hardware import cdiv
-    from packscore_kernels.projections.kernel import block_tokens, num_passes
+    from packscore_kernels.projections.kernel import num_passes
+    from packscore_kernels.projections.mlp import mlp_tiles
     from packscore_kernels.segment_paged_attention.kernel import TURN
+    from packscore_kernels.segment_paged_attention.kv_pages import ALIGNMENT
 
     (schedule,) = (x for x in inputs if isinstance(x, SegmentSchedule))
     writes = [x for x in inputs if isinstance(x, PageWrites)]
-    num_tokens = inputs[-5 - len(writes)].shape[0]
-    tiles = cdiv(num_tokens, block_tokens(num_tokens, 2))
 
     def cost(name: str, path: str) -> tuple[float, float | None] | None:
         if name.startswith("segment_paged_attention"):
             got = count(job, read_costs(path), schedule, TURN)
             return got["cycles"], got["hbm_bytes"]
         if name.startswith("project_qkv"):
-            steps = tiles * (num_passes(job.num_q_heads, job.num_kv_heads) + 1)
+            steps = steps_of(path)
+            tiles = steps // (num_passes(job.num_q_heads, job.num_kv_heads) + 1)
             return guarded_cycles(path, tiles, steps), None
+        if name.startswith("gated_mlp"):
+            hidden, width = config.hidden_size, config.intermediate_size
+            num_tokens, itemsize = inputs[-5 - len(writes)].shape[0], 2
+            tiles = mlp_tiles(num_tokens, hidden, width, itemsize)
+            cycles, weights = mlp_costs(path, width // tiles.width, 3 * hidden * width * itemsize)
+            return cycles, weights + 2 * num_tokens * hidden * itemsize
         if name.startswith("write_kv_pages"):
-            # each page waits for its keys, values and old slots, and then for its way back
-            pages = int(writes[0].count[0])
-            cycles = guarded_cycles(path, pages, len(writes[0].writes) // 5)
-            token = 2 * 2 * job.num_kv_heads * job.head_dim
-            moved = pages * token * (writes[0].page_size * 3 + 16)
+            # whole pages are copied together; each other one waits for its keys, values and old
+            # slots, is merged, and waits for its way back
+            fields = np.reshape(writes[0].writes, (-1, 5))[: int(writes[0].count[0])]
+            _, _, token, low, high = fields.T
+            size = writes[0].page_size
+            whole = int(((token % ALIGNMENT == 0) & (low == 0) & (high == size)).sum())
+            merged = len(fields) - whole
+            slot = 2 * 2 * job.num_kv_heads * job.head_dim
+            moved = slot * (2 * whole * size + merged * (3 * size + ALIGNMENT))
+            cycles = guarded_cycles(path, merged, len(fields))
             return cycles + moved / bandwidth * clock_hz, moved
         return None
 
@@ -233,7 +271,7 @@ def predict(
     found = program_cycles.instructions(
         compiled.as_text(),
         tpu_schedule.find(dump),
-        costs_of_kernels(job, inputs, facts.clock_hz, facts.hbm_bytes_per_s),
+        costs_of_kernels(config, job, inputs, facts.clock_hz, facts.hbm_bytes_per_s),
     )
     counted = program_cycles.summary(found, facts.clock_hz, facts.hbm_bytes_per_s)
     memory = compiled.memory_analysis()

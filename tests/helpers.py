@@ -59,6 +59,7 @@ def random_qwen3(
     num_kv_heads: int = 2,
     head_dim: int = 16,
     hidden_size: int = 64,
+    intermediate_size: int = 128,
     num_layers: int = 2,
     tied: bool = True,
     seed: int = 0,
@@ -67,7 +68,7 @@ def random_qwen3(
     config = Qwen3Config(
         vocab_size=VOCAB_SIZE,
         hidden_size=hidden_size,
-        intermediate_size=128,
+        intermediate_size=intermediate_size,
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
         num_key_value_heads=num_kv_heads,

@@ -6,7 +6,13 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from packscore_kernels.projections import can_project, project_out, project_qkv
+    from packscore_kernels.projections import (
+        can_gate,
+        can_project,
+        gated_mlp,
+        project_out,
+        project_qkv,
+    )
     from packscore_kernels.segment_paged_attention import (
         PAD_SEGMENT,
         PREFIX_SEGMENT,
@@ -38,7 +44,9 @@ __all__ = [
     "UnsupportedError",
     "build_page_writes",
     "build_schedule",
+    "can_gate",
     "can_project",
+    "gated_mlp",
     "project_out",
     "project_qkv",
     "resolve_block_sizes",
@@ -46,7 +54,7 @@ __all__ = [
     "write_kv_pages",
 ]
 
-_PROJECTIONS = ("can_project", "project_out", "project_qkv")
+_PROJECTIONS = ("can_gate", "can_project", "gated_mlp", "project_out", "project_qkv")
 
 # The op has the name of the folder it lives in: loaded first and taken out again, the folder
 # leaves that name to the function.

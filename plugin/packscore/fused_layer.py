@@ -1,7 +1,8 @@
-"""A Qwen3 decoder layer on a TPU: kernels around attention, the rest as Hugging Face has it.
+"""A Qwen3 decoder layer on a TPU as four kernels: projections, attention, projection, MLP.
 
 Traced as they are, the modules between the residual stream and attention become a dozen passes over
 memory: halves of heads are sliced, turned and joined, and arrays change their layout for attention.
+The MLP's gate is computed within its last product, which waits for it. Experts stay as they are.
 """
 
 from __future__ import annotations
@@ -11,13 +12,21 @@ from typing import Any
 
 import jax
 from torch import nn
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3MLP
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeMLP
 
 from packscore.traced_ops import LayerPages, attend
-from packscore_kernels import SegmentSchedule, can_project, project_out, project_qkv
+from packscore_kernels import (
+    SegmentSchedule,
+    can_gate,
+    can_project,
+    gated_mlp,
+    project_out,
+    project_qkv,
+)
 
 FUSED_LAYERS = (Qwen3DecoderLayer, Qwen3MoeDecoderLayer)
+FUSED_MLPS = (Qwen3MLP, Qwen3MoeMLP)
 
 
 def can_fuse(layer: nn.Module, implementation: Any, itemsize: int) -> bool:
@@ -32,6 +41,15 @@ def can_fuse(layer: nn.Module, implementation: Any, itemsize: int) -> bool:
         attention.head_dim,
         config.hidden_size,
         itemsize,
+    )
+
+
+def can_fuse_mlp(mlp: Any, itemsize: int) -> bool:
+    """Whether an MLP of a layer that is fused runs through a kernel too."""
+    return (
+        type(mlp) in FUSED_MLPS
+        and mlp.config.hidden_act == "silu"
+        and can_gate(mlp.hidden_size, mlp.intermediate_size, itemsize)
     )
 
 
@@ -75,7 +93,17 @@ def fused_layer(
         implementation=implementation,
     )
     attended = attend(q, k, v, schedule, pages, attention.scaling, implementation)
-    hidden = project_out(attended, of("o_proj"), hidden[0], implementation=implementation)[None]
+    hidden = project_out(attended, of("o_proj"), hidden[0], implementation=implementation)
+    if can_fuse_mlp(layer.mlp, hidden.dtype.itemsize):
+        gate, up, down = (weights[f"mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
+        return gated_mlp(
+            hidden,
+            weights["post_attention_layernorm.weight"],
+            (gate, up, down),
+            eps=layer.post_attention_layernorm.variance_epsilon,
+            implementation=implementation,
+        )[None]
+    hidden = hidden[None]
 
     def through(name: str, x: jax.Array) -> jax.Array:
         own = {

@@ -30,16 +30,17 @@ def test_only_the_slots_of_packed_prefix_tokens_change(implementation, dtype):
     rng = np.random.default_rng(0)
     layout = SegmentLayout(
         (
+            Group(40, pages(8)),  # begins where a copy may: two whole pages, and a half of one
             Group(37, pages(5), 20, pages(9, 3)),  # 20 cached: the rest of page 3, pages 7, 1
             Group(16, pages(2)),
             Group(30, pages(3)),  # left out
         ),
-        112,
+        160,
     )
-    tables = [pages(9, 3, 7, 1), pages(4), NO_ITEMS]
+    tables = [pages(2, 0, 11), pages(9, 3, 7, 1), pages(4), NO_ITEMS]
     pool = jnp.asarray(rng.standard_normal((12, 2, 2, 16, 64)), dtype)
-    k, v = (jnp.asarray(rng.standard_normal((2, 112, 64)), dtype) for _ in range(2))
-    plan = build_page_writes(layout, tables, page_size=16, num_pages=12, max_writes=9)
+    k, v = (jnp.asarray(rng.standard_normal((2, 160, 64)), dtype) for _ in range(2))
+    plan = build_page_writes(layout, tables, page_size=16, num_pages=12, max_writes=12)
     got = np.asarray(
         jax.jit(write_kv_pages, static_argnames="implementation")(
             pool, k, v, plan, implementation=implementation
@@ -48,7 +49,8 @@ def test_only_the_slots_of_packed_prefix_tokens_change(implementation, dtype):
 
     want = np.asarray(pool.astype(jnp.float32)).copy()
     k, v = (np.asarray(x.astype(jnp.float32)) for x in (k, v))
-    for table, cached, first, count in ((tables[0], 20, 0, 37), (tables[1], 0, 42, 16)):
+    written = ((0, 0, 40), (20, 48, 37), (0, 90, 16))  # cached, first row, tokens
+    for table, (cached, first, count) in zip(tables, written, strict=False):
         for i in range(count):
             page, slot = table[(cached + i) // 16], (cached + i) % 16
             want[page, :, 0, slot], want[page, :, 1, slot] = k[:, first + i], v[:, first + i]

@@ -1,4 +1,4 @@
-"""The fused projections give what norms, products and rotation give one after the other."""
+"""The fused projections and MLP give what their parts give one after the other."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from packscore_kernels import ArgumentError, can_project, project_out, project_qkv
+from packscore_kernels import (
+    ArgumentError,
+    can_gate,
+    can_project,
+    gated_mlp,
+    project_out,
+    project_qkv,
+)
+from packscore_kernels.projections import mlp, tiles
 from packscore_kernels.projections.kernel import HEADS
 
 EPS = 1e-6
@@ -99,3 +107,70 @@ def test_heads_that_do_not_fit() -> None:
     assert can_project(16, 8, 128, 1024, 2)
     assert not can_project(16, 8, 64, 1024, 2)
     assert not can_project(128, 128, 128, 16_384, 2)
+
+
+def mlp_arrays(num_tokens: int, hidden: int, width: int, dtype: str) -> tuple[jax.Array, ...]:
+    rng = np.random.default_rng(2)
+
+    def draw(*size: int, scale: float = 1.0) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(size) * scale, dtype)
+
+    gate, up = (draw(width, hidden, scale=2 * hidden**-0.5) for _ in range(2))
+    return draw(num_tokens, hidden), draw(hidden), (gate, up, draw(hidden, width, scale=0.05))
+
+
+# one tile, a partial one; weights that pass by in chunks, of rows that 128 divides, and not
+@pytest.mark.parametrize("implementation", ["pallas_interpret", "xla"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("num_tokens", "width", "passing"), [(16, 256, 0), (530, 512, 0), (300, 768, 1), (128, 1280, 1)]
+)
+def test_mlp(
+    num_tokens: int,
+    width: int,
+    passing: int,
+    dtype: str,
+    implementation: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hidden, itemsize = 256, np.dtype(dtype).itemsize
+    if passing:  # tiles and room so small that one chunk fits
+        monkeypatch.setattr(mlp, "TILE_TOKENS", (256,))
+        held = mlp.mlp_vmem_bytes(hidden, mlp.COLUMNS, width // mlp.COLUMNS, itemsize, 256)
+        monkeypatch.setattr(tiles, "vmem_room", lambda: held)
+    chosen = mlp.mlp_tiles(num_tokens, hidden, width, itemsize)
+    assert chosen is not None
+    assert (chosen.width < width) == bool(passing)
+    x, norm, weights = mlp_arrays(num_tokens, hidden, width, dtype)
+    found = gated_mlp(x, norm, weights, eps=EPS, implementation=implementation)
+
+    rows, weight, gate, up, down = (
+        np.asarray(value.astype(jnp.float32), np.float64) for value in (x, norm, *weights)
+    )
+    normed = rows / np.sqrt((rows**2).mean(-1, keepdims=True) + EPS) * weight
+    gated = normed @ gate.T
+    want = rows + (gated / (1 + np.exp(-gated)) * (normed @ up.T)) @ down.T
+    assert found.dtype == dtype
+    bound = 2e-5 if dtype == "float32" else 2 * 2**-8
+    error = np.abs(np.asarray(found, np.float64) - want)
+    assert (error <= bound * (1 + np.abs(want).max(-1, keepdims=True))).all()
+
+
+def test_mlps_that_do_not_fit() -> None:
+    x, norm, weights = mlp_arrays(16, 128, 320, "float32")
+    with pytest.raises(ArgumentError, match="intermediate_size=320 one of 256"):
+        gated_mlp(x, norm, weights, eps=EPS, implementation="pallas_interpret")
+    assert can_gate(1024, 3072, 2)
+    assert can_gate(4096, 12_288, 2)  # in chunks
+    assert not can_gate(1000, 3072, 2)
+    assert not can_gate(128, 320, 4)
+
+
+def test_tiles_are_even_and_their_code_is_short() -> None:
+    assert mlp.mlp_tiles(12_288, 1024, 3072, 2) == (512, 3072)
+    assert mlp.mlp_tiles(2304, 2560, 9728, 2) == (768, 512)
+    assert mlp.mlp_tiles(100, 1024, 3072, 2) == (100, 3072)
+    assert tiles.even_tile(1152, 512) == 384
+    assert tiles.tile_tokens(10_000, 10**7, lambda tokens: 0) == 512
+    assert tiles.tile_tokens(10_000, 10**8, lambda tokens: 0) is None
+    assert tiles.tile_tokens(10_000, 10**6, lambda tokens: 2**40) is None

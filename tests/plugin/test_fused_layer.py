@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,15 @@ from tolerances import (
     PROBABILITY_MEAN_BFLOAT16,
 )
 
+KERNELS = {"project_qkv", "project_out", "gated_mlp"}
 PREFIX, ITEMS = random_ids(150, seed=1), [random_ids(n, seed=n) for n in (5, 40, 1, 0, 9)]
 
 
+SIZES = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 128, "hidden_size": 128}
+
+
 def model_of(dtype: torch.dtype) -> PreTrainedModel:
-    sizes = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 128, "hidden_size": 128}
-    return random_qwen3(**sizes).to(dtype)
+    return random_qwen3(**SIZES, intermediate_size=512).to(dtype)
 
 
 def interpreted(model: PreTrainedModel) -> MultiItemScorer:
@@ -38,11 +42,15 @@ def test_packed_and_extend_equal_one_by_one(
 ) -> None:
     model = model_of(dtype)
     expected = one_by_one(model, PREFIX, ITEMS, LABELS)
-    traced = []
-    run = fused_layer.project_qkv
-    monkeypatch.setattr(
-        fused_layer, "project_qkv", lambda *a, **k: (traced.append(1), run(*a, **k))[1]
-    )
+    traced = set()
+
+    def watch(name: str) -> None:
+        own = getattr(fused_layer, name)
+        watched = functools.wraps(own)(lambda *args, **kw: (traced.add(name), own(*args, **kw))[1])
+        monkeypatch.setattr(fused_layer, name, watched)
+
+    for name in KERNELS:
+        watch(name)
     scorer = interpreted(model)
     for flow in ("packed", "extend"):
         found = scorer.score(PREFIX, ITEMS, return_usage=True)
@@ -53,7 +61,7 @@ def test_packed_and_extend_equal_one_by_one(
         else:
             assert error.max() <= PROBABILITY_MAX_BFLOAT16
             assert error.mean() <= PROBABILITY_MEAN_BFLOAT16
-    assert traced  # the kernels were in the programs
+    assert traced == KERNELS  # they were in the programs
 
 
 def test_other_layers_stay_as_they_are() -> None:
@@ -63,3 +71,21 @@ def test_other_layers_stay_as_they_are() -> None:
     assert not fused_layer.can_fuse(
         random_qwen3(head_dim=64, hidden_size=128).model.layers[0], "pallas", 2
     )
+
+
+def test_other_mlps_stay_as_they_are() -> None:
+    mlp = model_of(torch.float32).model.layers[0].mlp
+    assert fused_layer.can_fuse_mlp(mlp, 4)
+    # a width that no pass divides, another activation, another module
+    narrow = random_qwen3(**SIZES, intermediate_size=320).model.layers[0].mlp
+    assert not fused_layer.can_fuse_mlp(narrow, 4)
+    other = random_qwen3(**SIZES, intermediate_size=512, hidden_act="gelu").model.layers[0].mlp
+    assert not fused_layer.can_fuse_mlp(other, 4)
+    assert not fused_layer.can_fuse_mlp(torch.nn.Identity(), 4)
+
+
+def test_a_layer_with_another_mlp_is_exact() -> None:
+    model = random_qwen3(**SIZES, intermediate_size=320)
+    expected = one_by_one(model, PREFIX, ITEMS, LABELS)
+    found = interpreted(model).score(PREFIX, ITEMS)
+    assert np.abs(np.array(found) - expected.numpy()).max() <= PROBABILITY_MAX_FLOAT32

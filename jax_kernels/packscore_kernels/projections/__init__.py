@@ -1,7 +1,13 @@
-"""The projections around attention, fused with the norms and the rotation beside them."""
+"""The dense half of a decoder layer: projections and MLP, fused with the norms beside them."""
 
 from __future__ import annotations
 
-from packscore_kernels.projections.api import can_project, project_out, project_qkv
+from packscore_kernels.projections.api import (
+    can_gate,
+    can_project,
+    gated_mlp,
+    project_out,
+    project_qkv,
+)
 
-__all__ = ["can_project", "project_out", "project_qkv"]
+__all__ = ["can_gate", "can_project", "gated_mlp", "project_out", "project_qkv"]

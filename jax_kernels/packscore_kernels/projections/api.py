@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from packscore_kernels.hardware import CHIPS, vmem_capacity
 from packscore_kernels.projections.kernel import (
-    product,
+    HEAD_DIM,
     project_out_pallas,
     project_qkv_pallas,
     qkv_vmem_bytes,
-    rms_norm,
 )
+from packscore_kernels.projections.mlp import COLUMNS, gated_mlp_pallas, mlp_tiles
+from packscore_kernels.projections.tiles import product, rms_norm, tile_tokens
 from packscore_kernels.segment_paged_attention.validation import ArgumentError
 
 ProjectionImplementation = Literal["pallas", "pallas_interpret", "xla"]
-HEAD_DIM = 128  # the width of a vector register, within which a head is turned
 
 
 def can_project(
     num_q_heads: int, num_kv_heads: int, head_dim: int, hidden_size: int, itemsize: int
 ) -> bool:
     """Whether the kernels take these heads, and the chip that is traced for holds their weights."""
-    held = qkv_vmem_bytes(num_q_heads, num_kv_heads, hidden_size, itemsize)
-    room = vmem_capacity() or CHIPS["v5e"].vmem_bytes  # where it is interpreted
-    return head_dim == HEAD_DIM and hidden_size % HEAD_DIM == 0 and held <= 0.75 * room
+    held = functools.partial(qkv_vmem_bytes, num_q_heads, num_kv_heads, hidden_size, itemsize)
+    shapes_fit = head_dim == HEAD_DIM and hidden_size % HEAD_DIM == 0
+    weights = hidden_size * HEAD_DIM * (num_q_heads + 2 * num_kv_heads)
+    return shapes_fit and tile_tokens(1, weights, held) is not None
 
 
 def project_qkv(
@@ -106,6 +107,51 @@ def project_out(
         rows = attended.transpose(1, 0, 2).reshape(len(x), -1)
         return (x.astype(jnp.float32) + product(rows, weight)).astype(x.dtype)
     return project_out_pallas(attended, weight, x, interpret=_interpret(implementation))
+
+
+def can_gate(hidden_size: int, intermediate_size: int, itemsize: int) -> bool:
+    """Whether `gated_mlp` takes an MLP of these sizes on the chip that is traced for."""
+    return mlp_tiles(1, hidden_size, intermediate_size, itemsize) is not None
+
+
+def gated_mlp(
+    x: jax.Array,  # [num_tokens, hidden_size]
+    x_norm: jax.Array,  # [hidden_size]
+    weights: tuple[jax.Array, jax.Array, jax.Array],
+    *,
+    eps: float,
+    implementation: ProjectionImplementation = "pallas",
+) -> jax.Array:
+    """The second half of a decoder layer: x + down(silu(gate(norm(x))) * up(norm(x))).
+
+    Args:
+      x: the residual stream.
+      x_norm: weight of the RMS norm before the MLP.
+      weights: gate and up, each [intermediate_size, hidden_size], and down [hidden_size,
+        intermediate_size], as torch keeps them.
+      eps: of the norm.
+      implementation: "pallas" (TPU), "pallas_interpret" or "xla".
+
+    Returns:
+      [num_tokens, hidden_size] in the dtype of x.
+
+    Raises:
+      ArgumentError: sizes that the kernel does not take.
+    """
+    if implementation == "xla":
+        rows = rms_norm(x, x_norm, eps).astype(x.dtype)
+        gate, up = (product(rows, weight) for weight in weights[:2])
+        gated = (jax.nn.silu(gate) * up).astype(x.dtype)
+        return (x.astype(jnp.float32) + product(gated, weights[2])).astype(x.dtype)
+    (num_tokens, hidden_size), intermediate_size = x.shape, weights[0].shape[0]
+    tiles = mlp_tiles(num_tokens, hidden_size, intermediate_size, x.dtype.itemsize)
+    if tiles is None:
+        raise ArgumentError(
+            f"{hidden_size=} must be a multiple of 128 and {intermediate_size=} one of {COLUMNS}, "
+            "small enough for the chip; pass implementation='xla'"
+        )
+    interpret = _interpret(implementation)
+    return gated_mlp_pallas(x, x_norm, weights, tiles, eps=eps, interpret=interpret)
 
 
 def _interpret(implementation: ProjectionImplementation) -> Any:

@@ -15,35 +15,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from packscore_kernels.hardware import cdiv, shape_of, vmem_limit
+from packscore_kernels.hardware import LANES, cdiv, shape_of, vmem_limit
+from packscore_kernels.projections.tiles import Ref, product, rms_norm, tile_tokens
 
-Ref = Any
-BLOCK_TOKENS = 512
+HEAD_DIM = LANES  # the width of a vector register, within which a head is turned
 # Heads that one pass multiplies. Few leave the matrix unit idle at each pass's ends; all at once
 # is one long piece of code, which the compiler schedules worse than several short ones.
 HEADS = 8
-
-
-def product(
-    rows: jax.Array,  # [num_rows, hidden_size]
-    weight: jax.Array,  # [num_columns, hidden_size]
-) -> jax.Array:
-    """rows x weight transposed, float32[num_rows, num_columns]."""
-    out: jax.Array = lax.dot_general(
-        rows,
-        weight,
-        (((1,), (1,)), ((), ())),
-        precision=lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
-    return out
-
-
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * weight along the last axis, in float32."""
-    x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
-    out: jax.Array = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * weight
-    return out
 
 
 def num_passes(num_q_heads: int, num_kv_heads: int) -> int:
@@ -115,16 +93,13 @@ def _whole(weight: jax.Array) -> pl.BlockSpec:
     return pl.BlockSpec(weight.shape, lambda *_: (0, 0), pipeline_mode=pl.Buffered(1))
 
 
-def block_tokens(num_tokens: int, itemsize: int) -> int:
-    """Tokens of a tile: less of float32, which takes twice the room."""
-    return min(BLOCK_TOKENS * 2 // itemsize, num_tokens)
-
-
-def qkv_vmem_bytes(num_q_heads: int, num_kv_heads: int, hidden_size: int, itemsize: int) -> int:
-    """What the first kernel holds for heads of 128: the second one holds less."""
-    columns, tokens = 128 * (num_q_heads + 2 * num_kv_heads), block_tokens(2**30, itemsize)
-    tiles = tokens * (3 * hidden_size + 2 * columns + 4 * 128) * itemsize
-    return columns * hidden_size * itemsize + tiles + tokens * 128 * (2 * HEADS + 2) * 4
+def qkv_vmem_bytes(
+    num_q_heads: int, num_kv_heads: int, hidden_size: int, itemsize: int, tokens: int
+) -> int:
+    """What the first kernel holds with tiles of so many tokens: the second one holds less."""
+    columns = HEAD_DIM * (num_q_heads + 2 * num_kv_heads)
+    tiles = tokens * (3 * hidden_size + 2 * columns + 4 * HEAD_DIM) * itemsize
+    return columns * hidden_size * itemsize + tiles + tokens * HEAD_DIM * (2 * HEADS + 2) * 4
 
 
 def project_qkv_pallas(
@@ -140,7 +115,11 @@ def project_qkv_pallas(
     """The kernel behind `project_qkv`."""
     (num_tokens, hidden_size), head_dim = x.shape, norms[0].shape[0]
     num_q_heads, num_kv_heads = (w.shape[0] // head_dim for w in weights[:2])
-    tokens = block_tokens(num_tokens, x.dtype.itemsize)
+    held = functools.partial(
+        qkv_vmem_bytes, num_q_heads, num_kv_heads, hidden_size, x.dtype.itemsize
+    )
+    tokens = tile_tokens(num_tokens, sum(w.size for w in weights), held)
+    assert tokens, "can_project says whether there is a tile"
     x_norm, q_norm, k_norm = (norm[None] for norm in (x_norm, *norms))
 
     def tile(width: int) -> pl.BlockSpec:
@@ -168,9 +147,7 @@ def project_qkv_pallas(
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=vmem_limit(
-                qkv_vmem_bytes(num_q_heads, num_kv_heads, hidden_size, x.dtype.itemsize)
-            ),
+            vmem_limit_bytes=vmem_limit(held(tokens)),
         ),
         interpret=interpret,
         name="project_qkv",
@@ -200,9 +177,14 @@ def project_out_pallas(
     """The kernel behind `project_out`."""
     num_heads, num_tokens, head_dim = attended.shape
     hidden_size, itemsize = weight.shape[0], x.dtype.itemsize
-    tokens = block_tokens(num_tokens, itemsize)
+
+    def held(tokens: int) -> int:
+        arrays = weight.size + tokens * (4 * hidden_size + 3 * weight.shape[1])
+        return arrays * itemsize + 4 * tokens * hidden_size
+
+    tokens = tile_tokens(num_tokens, weight.size, held)
+    assert tokens, "can_project says whether there is a tile"
     tile = pl.BlockSpec((tokens, hidden_size), lambda t: (t, 0))
-    held = (weight.size + tokens * (4 * hidden_size + 3 * weight.shape[1])) * itemsize
     out: jax.Array = pl.pallas_call(
         _out_kernel,
         grid=(cdiv(num_tokens, tokens),),
@@ -215,7 +197,7 @@ def project_out_pallas(
         out_shape=shape_of(x.shape, x.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",),
-            vmem_limit_bytes=vmem_limit(held + 4 * tokens * hidden_size),
+            vmem_limit_bytes=vmem_limit(held(tokens)),
         ),
         interpret=interpret,
         name="project_out",

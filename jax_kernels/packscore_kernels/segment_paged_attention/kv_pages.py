@@ -133,23 +133,38 @@ def _kernel(
     # scratch
     tokens: Any,  # [2, num_kv_heads, page_size + ALIGNMENT, head_dim]
     page: Any,  # [num_kv_heads, 2, page_size, head_dim]
-    sem: Any,
+    sems: Any,  # DMA[2]: of whole pages, which fly together, and of the others
 ) -> None:
     del aliased
-    at = pl.program_id(0) * FIELDS
     num_heads, _, page_size, _ = page.shape
     window = tokens.shape[2]
 
-    @pl.when(pl.program_id(0) < count[0])
-    def write() -> None:
-        source_page, number, token, low, high = (writes[at + i] for i in range(FIELDS))
+    def fields(i: Any) -> tuple[Any, ...]:
+        return tuple(writes[i * FIELDS + field] for field in range(FIELDS))
+
+    def whole_copies(i: Any) -> list[Any]:
+        """Of a page all of whose slots take tokens, from where a copy may begin: nothing else."""
+        _, number, token, _, _ = fields(i)
+        here = pl.ds(pl.multiple_of(token, ALIGNMENT), page_size)
+        return [
+            pltpu.make_async_copy(source.at[:, here], kv_pages.at[number, :, kv], sems.at[0])
+            for kv, source in enumerate((k, v))
+        ]
+
+    def is_whole(i: Any) -> Any:
+        _, _, token, low, high = fields(i)
+        return (lax.rem(token, ALIGNMENT) == 0) & (low == 0) & (high == page_size)
+
+    def merge(i: Any) -> None:
+        """A page some of whose slots stay as they were, or whose tokens must be shifted."""
+        source_page, number, token, low, high = fields(i)
         start = jnp.clip(token, 0, k.shape[1] - window) // ALIGNMENT * ALIGNMENT
         start = pl.multiple_of(start, ALIGNMENT)
         copies: list[Any] = [
-            pltpu.make_async_copy(source.at[:, pl.ds(start, window)], tokens.at[i], sem)
-            for i, source in enumerate((k, v))
+            pltpu.make_async_copy(source.at[:, pl.ds(start, window)], tokens.at[kv], sems.at[1])
+            for kv, source in enumerate((k, v))
         ]
-        copies.append(pltpu.make_async_copy(kv_pages.at[source_page], page, sem))
+        copies.append(pltpu.make_async_copy(kv_pages.at[source_page], page, sems.at[1]))
         for copy in copies:
             copy.start()
         for copy in copies:
@@ -159,13 +174,31 @@ def _kernel(
         slot = lax.broadcasted_iota(jnp.int32, (page_size, 1), 0)
         used = (slot >= low) & (slot < high)
         for head in range(num_heads):
-            for i in range(2):
-                new = pltpu.roll(tokens[i, head].astype(jnp.float32), turn, 0)[:page_size]
-                old = page[head, i].astype(jnp.float32)
-                page[head, i] = jnp.where(used, new, old).astype(page.dtype)
-        back: Any = pltpu.make_async_copy(page, kv_pages.at[number], sem)
+            for kv in range(2):
+                new = pltpu.roll(tokens[kv, head].astype(jnp.float32), turn, 0)[:page_size]
+                old = page[head, kv].astype(jnp.float32)
+                page[head, kv] = jnp.where(used, new, old).astype(page.dtype)
+        back: Any = pltpu.make_async_copy(page, kv_pages.at[number], sems.at[1])
         back.start()
         back.wait()
+
+    @pl.loop(0, count[0])
+    def write(i: Any) -> None:
+        whole = is_whole(i)
+
+        @pl.when(whole)
+        def start() -> None:
+            for copy in whole_copies(i):
+                copy.start()
+
+        pl.when(~whole)(lambda: merge(i))
+
+    @pl.loop(0, count[0])
+    def finish(i: Any) -> None:
+        @pl.when(is_whole(i))
+        def wait() -> None:
+            for copy in whole_copies(i):
+                copy.wait()
 
 
 def write_kv_pages(
@@ -215,13 +248,13 @@ def write_kv_pages(
         _kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(plan.writes.shape[0] // FIELDS,),
+            grid=(1,),
             in_specs=[hbm, hbm, hbm],
             out_specs=hbm,
             scratch_shapes=[
                 pltpu.VMEM((2, num_heads, window, head_dim), k.dtype),
                 pltpu.VMEM((num_heads, 2, plan.page_size, head_dim), k.dtype),
-                pltpu.SemaphoreType.DMA,
+                pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
         out_shape=shape_of(kv_pages.shape, kv_pages.dtype),

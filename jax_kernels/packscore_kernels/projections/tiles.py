@@ -1,0 +1,83 @@
+"""What the kernels around attention share: their tiles of tokens, products and norms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from packscore_kernels.hardware import CHIPS, align_to, cdiv, vmem_capacity
+
+Ref = Any
+# Tokens of a tile, the most first: long tiles leave the matrix unit idle at fewer ends.
+TILE_TOKENS = (1024, 512, 256)
+# Multiplications of one tile: their code is unrolled, and compiles in 12 to 20 s at this length.
+LONGEST_PRODUCTS = 9_000_000_000
+
+
+def vmem_room() -> int:
+    """Bytes of VMEM that a kernel may plan with; where it is interpreted, of a v5e's."""
+    return (vmem_capacity() or CHIPS["v5e"].vmem_bytes) * 3 // 4
+
+
+def even_tile(num_tokens: int, most: int) -> int:
+    """Tokens of a tile of at most so many, such that all tiles have about as many."""
+    return min(align_to(cdiv(num_tokens, cdiv(num_tokens, most)), 16), num_tokens)
+
+
+def suits(tokens: int, weights: int, held: int) -> bool:
+    """Whether a tile fits VMEM and compiles in seconds.
+
+    Args:
+      tokens: of the tile.
+      weights: that each of them is multiplied with in one piece of code.
+      held: bytes of VMEM.
+    """
+    return held <= vmem_room() and tokens * weights <= LONGEST_PRODUCTS
+
+
+def tile_tokens(num_tokens: int, weights: int, held: Callable[[int], int]) -> int | None:
+    """Tokens of a tile; None where no tile suits.
+
+    Args:
+      num_tokens: of all tiles.
+      weights: that each of them is multiplied with.
+      held: tokens of a tile to the bytes of VMEM it takes.
+    """
+    suiting = (most for most in TILE_TOKENS if suits(most, weights, held(most)))
+    most = next(suiting, None)
+    return most and even_tile(num_tokens, most)
+
+
+def by_rows(num_rows: int, run: Callable[[Any], None]) -> None:
+    """Some rows at a time: as one piece, vector code spills its values and compiles slowly."""
+    some = 128
+    pl.loop(0, num_rows // some)(lambda i: run(pl.ds(pl.multiple_of(i * some, some), some)))
+    if rest := num_rows % some:
+        run(pl.ds(num_rows - rest, rest))
+
+
+def product(
+    rows: jax.Array,  # [num_rows, hidden_size]
+    weight: jax.Array,  # [num_columns, hidden_size]
+) -> jax.Array:
+    """rows x weight transposed, float32[num_rows, num_columns]."""
+    out: jax.Array = lax.dot_general(
+        rows,
+        weight,
+        (((1,), (1,)), ((), ())),
+        precision=lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    return out
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * weight along the last axis, in float32."""
+    x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
+    out: jax.Array = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+    return out
