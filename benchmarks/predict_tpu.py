@@ -155,8 +155,8 @@ def floor_ms(shape: dict[str, Any], job: Job, peak_flops: float) -> float:
 
 def steps_of(path: str) -> int:
     """Steps of a kernel's grid: its loop, the last one, is left at that many and two."""
-    *_, exits = (region.exits for region in tpu_schedule.regions(path) if region.exits)
-    return int(exits[0]) - 2
+    exits = [region.exits[0] for region in tpu_schedule.regions(path) if region.exits]
+    return int(exits[-1]) - 2 if exits else 1
 
 
 def guarded_cycles(path: str, live: int, steps: int) -> int:
@@ -175,10 +175,10 @@ def mlp_costs(path: str, chunks: int, weight_bytes: float) -> tuple[float, float
     steps, cycles = steps_of(path), 0.0
     tiles = steps // chunks
     for region in tpu_schedule.regions(path):
-        if region.depth == 1:
-            cycles += steps * region.bundles
-        elif region.depth:
-            cycles += tiles * region.bundles * max(region.exits, default=1)
+        if region.depth <= 1:
+            cycles += region.bundles * (steps if region.depth else 1)
+        else:
+            cycles += region.bundles * tiles * max(region.exits, default=1)
     return cycles, weight_bytes * (tiles if chunks > 1 else 1)
 
 
