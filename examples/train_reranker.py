@@ -275,11 +275,13 @@ def train(model: Qwen3ForCausalLM, tokenizer: Tokenizer, sampler: RowSampler, st
 
 
 @torch.inference_mode()
-def evaluate(model: Qwen3ForCausalLM, tokenizer: Tokenizer, documents: list[Document]) -> float:
-    """How often the text that answers a query scores above a random other one, 2 000 pairs."""
-    rows = RowSampler(documents, seed=1, training=False).draw(2000, num_texts=2, max_words=100)
+def evaluate(
+    model: Qwen3ForCausalLM, tokenizer: Tokenizer, documents: list[Document], pairs: int
+) -> float:
+    """How often the text that answers a query scores above a random other one."""
+    rows = RowSampler(documents, seed=1, training=False).draw(pairs, num_texts=2, max_words=100)
     labels = tokenizer.convert_tokens_to_ids(["no", "yes"])
-    batches = [last_logits(model, tokenizer, rows[i : i + 20]) for i in range(0, 2000, 20)]
+    batches = [last_logits(model, tokenizer, rows[i : i + 20]) for i in range(0, pairs, 20)]
     answer, other = torch.cat(batches)[..., labels].diff(dim=-1).unbind(1)
     return (answer > other).float().mean().item()
 
@@ -289,6 +291,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=MODEL_FOLDER)
     parser.add_argument("--evaluate", action="store_true", help="only evaluate the saved model")
+    parser.add_argument("--pairs", type=int, default=2000, help="pairs to evaluate on")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -303,7 +306,7 @@ def main() -> None:
         tokenizer.save_pretrained(args.output, save_jinja_files=False)
     tokenizer = Tokenizer.from_pretrained(args.output)
     model = Qwen3ForCausalLM.from_pretrained(args.output, dtype=torch.float32)
-    print(f"held-out pairwise accuracy: {evaluate(model, tokenizer, held_out):.4f}")
+    print(f"held-out pairwise accuracy: {evaluate(model, tokenizer, held_out, args.pairs):.4f}")
 
 
 if __name__ == "__main__":

@@ -29,14 +29,14 @@ def arrays(rng, dtype, num_q_heads, num_kv_heads, head_dim, num_tokens, page_siz
 
 def poisoned(layout, k, v, pages, page_size):
     """NaN wherever nobody may look: padding, unused pages, the rest of partly filled pages."""
-    k = k.at[:, layout.num_real_tokens :].set(jnp.nan)
-    v = v.at[:, layout.num_real_tokens :].set(jnp.nan)
+    real = (np.arange(k.shape[1]) < layout.num_real_tokens)[:, None]
     used = np.zeros((NUM_PAGES, page_size), bool)
     for one in layout.groups:
         index = np.arange(one.cached_len)
         if one.cached_len:
             used[one.page_indices[index // page_size], index % page_size] = True
-    return k, v, jnp.where(used[:, None, None, :, None], pages, jnp.nan)
+    used = used[:, None, None, :, None]
+    return jnp.where(real, k, jnp.nan), jnp.where(real, v, jnp.nan), jnp.where(used, pages, jnp.nan)
 
 
 @functools.cache
