@@ -11,9 +11,9 @@ the query in pages too where the mask is segment; `prefill`, the query alone, in
 the items behind the query's pages.
 
 Assumptions: one bundle issues a cycle; an instruction takes its cycles or the time of its bytes at
-the HBM's bandwidth, whichever is longer, and the page writes both; copies that the compiler starts
-early hide, and copies within VMEM, where it puts a layer's weights before a kernel, take nothing;
-the clock is the chip's published one; the host's work overlaps the device's.
+the HBM's bandwidth, whichever is longer; page writes take both, and so do the weights that a kernel
+fetches before its first product; copies that the compiler starts early hide; the clock is the
+chip's published one; the host's work overlaps the device's.
 """
 
 from __future__ import annotations
@@ -166,20 +166,20 @@ def guarded_cycles(path: str, live: int, steps: int) -> int:
     return live * long + steps * (sum(found) - long)
 
 
-def mlp_costs(path: str, chunks: int, weight_bytes: float) -> tuple[float, float]:
-    """Cycles of the MLP's kernel, and the bytes of its weights, which each tile of tokens reads.
+def mlp_cycles(path: str, chunks: int) -> tuple[float, int]:
+    """Cycles of the MLP's kernel, and its tiles of tokens, each of which reads all weights.
 
-    Pieces with products, and what each step costs, run once a step; the loops over rows, which have
-    none, once a tile.
+    Its long pieces: the first chunk of a tile, the other ones, and what ends a tile.
     """
-    steps, cycles = steps_of(path), 0.0
-    tiles = steps // chunks
+    steps = steps_of(path)
+    tiles, cycles = steps // chunks, 0.0
+    times = [tiles, steps - tiles] if chunks > 1 else [tiles]
     for region in tpu_schedule.regions(path):
-        if region.depth <= 1:
-            cycles += region.bundles * (steps if region.depth else 1)
-        else:
-            cycles += region.bundles * tiles * max(region.exits, default=1)
-    return cycles, weight_bytes * (tiles if chunks > 1 else 1)
+        if region.has("vmatmul"):
+            cycles += region.bundles * times.pop(0)
+        elif region.depth:
+            cycles += region.bundles * (tiles if region.bundles >= LONG_PIECE else steps)
+    return cycles, tiles
 
 
 def costs_of_kernels(
@@ -197,6 +197,12 @@ def costs_of_kernels(
     (schedule,) = (x for x in inputs if isinstance(x, SegmentSchedule))
     writes = [x for x in inputs if isinstance(x, PageWrites)]
 
+    head = 2 * job.head_dim
+
+    def fetched(count: float) -> float:
+        """Cycles for which the chip waits for so many bytes of HBM."""
+        return count / bandwidth * clock_hz
+
     def cost(name: str, path: str) -> tuple[float, float | None] | None:
         if name.startswith("segment_paged_attention"):
             got = count(job, read_costs(path), schedule, TURN)
@@ -204,13 +210,20 @@ def costs_of_kernels(
         if name.startswith("project_qkv"):
             steps = steps_of(path)
             tiles = steps // (num_passes(job.num_q_heads, job.num_kv_heads) + 1)
-            return guarded_cycles(path, tiles, steps), None
+            weights = config.hidden_size * (job.num_q_heads + 2 * job.num_kv_heads) * head
+            return guarded_cycles(path, tiles, steps) + fetched(weights), None
+        if name.startswith("project_out"):
+            weights = config.hidden_size * job.num_q_heads * head
+            return tpu_schedule.pipelined_cycles(path) + fetched(weights), None
         if name.startswith("gated_mlp"):
             hidden, width = config.hidden_size, config.intermediate_size
-            num_tokens, itemsize = inputs[-5 - len(writes)].shape[0], 2
-            tiles = mlp_tiles(num_tokens, hidden, width, itemsize)
-            cycles, weights = mlp_costs(path, width // tiles.width, 3 * hidden * width * itemsize)
-            return cycles, weights + 2 * num_tokens * hidden * itemsize
+            tiled = mlp_tiles(inputs[-5 - len(writes)].shape[0], hidden, width, 2)
+            cycles, tiles = mlp_cycles(path, width // tiled.width)
+            weights = 2 * 3 * hidden * width
+            # the first chunk arrives before anything runs, the others beside the products
+            return max(cycles, fetched(tiles * weights)) + fetched(
+                weights * tiled.width / width
+            ), None
         if name.startswith("write_kv_pages"):
             # whole pages are copied together; each other one waits for its keys, values and old
             # slots, is merged, and waits for its way back
@@ -222,7 +235,7 @@ def costs_of_kernels(
             slot = 2 * 2 * job.num_kv_heads * job.head_dim
             moved = slot * (2 * whole * size + merged * (3 * size + ALIGNMENT))
             cycles = guarded_cycles(path, merged, len(fields))
-            return cycles + moved / bandwidth * clock_hz, moved
+            return cycles + fetched(moved), moved
         return None
 
     return cost

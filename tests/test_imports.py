@@ -66,8 +66,8 @@ def test_every_module_leaves_the_process_as_it_was() -> None:
         jax_path = {
             f"packscore.{name}"
             for name in (
-                *("ahead", "bridge", "compile_cache", "fused_layer"),
-                *("program", "program_engine", "traced_ops"),
+                *("ahead", "bridge", "compile_cache", "device_pages", "fused_layer"),
+                *("program", "program_engine", "program_inputs", "traced_ops"),
             )
         }
         # extend classes of packages that change warnings and the environment when imported

@@ -231,21 +231,29 @@ class TracedModel:
         hidden = self._call(decoder.embed_tokens, weights["embed_tokens"], token_ids[None])
         positions = position_ids[None]
         rotary = self._call(decoder.rotary_emb, weights["rotary"], hidden, positions)
-        num_layers = len(decoder.layers)
+        num_layers, first = len(decoder.layers), decoder.layers[0]
+        fused = can_fuse(first, implementation, hidden.dtype.itemsize)
 
-        def layer(carry: Any, scanned: tuple[Mapping[str, jax.Array], jax.Array]) -> Any:
+        def layer(carry: Any, scanned: tuple[Any, jax.Array]) -> Any:
             hidden, kv_pages = carry
-            stacked, index = scanned
+            own_weights, index = scanned
             own = None if pages is None else LayerPages(kv_pages, pages.writes)
             at = schedule
             if own is not None:
                 first_page = index * (kv_pages.shape[0] // num_layers)
                 at = dataclasses.replace(schedule, page_indices=schedule.page_indices + first_page)
                 own.writes = own.writes.moved(first_page)
-            first = decoder.layers[0]
-            if can_fuse(first, implementation, hidden.dtype.itemsize):
+            if fused:
                 out = fused_layer(
-                    self._call, first, stacked, hidden, rotary, at, own, implementation
+                    self._call,
+                    first,
+                    weights["layers"],
+                    index,
+                    hidden,
+                    rotary,
+                    at,
+                    own,
+                    implementation,
                 )
                 return (out, None if own is None else own.kv_pages), None
             out = self._call(
@@ -255,7 +263,7 @@ class TracedModel:
                     implementation=implementation,
                     pages=own,
                 ),
-                {f"module.{name}": array for name, array in stacked.items()},
+                {f"module.{name}": array for name, array in own_weights.items()},
                 hidden,
                 position_embeddings=rotary,
                 position_ids=positions,
@@ -263,7 +271,7 @@ class TracedModel:
             return (out, None if own is None else own.kv_pages), None
 
         start = hidden, None if pages is None else pages.kv_pages
-        scanned = weights["layers"], jnp.arange(num_layers)
+        scanned = None if fused else weights["layers"], jnp.arange(num_layers)
         (hidden, written), _ = jax.lax.scan(layer, start, scanned)
         if pages is not None:
             pages.kv_pages = written

@@ -2,7 +2,7 @@
 
 Traced as they are, the modules between the residual stream and attention become a dozen passes over
 memory: halves of heads are sliced, turned and joined, and arrays change their layout for attention.
-The MLP's gate is computed within its last product, which waits for it. Experts stay as they are.
+XLA computes the MLP's gate within its last product, which waits for it. Experts stay as they are.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def fused_layer(
     call: Callable[..., jax.Array],
     layer: Any,
     weights: Mapping[str, jax.Array],
+    index: jax.Array,  # i32[]
     hidden: jax.Array,  # [1, num_tokens, hidden_size]
     rotary: tuple[jax.Array, jax.Array],  # [1, num_tokens, head_dim]
     schedule: SegmentSchedule,
@@ -67,8 +68,10 @@ def fused_layer(
 
     Args:
       call: (module, its weights, its inputs) -> its output, through torchax.
-      layer: the decoder layer.
-      weights: of the layer, by their names in it.
+      layer: a decoder layer, for its modules.
+      weights: of all layers, stacked, by their names in one. The kernels fetch what they need from
+        the stacks: a slice handed to them would be a copy, for which the chip waits.
+      index: of the layer that is computed.
       hidden: the residual stream.
       rotary: cosine and sine of the positions.
       schedule: who sees whom.
@@ -79,35 +82,39 @@ def fused_layer(
       [1, num_tokens, hidden_size]: the residual stream behind the layer.
     """
     attention = layer.self_attn
+    x = hidden[0]
 
-    def of(name: str) -> jax.Array:
-        return weights[f"self_attn.{name}.weight"]
+    def stack(name: str) -> jax.Array:
+        return weights[f"{name}.weight"]
 
     q, k, v = project_qkv(
-        hidden[0],
-        weights["input_layernorm.weight"],
-        (of("q_proj"), of("k_proj"), of("v_proj")),
-        (of("q_norm"), of("k_norm")),
+        x,
+        stack("input_layernorm")[index],
+        (stack("self_attn.q_proj"), stack("self_attn.k_proj"), stack("self_attn.v_proj")),
+        (stack("self_attn.q_norm")[index], stack("self_attn.k_norm")[index]),
         (rotary[0][0], rotary[1][0]),
+        index,
         eps=layer.input_layernorm.variance_epsilon,
         implementation=implementation,
     )
     attended = attend(q, k, v, schedule, pages, attention.scaling, implementation)
-    hidden = project_out(attended, of("o_proj"), hidden[0], implementation=implementation)
-    if can_fuse_mlp(layer.mlp, hidden.dtype.itemsize):
-        gate, up, down = (weights[f"mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
+    x = project_out(attended, stack("self_attn.o_proj"), x, index, implementation=implementation)
+    if can_fuse_mlp(layer.mlp, x.dtype.itemsize):
         return gated_mlp(
-            hidden,
-            weights["post_attention_layernorm.weight"],
-            (gate, up, down),
+            x,
+            stack("post_attention_layernorm")[index],
+            (stack("mlp.gate_proj"), stack("mlp.up_proj"), stack("mlp.down_proj")),
+            index,
             eps=layer.post_attention_layernorm.variance_epsilon,
             implementation=implementation,
         )[None]
-    hidden = hidden[None]
+    hidden = x[None]
 
     def through(name: str, x: jax.Array) -> jax.Array:
         own = {
-            key.removeprefix(f"{name}."): w for key, w in weights.items() if key.startswith(name)
+            key.removeprefix(f"{name}."): w[index]
+            for key, w in weights.items()
+            if key.startswith(f"{name}.")
         }
         return call(getattr(layer, name), own, x)
 

@@ -19,9 +19,14 @@ from packscore_kernels.projections import mlp, tiles
 from packscore_kernels.projections.kernel import HEADS
 
 EPS = 1e-6
+LAYER = 1  # of two: nobody may look at the other's weights
 # (num_tokens, hidden_size, num_q_heads, num_kv_heads): a partial tile, a pass of few heads, one kv
 # head, more heads than a pass takes
 SHAPES = [(128, 128, 2, 1), (130, 256, 3, 3), (700, 128, HEADS + 2, 2), (16, 384, 2 * HEADS, HEADS)]
+
+
+def stack(weight: jax.Array) -> jax.Array:
+    return jnp.stack([jnp.full_like(weight, jnp.nan), weight])
 
 
 def arrays(shape: tuple[int, int, int, int], dtype: str) -> tuple[jax.Array, ...]:
@@ -35,7 +40,8 @@ def arrays(shape: tuple[int, int, int, int], dtype: str) -> tuple[jax.Array, ...
     angles = positions[:, None] / 1e6 ** (np.arange(64) / 64)
     angles = np.concatenate([angles, angles], 1)
     weights = tuple(
-        draw(n * 128, hidden, scale=hidden**-0.5) for n in (num_q_heads, num_kv_heads, num_kv_heads)
+        stack(draw(n * 128, hidden, scale=hidden**-0.5))
+        for n in (num_q_heads, num_kv_heads, num_kv_heads)
     )
     norms = draw(128), draw(128)
     rotary = jnp.asarray(np.cos(angles), dtype), jnp.asarray(np.sin(angles), dtype)
@@ -56,7 +62,7 @@ def by_hand(
     rows, (cos, sin), out = norm(f64(x), x_norm), map(f64, rotary), []
     for weight, own in zip(weights, (*norms, None), strict=True):
         heads = []
-        for head in np.split(f64(weight), weight.shape[0] // 128):
+        for head in np.split(f64(weight[LAYER]), weight.shape[1] // 128):
             value = rows @ head.T
             if own is not None:
                 value = norm(value, own)
@@ -72,7 +78,7 @@ def by_hand(
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_qkv(shape: tuple[int, int, int, int], dtype: str, implementation: str) -> None:
     given = arrays(shape, dtype)
-    found = project_qkv(*given, eps=EPS, implementation=implementation)
+    found = project_qkv(*given, LAYER, eps=EPS, implementation=implementation)
     # the rows are rounded once before the product, and the result once behind it
     bound = 2e-5 if dtype == "float32" else 2 * 2**-8
     for got, want in zip(found, by_hand(*given), strict=True):
@@ -91,7 +97,7 @@ def test_out(num_tokens: int, dtype: str, implementation: str) -> None:
         jnp.asarray(rng.standard_normal(size), dtype)
         for size in ((3, num_tokens, 128), (256, 384), (num_tokens, 256))
     )
-    found = project_out(attended, weight, x, implementation=implementation)
+    found = project_out(attended, stack(weight), x, LAYER, implementation=implementation)
     a, w, r = (np.asarray(value.astype(jnp.float32), np.float64) for value in (attended, weight, x))
     want = r + np.concatenate(list(a), 1) @ w.T
     bound = 1e-4 if dtype == "float32" else 2**-8 * np.abs(want).max()
@@ -103,7 +109,7 @@ def test_heads_that_do_not_fit() -> None:
     half = jnp.ones(64), jnp.ones(64)
     rotary = jnp.ones((128, 64)), jnp.ones((128, 64))
     with pytest.raises(ArgumentError, match=r"head_dim=64 must be 128 and hidden_size=128 a multi"):
-        project_qkv(x, x_norm, weights, half, rotary, eps=EPS, implementation="pallas_interpret")
+        project_qkv(x, x_norm, weights, half, rotary, 0, eps=EPS, implementation="pallas_interpret")
     assert can_project(16, 8, 128, 1024, 2)
     assert not can_project(16, 8, 64, 1024, 2)
     assert not can_project(128, 128, 128, 16_384, 2)
@@ -119,30 +125,30 @@ def mlp_arrays(num_tokens: int, hidden: int, width: int, dtype: str) -> tuple[ja
     return draw(num_tokens, hidden), draw(hidden), (gate, up, draw(hidden, width, scale=0.05))
 
 
-# one tile, a partial one; weights that pass by in chunks, of rows that 128 divides, and not
+# one tile, a partial one; one chunk, three of one step, two of two: (tokens, width, its chunk)
 @pytest.mark.parametrize("implementation", ["pallas_interpret", "xla"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("num_tokens", "width", "passing"), [(16, 256, 0), (530, 512, 0), (300, 768, 1), (128, 1280, 1)]
+    ("num_tokens", "width", "chunk"),
+    [(16, 256, 256), (530, 1024, 1024), (300, 768, 256), (130, 1024, 512)],
 )
 def test_mlp(
     num_tokens: int,
     width: int,
-    passing: int,
+    chunk: int,
     dtype: str,
     implementation: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     hidden, itemsize = 256, np.dtype(dtype).itemsize
-    if passing:  # tiles and room so small that one chunk fits
-        monkeypatch.setattr(mlp, "TILE_TOKENS", (256,))
-        held = mlp.mlp_vmem_bytes(hidden, mlp.COLUMNS, width // mlp.COLUMNS, itemsize, 256)
-        monkeypatch.setattr(tiles, "vmem_room", lambda: held)
-    chosen = mlp.mlp_tiles(num_tokens, hidden, width, itemsize)
-    assert chosen is not None
-    assert (chosen.width < width) == bool(passing)
+    monkeypatch.setattr(mlp, "TILE_TOKENS", (256,))
+    monkeypatch.setattr(
+        tiles, "vmem_room", lambda: mlp.mlp_vmem_bytes(hidden, chunk, itemsize, 256)
+    )
+    assert mlp.mlp_tiles(num_tokens, hidden, width, itemsize)[1] == chunk
     x, norm, weights = mlp_arrays(num_tokens, hidden, width, dtype)
-    found = gated_mlp(x, norm, weights, eps=EPS, implementation=implementation)
+    stacks = tuple(map(stack, weights))
+    found = gated_mlp(x, norm, stacks, LAYER, eps=EPS, implementation=implementation)
 
     rows, weight, gate, up, down = (
         np.asarray(value.astype(jnp.float32), np.float64) for value in (x, norm, *weights)
@@ -158,18 +164,20 @@ def test_mlp(
 
 def test_mlps_that_do_not_fit() -> None:
     x, norm, weights = mlp_arrays(16, 128, 320, "float32")
-    with pytest.raises(ArgumentError, match="intermediate_size=320 one of 256"):
-        gated_mlp(x, norm, weights, eps=EPS, implementation="pallas_interpret")
+    with pytest.raises(ArgumentError, match="intermediate_size=320 of 256"):
+        gated_mlp(
+            x, norm, tuple(map(stack, weights)), 0, eps=EPS, implementation="pallas_interpret"
+        )
     assert can_gate(1024, 3072, 2)
-    assert can_gate(4096, 12_288, 2)  # in chunks
+    assert can_gate(4096, 12_288, 2)
     assert not can_gate(1000, 3072, 2)
     assert not can_gate(128, 320, 4)
 
 
 def test_tiles_are_even_and_their_code_is_short() -> None:
-    assert mlp.mlp_tiles(12_288, 1024, 3072, 2) == (512, 3072)
-    assert mlp.mlp_tiles(2304, 2560, 9728, 2) == (768, 512)
-    assert mlp.mlp_tiles(100, 1024, 3072, 2) == (100, 3072)
+    assert mlp.mlp_tiles(12_288, 1024, 3072, 2) == (1024, 512)
+    assert mlp.mlp_tiles(2304, 2560, 9728, 2) == (768, 256)
+    assert mlp.mlp_tiles(100, 1024, 3072, 2) == (100, 512)
     assert tiles.even_tile(1152, 512) == 384
     assert tiles.tile_tokens(10_000, 10**7, lambda tokens: 0) == 512
     assert tiles.tile_tokens(10_000, 10**8, lambda tokens: 0) is None

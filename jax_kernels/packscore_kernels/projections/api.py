@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from packscore_kernels.projections.kernel import (
     HEAD_DIM,
+    out_vmem_bytes,
     project_out_pallas,
     project_qkv_pallas,
     qkv_vmem_bytes,
@@ -20,24 +21,32 @@ from packscore_kernels.projections.tiles import product, rms_norm, tile_tokens
 from packscore_kernels.segment_paged_attention.validation import ArgumentError
 
 ProjectionImplementation = Literal["pallas", "pallas_interpret", "xla"]
+Weights3 = tuple[jax.Array, jax.Array, jax.Array]
+Layer = int | jax.Array  # the number of a layer, which may be traced
 
 
 def can_project(
     num_q_heads: int, num_kv_heads: int, head_dim: int, hidden_size: int, itemsize: int
 ) -> bool:
     """Whether the kernels take these heads, and the chip that is traced for holds their weights."""
-    held = functools.partial(qkv_vmem_bytes, num_q_heads, num_kv_heads, hidden_size, itemsize)
-    shapes_fit = head_dim == HEAD_DIM and hidden_size % HEAD_DIM == 0
-    weights = hidden_size * HEAD_DIM * (num_q_heads + 2 * num_kv_heads)
-    return shapes_fit and tile_tokens(1, weights, held) is not None
+    if head_dim != HEAD_DIM or hidden_size % HEAD_DIM:
+        return False
+    into = functools.partial(qkv_vmem_bytes, num_q_heads, num_kv_heads, hidden_size, itemsize)
+    back = functools.partial(out_vmem_bytes, num_q_heads, hidden_size, itemsize)
+    head = hidden_size * HEAD_DIM
+    return bool(
+        tile_tokens(1, head * (num_q_heads + 2 * num_kv_heads), into)
+        and tile_tokens(1, head * num_q_heads, back)
+    )
 
 
 def project_qkv(
     x: jax.Array,  # [num_tokens, hidden_size]
     x_norm: jax.Array,  # [hidden_size]
-    weights: tuple[jax.Array, jax.Array, jax.Array],  # each [num_heads * head_dim, hidden_size]
+    weights: Weights3,  # each [num_layers, num_heads * head_dim, hidden_size]
     norms: tuple[jax.Array, jax.Array],  # [head_dim]
     rotary: tuple[jax.Array, jax.Array],  # [num_tokens, head_dim]
+    layer: Layer,
     *,
     eps: float,
     implementation: ProjectionImplementation = "pallas",
@@ -47,9 +56,10 @@ def project_qkv(
     Args:
       x: the residual stream.
       x_norm: weight of the RMS norm before the projections.
-      weights: of q, k and v, as torch keeps them.
+      weights: of q, k and v, of all layers, each as torch keeps it.
       norms: weights of the RMS norms of each head of q and of k.
       rotary: cosine and sine of the positions, both halves of a head alike.
+      layer: whose weights; the kernel fetches them from the stack, which is not copied.
       eps: of all three norms.
       implementation: "pallas" (TPU), "pallas_interpret" or "xla".
 
@@ -73,7 +83,8 @@ def project_qkv(
                 out = out * cos + jnp.concatenate([-second, first], axis=-1) * sin
             return out.astype(x.dtype).transpose(1, 0, 2)
 
-        q, k, v = (heads(w, n) for w, n in zip(weights, (*norms, None), strict=True))
+        own = (weight[layer] for weight in weights)
+        q, k, v = (heads(w, n) for w, n in zip(own, (*norms, None), strict=True))
         return q, k, v
     if head_dim != HEAD_DIM or hidden_size % HEAD_DIM:
         raise ArgumentError(
@@ -81,14 +92,22 @@ def project_qkv(
             "implementation='xla'"
         )
     return project_qkv_pallas(
-        x, x_norm, weights, norms, rotary, eps=eps, interpret=_interpret(implementation)
+        x,
+        x_norm,
+        weights,
+        norms,
+        rotary,
+        _as_array(layer),
+        eps=eps,
+        interpret=_interpret(implementation),
     )
 
 
 def project_out(
     attended: jax.Array,  # [num_q_heads, num_tokens, head_dim]
-    weight: jax.Array,  # [hidden_size, num_q_heads * head_dim]
+    weight: jax.Array,  # [num_layers, hidden_size, num_q_heads * head_dim]
     x: jax.Array,  # [num_tokens, hidden_size]
+    layer: Layer,
     *,
     implementation: ProjectionImplementation = "pallas",
 ) -> jax.Array:
@@ -96,8 +115,9 @@ def project_out(
 
     Args:
       attended: as `segment_paged_attention` returns it.
-      weight: of the output projection, as torch keeps it.
+      weight: of the output projection, of all layers, each as torch keeps it.
       x: the residual stream, which is added.
+      layer: whose weight.
       implementation: "pallas" (TPU), "pallas_interpret" or "xla".
 
     Returns:
@@ -105,8 +125,9 @@ def project_out(
     """
     if implementation == "xla":
         rows = attended.transpose(1, 0, 2).reshape(len(x), -1)
-        return (x.astype(jnp.float32) + product(rows, weight)).astype(x.dtype)
-    return project_out_pallas(attended, weight, x, interpret=_interpret(implementation))
+        return (x.astype(jnp.float32) + product(rows, weight[layer])).astype(x.dtype)
+    interpret = _interpret(implementation)
+    return project_out_pallas(attended, weight, x, _as_array(layer), interpret=interpret)
 
 
 def can_gate(hidden_size: int, intermediate_size: int, itemsize: int) -> bool:
@@ -117,7 +138,8 @@ def can_gate(hidden_size: int, intermediate_size: int, itemsize: int) -> bool:
 def gated_mlp(
     x: jax.Array,  # [num_tokens, hidden_size]
     x_norm: jax.Array,  # [hidden_size]
-    weights: tuple[jax.Array, jax.Array, jax.Array],
+    weights: Weights3,
+    layer: Layer,
     *,
     eps: float,
     implementation: ProjectionImplementation = "pallas",
@@ -127,8 +149,9 @@ def gated_mlp(
     Args:
       x: the residual stream.
       x_norm: weight of the RMS norm before the MLP.
-      weights: gate and up, each [intermediate_size, hidden_size], and down [hidden_size,
-        intermediate_size], as torch keeps them.
+      weights: gate and up, each [num_layers, intermediate_size, hidden_size], and down
+        [num_layers, hidden_size, intermediate_size], each layer's as torch keeps it.
+      layer: whose weights.
       eps: of the norm.
       implementation: "pallas" (TPU), "pallas_interpret" or "xla".
 
@@ -140,18 +163,24 @@ def gated_mlp(
     """
     if implementation == "xla":
         rows = rms_norm(x, x_norm, eps).astype(x.dtype)
-        gate, up = (product(rows, weight) for weight in weights[:2])
+        gate, up = (product(rows, weight[layer]) for weight in weights[:2])
         gated = (jax.nn.silu(gate) * up).astype(x.dtype)
-        return (x.astype(jnp.float32) + product(gated, weights[2])).astype(x.dtype)
-    (num_tokens, hidden_size), intermediate_size = x.shape, weights[0].shape[0]
+        return (x.astype(jnp.float32) + product(gated, weights[2][layer])).astype(x.dtype)
+    (num_tokens, hidden_size), intermediate_size = x.shape, weights[0].shape[1]
     tiles = mlp_tiles(num_tokens, hidden_size, intermediate_size, x.dtype.itemsize)
     if tiles is None:
         raise ArgumentError(
-            f"{hidden_size=} must be a multiple of 128 and {intermediate_size=} one of {COLUMNS}, "
-            "small enough for the chip; pass implementation='xla'"
+            f"{hidden_size=} must be a multiple of 128 and {intermediate_size=} of "
+            f"{COLUMNS}, small enough for the chip; pass implementation='xla'"
         )
     interpret = _interpret(implementation)
-    return gated_mlp_pallas(x, x_norm, weights, tiles, eps=eps, interpret=interpret)
+    return gated_mlp_pallas(
+        x, x_norm, weights, _as_array(layer), tiles, eps=eps, interpret=interpret
+    )
+
+
+def _as_array(layer: Layer) -> jax.Array:
+    return jnp.asarray(layer, jnp.int32).reshape(1)
 
 
 def _interpret(implementation: ProjectionImplementation) -> Any:

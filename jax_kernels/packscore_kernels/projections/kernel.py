@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from packscore_kernels.hardware import LANES, cdiv, shape_of, vmem_limit
-from packscore_kernels.projections.tiles import Ref, product, rms_norm, tile_tokens
+from packscore_kernels.projections.tiles import Ref, of_layer, product, rms_norm, tile_tokens, whole
 
 HEAD_DIM = LANES  # the width of a vector register, within which a head is turned
 # Heads that one pass multiplies. Few leave the matrix unit idle at each pass's ends; all at once
@@ -30,6 +30,8 @@ def num_passes(num_q_heads: int, num_kv_heads: int) -> int:
 
 
 def _qkv_kernel(
+    # prefetch
+    layer: Ref,  # i32[1]
     # inputs
     x: Ref,  # [block_tokens, hidden_size]
     x_norm: Ref,  # [1, hidden_size]
@@ -51,6 +53,7 @@ def _qkv_kernel(
     *,
     eps: float,
 ) -> None:
+    del layer
     head_dim = q.shape[2]
     half = head_dim // 2
 
@@ -88,74 +91,82 @@ def _qkv_kernel(
         pl.when(pl.program_id(1) == i)(functools.partial(step, i))
 
 
-def _whole(weight: jax.Array) -> pl.BlockSpec:
-    """All of a weight, fetched once."""
-    return pl.BlockSpec(weight.shape, lambda *_: (0, 0), pipeline_mode=pl.Buffered(1))
-
-
 def qkv_vmem_bytes(
     num_q_heads: int, num_kv_heads: int, hidden_size: int, itemsize: int, tokens: int
 ) -> int:
-    """What the first kernel holds with tiles of so many tokens: the second one holds less."""
+    """What `project_qkv` holds with tiles of so many tokens."""
     columns = HEAD_DIM * (num_q_heads + 2 * num_kv_heads)
     tiles = tokens * (3 * hidden_size + 2 * columns + 4 * HEAD_DIM) * itemsize
     return columns * hidden_size * itemsize + tiles + tokens * HEAD_DIM * (2 * HEADS + 2) * 4
 
 
+def out_vmem_bytes(num_q_heads: int, hidden_size: int, itemsize: int, tokens: int) -> int:
+    """What `project_out` holds with tiles of so many tokens."""
+    columns = HEAD_DIM * num_q_heads
+    arrays = columns * hidden_size + tokens * (4 * hidden_size + 3 * columns)
+    return arrays * itemsize + 4 * tokens * hidden_size
+
+
 def project_qkv_pallas(
     x: jax.Array,  # [num_tokens, hidden_size]
     x_norm: jax.Array,  # [hidden_size]
-    weights: tuple[jax.Array, jax.Array, jax.Array],  # each [num_heads * head_dim, hidden_size]
+    weights: tuple[jax.Array, jax.Array, jax.Array],  # [layers, num_heads * head_dim, hidden_size]
     norms: tuple[jax.Array, jax.Array],  # [head_dim]
     rotary: tuple[jax.Array, jax.Array],  # [num_tokens, head_dim]
+    layer: jax.Array,  # i32[1]
     *,
     eps: float,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The kernel behind `project_qkv`."""
     (num_tokens, hidden_size), head_dim = x.shape, norms[0].shape[0]
-    num_q_heads, num_kv_heads = (w.shape[0] // head_dim for w in weights[:2])
+    num_q_heads, num_kv_heads = (w.shape[1] // head_dim for w in weights[:2])
     held = functools.partial(
         qkv_vmem_bytes, num_q_heads, num_kv_heads, hidden_size, x.dtype.itemsize
     )
-    tokens = tile_tokens(num_tokens, sum(w.size for w in weights), held)
+    tokens = tile_tokens(num_tokens, sum(w[0].size for w in weights), held)
     assert tokens, "can_project says whether there is a tile"
     x_norm, q_norm, k_norm = (norm[None] for norm in (x_norm, *norms))
 
     def tile(width: int) -> pl.BlockSpec:
-        return pl.BlockSpec((tokens, width), lambda t, _: (t, 0))
+        return pl.BlockSpec((tokens, width), lambda t, *_: (t, 0))
 
     heads = (num_q_heads, num_kv_heads, num_kv_heads)
     q, k, v = pl.pallas_call(
         functools.partial(_qkv_kernel, eps=eps),
-        grid=(cdiv(num_tokens, tokens), num_passes(num_q_heads, num_kv_heads) + 1),
-        in_specs=[
-            tile(hidden_size),
-            _whole(x_norm),
-            *map(_whole, weights),
-            _whole(q_norm),
-            _whole(k_norm),
-            tile(head_dim),
-            tile(head_dim),
-        ],
-        out_specs=[pl.BlockSpec((n, tokens, head_dim), lambda t, _: (0, t, 0)) for n in heads],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(cdiv(num_tokens, tokens), num_passes(num_q_heads, num_kv_heads) + 1),
+            in_specs=[
+                tile(hidden_size),
+                whole(x_norm),
+                *map(of_layer, weights),
+                whole(q_norm),
+                whole(k_norm),
+                tile(head_dim),
+                tile(head_dim),
+            ],
+            out_specs=[pl.BlockSpec((n, tokens, head_dim), lambda t, *_: (0, t, 0)) for n in heads],
+            scratch_shapes=[
+                pltpu.VMEM((tokens, hidden_size), x.dtype),
+                pltpu.VMEM((2, tokens, HEADS * head_dim), jnp.float32),
+                pltpu.VMEM((2, tokens, head_dim), jnp.float32),
+            ],
+        ),
         out_shape=[shape_of((n, num_tokens, head_dim), x.dtype) for n in heads],
-        scratch_shapes=[
-            pltpu.VMEM((tokens, hidden_size), x.dtype),
-            pltpu.VMEM((2, tokens, HEADS * head_dim), jnp.float32),
-            pltpu.VMEM((2, tokens, head_dim), jnp.float32),
-        ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=vmem_limit(held(tokens)),
         ),
         interpret=interpret,
         name="project_qkv",
-    )(x, x_norm, *weights, q_norm, k_norm, *rotary)
+    )(layer, x, x_norm, *weights, q_norm, k_norm, *rotary)
     return q, k, v
 
 
 def _out_kernel(
+    # prefetch
+    layer: Ref,  # i32[1]
     # inputs
     attended: Ref,  # [num_q_heads, block_tokens, head_dim]
     weight: Ref,  # [hidden_size, num_q_heads * head_dim]
@@ -163,43 +174,40 @@ def _out_kernel(
     # outputs
     out: Ref,  # [block_tokens, hidden_size]
 ) -> None:
+    del layer
     rows = jnp.concatenate([attended[head] for head in range(attended.shape[0])], axis=1)
     out[...] = (x[...].astype(jnp.float32) + product(rows, weight[...])).astype(out.dtype)
 
 
 def project_out_pallas(
     attended: jax.Array,  # [num_q_heads, num_tokens, head_dim]
-    weight: jax.Array,  # [hidden_size, num_q_heads * head_dim]
+    weight: jax.Array,  # [layers, hidden_size, num_q_heads * head_dim]
     x: jax.Array,  # [num_tokens, hidden_size]
+    layer: jax.Array,  # i32[1]
     *,
     interpret: Any = False,
 ) -> jax.Array:
     """The kernel behind `project_out`."""
     num_heads, num_tokens, head_dim = attended.shape
-    hidden_size, itemsize = weight.shape[0], x.dtype.itemsize
-
-    def held(tokens: int) -> int:
-        arrays = weight.size + tokens * (4 * hidden_size + 3 * weight.shape[1])
-        return arrays * itemsize + 4 * tokens * hidden_size
-
-    tokens = tile_tokens(num_tokens, weight.size, held)
+    hidden_size, itemsize = weight.shape[1], x.dtype.itemsize
+    held = functools.partial(out_vmem_bytes, num_heads, hidden_size, itemsize)
+    tokens = tile_tokens(num_tokens, weight[0].size, held)
     assert tokens, "can_project says whether there is a tile"
-    tile = pl.BlockSpec((tokens, hidden_size), lambda t: (t, 0))
+    tile = pl.BlockSpec((tokens, hidden_size), lambda t, _: (t, 0))
+    heads = pl.BlockSpec((num_heads, tokens, head_dim), lambda t, _: (0, t, 0))
     out: jax.Array = pl.pallas_call(
         _out_kernel,
-        grid=(cdiv(num_tokens, tokens),),
-        in_specs=[
-            pl.BlockSpec((num_heads, tokens, head_dim), lambda t: (0, t, 0)),
-            _whole(weight),
-            tile,
-        ],
-        out_specs=tile,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(cdiv(num_tokens, tokens),),
+            in_specs=[heads, of_layer(weight), tile],
+            out_specs=tile,
+        ),
         out_shape=shape_of(x.shape, x.dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",),
-            vmem_limit_bytes=vmem_limit(held(tokens)),
+            dimension_semantics=("parallel",), vmem_limit_bytes=vmem_limit(held(tokens))
         ),
         interpret=interpret,
         name="project_out",
-    )(attended, weight, x)
+    )(layer, attended, weight, x)
     return out

@@ -1,5 +1,6 @@
 """The gated MLP in Pallas: norm, both products, their gate, the third product and the residual.
 
+The weights pass by in chunks, once for each tile of tokens, and arrive while others are multiplied.
 The matrix unit multiplies some columns of gate and up while the vector unit gates those before
 them: the order in which they are written here is the order the compiler keeps.
 """
@@ -7,7 +8,6 @@ them: the order in which they are written here is the order the compiler keeps.
 from __future__ import annotations
 
 import functools
-import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -19,54 +19,52 @@ from packscore_kernels.hardware import LANES, cdiv, shape_of, vmem_limit
 from packscore_kernels.projections.tiles import (
     TILE_TOKENS,
     Ref,
-    by_rows,
     even_tile,
     product,
     rms_norm,
     suits,
+    whole,
 )
 
 # Columns of gate and up that are multiplied between two gatings.
 COLUMNS = 256
+# A chunk's code is there twice, and half of its length gains 2 %.
+CODE = 4
 
 
 class MlpTiles(NamedTuple):
     """How the kernel walks: over tiles of tokens, and for each over chunks of the width."""
 
     tokens: int
-    width: int  # columns of gate and up in a chunk; all of them stay in VMEM
+    width: int  # columns of gate and up in a chunk
 
 
-def mlp_vmem_bytes(hidden_size: int, width: int, chunks: int, itemsize: int, tokens: int) -> int:
+def mlp_vmem_bytes(hidden_size: int, width: int, itemsize: int, tokens: int) -> int:
     """What the kernel holds with tiles of so many tokens and chunks of so many columns."""
-    # of several chunks the next one arrives while one is multiplied, and sums wait for it
-    copies, sums = (1, 0) if chunks == 1 else (2, 1)
-    weights = copies * 3 * hidden_size * width * itemsize
+    weights = 2 * 3 * hidden_size * width * itemsize
     tiles = tokens * (5 * hidden_size + width) * itemsize
-    return weights + tiles + tokens * ((1 + sums) * hidden_size + 4 * COLUMNS) * 4
+    return weights + tiles + tokens * (2 * hidden_size + 4 * COLUMNS) * 4
 
 
 def mlp_tiles(
     num_tokens: int, hidden_size: int, intermediate_size: int, itemsize: int
 ) -> MlpTiles | None:
-    """Tiles for an MLP: its weights stay in VMEM if they fit, else they pass by in chunks.
-
-    None where its sizes do not suit the kernel.
-    """
+    """Tiles for an MLP, or None where its sizes do not suit the kernel."""
     if hidden_size % LANES or intermediate_size % COLUMNS:
         return None
     steps = intermediate_size // COLUMNS
-    passing = [n for n in range(2, steps + 1) if steps % n == 0]
-    choices = itertools.product(TILE_TOKENS, [1]), itertools.product(TILE_TOKENS, passing)
-    for most, chunks in itertools.chain(*choices):
-        width = intermediate_size // chunks
-        held = mlp_vmem_bytes(hidden_size, width, chunks, itemsize, most)
-        if suits(most, 3 * hidden_size * width, held):
-            return MlpTiles(even_tile(num_tokens, most), width)
+    for most in TILE_TOKENS:
+        for chunks in range(1, steps + 1):
+            width = intermediate_size // chunks
+            held = mlp_vmem_bytes(hidden_size, width, itemsize, most)
+            if steps % chunks == 0 and suits(most, CODE * 3 * hidden_size * width, held):
+                return MlpTiles(even_tile(num_tokens, most), width)
     return None
 
 
 def _mlp_kernel(
+    # prefetch
+    layer: Ref,  # i32[1]
     # inputs
     x: Ref,  # [block_tokens, hidden_size]
     x_norm: Ref,  # [1, hidden_size]
@@ -79,84 +77,77 @@ def _mlp_kernel(
     rows: Ref,  # [block_tokens, hidden_size]
     raw: Ref,  # float32[2, 2, block_tokens, COLUMNS]: gate and up, a pair of them being gated
     gated: Ref,  # [block_tokens, width]
-    sums: Ref | None = None,  # float32[block_tokens, hidden_size], where there are several chunks
+    sums: Ref,  # float32[block_tokens, hidden_size]
     *,
+    chunks: int,
     eps: float,
 ) -> None:
+    del layer
+    chunk = pl.program_id(1)
 
-    def prepare(at: Any) -> None:
-        rows[at] = rms_norm(x[at], x_norm[...], eps).astype(rows.dtype)
-        if sums is not None:
-            sums[at] = x[at].astype(jnp.float32)
+    def multiply(is_first: bool) -> None:
+        if is_first:
+            rows[...] = rms_norm(x[...], x_norm[...], eps).astype(rows.dtype)
+        steps = gate.shape[0] // COLUMNS
+        for i in range(steps + 1):
+            if i < steps:
+                columns = slice(i * COLUMNS, (i + 1) * COLUMNS)
+                raw[i % 2, 0] = product(rows[...], gate[columns])
+                raw[i % 2, 1] = product(rows[...], up[columns])
+            if i:
+                own, other = raw[(i - 1) % 2, 0], raw[(i - 1) % 2, 1]
+                columns = slice((i - 1) * COLUMNS, i * COLUMNS)
+                gated[:, columns] = (jax.nn.silu(own) * other).astype(gated.dtype)
+        before = x[...].astype(jnp.float32) if is_first else sums[...]
+        sums[...] = before + product(gated[...], down[...])
 
-    if sums is None:  # without a branch, which would part what the compiler schedules together
-        prepare(slice(None))
-    else:
-        pl.when(pl.program_id(1) == 0)(lambda: by_rows(x.shape[0], prepare))
-    steps = gate.shape[0] // COLUMNS
-    for i in range(steps + 1):
-        if i < steps:
-            columns = slice(i * COLUMNS, (i + 1) * COLUMNS)
-            raw[i % 2, 0] = product(rows[...], gate[columns])
-            raw[i % 2, 1] = product(rows[...], up[columns])
-        if i:
-            own, other = raw[(i - 1) % 2, 0], raw[(i - 1) % 2, 1]
-            columns = slice((i - 1) * COLUMNS, i * COLUMNS)
-            gated[:, columns] = (jax.nn.silu(own) * other).astype(gated.dtype)
-    found = product(gated[...], down[...])
-    if sums is None:
-        out[...] = (x[...].astype(jnp.float32) + found).astype(out.dtype)
-        return
-    sums[...] += found
+    # two straight pieces, so that the norm runs beside the first products
+    pl.when(chunk == 0)(lambda: multiply(True))
+    if chunks > 1:
+        pl.when(chunk > 0)(lambda: multiply(False))
 
-    def finish(at: Any) -> None:
-        out[at] = sums[at].astype(out.dtype)
-
-    pl.when(pl.program_id(1) == pl.num_programs(1) - 1)(lambda: by_rows(x.shape[0], finish))
+    @pl.when(chunk == chunks - 1)
+    def finish() -> None:
+        out[...] = sums[...].astype(out.dtype)
 
 
 def gated_mlp_pallas(
     x: jax.Array,  # [num_tokens, hidden_size]
     x_norm: jax.Array,  # [hidden_size]
-    weights: tuple[jax.Array, jax.Array, jax.Array],  # gate and up alike, down transposed
+    weights: tuple[jax.Array, jax.Array, jax.Array],  # of all layers
+    layer: jax.Array,  # i32[1]
     tiles: MlpTiles,
     *,
     eps: float,
     interpret: Any = False,
 ) -> jax.Array:
     """The kernel behind `gated_mlp`."""
-    (num_tokens, hidden_size), itemsize = x.shape, x.dtype.itemsize
-    (tokens, width), (gate, up, down) = tiles, weights
-    chunks = gate.shape[0] // width
+    (num_tokens, hidden_size), (tokens, width) = x.shape, tiles
+    chunks = weights[0].shape[1] // width
     x_norm = x_norm[None]
-    once = pl.Buffered(1) if chunks == 1 else None
-    across = pl.BlockSpec((width, hidden_size), lambda _, c: (c, 0), pipeline_mode=once)
-    tile = pl.BlockSpec((tokens, hidden_size), lambda t, _: (t, 0))
-    scratch = [
-        pltpu.VMEM((tokens, hidden_size), x.dtype),
-        pltpu.VMEM((2, 2, tokens, COLUMNS), jnp.float32),
-        pltpu.VMEM((tokens, width), x.dtype),
-    ]
-    if chunks > 1:
-        scratch.append(pltpu.VMEM((tokens, hidden_size), jnp.float32))
-    held = mlp_vmem_bytes(hidden_size, width, chunks, itemsize, tokens)
+    tile = pl.BlockSpec((tokens, hidden_size), lambda t, c, layer: (t, 0))
+    across = pl.BlockSpec((None, width, hidden_size), lambda t, c, layer: (layer[0], c, 0))
+    back = pl.BlockSpec((None, hidden_size, width), lambda t, c, layer: (layer[0], 0, c))
+    held = mlp_vmem_bytes(hidden_size, width, x.dtype.itemsize, tokens)
     out: jax.Array = pl.pallas_call(
-        functools.partial(_mlp_kernel, eps=eps),
-        grid=(cdiv(num_tokens, tokens), chunks),
-        in_specs=[
-            tile,
-            pl.BlockSpec(x_norm.shape, lambda *_: (0, 0), pipeline_mode=pl.Buffered(1)),
-            across,
-            across,
-            pl.BlockSpec((hidden_size, width), lambda _, c: (0, c), pipeline_mode=once),
-        ],
-        out_specs=tile,
+        functools.partial(_mlp_kernel, chunks=chunks, eps=eps),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(cdiv(num_tokens, tokens), chunks),
+            in_specs=[tile, whole(x_norm), across, across, back],
+            out_specs=tile,
+            scratch_shapes=[
+                pltpu.VMEM((tokens, hidden_size), x.dtype),
+                pltpu.VMEM((2, 2, tokens, COLUMNS), jnp.float32),
+                pltpu.VMEM((tokens, width), x.dtype),
+                pltpu.VMEM((tokens, hidden_size), jnp.float32),
+            ],
+        ),
         out_shape=shape_of(x.shape, x.dtype),
-        scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit(held)
         ),
         interpret=interpret,
         name="gated_mlp",
-    )(x, x_norm, gate, up, down)
+    )(layer, x, x_norm, *weights)
     return out

@@ -53,12 +53,19 @@ def tile_tokens(num_tokens: int, weights: int, held: Callable[[int], int]) -> in
     return most and even_tile(num_tokens, most)
 
 
-def by_rows(num_rows: int, run: Callable[[Any], None]) -> None:
-    """Some rows at a time: as one piece, vector code spills its values and compiles slowly."""
-    some = 128
-    pl.loop(0, num_rows // some)(lambda i: run(pl.ds(pl.multiple_of(i * some, some), some)))
-    if rest := num_rows % some:
-        run(pl.ds(num_rows - rest, rest))
+def whole(array: jax.Array) -> pl.BlockSpec:
+    """All of an array, fetched once."""
+    zeros = (0,) * array.ndim
+    return pl.BlockSpec(array.shape, lambda *_: zeros, pipeline_mode=pl.Buffered(1))
+
+
+def of_layer(weight: jax.Array) -> pl.BlockSpec:
+    """All of one layer's weight, fetched once; the layer's number is prefetched."""
+    return pl.BlockSpec(
+        (None, *weight.shape[1:]),
+        lambda *at: (at[-1][0], 0, 0),
+        pipeline_mode=pl.Buffered(1),
+    )
 
 
 def product(
