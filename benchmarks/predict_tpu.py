@@ -35,9 +35,9 @@ MODELS = {
     "8B": {"hidden": 4096, "intermediate": 12288, "layers": 36, "heads": 32, "tied": False},
 }
 KV_HEADS, HEAD_DIM, VOCAB_SIZE = 8, 128, 151_936
-# A piece of a kernel's schedule of so many bundles stands behind a guard; the steps of a grid are
-# shorter.
-LONG_PIECE = 64
+# A piece of a kernel's schedule of so many bundles stands behind a guard; what every step of a grid
+# runs is shorter.
+LONG_PIECE = 180
 
 
 def config_of(model: str) -> Any:

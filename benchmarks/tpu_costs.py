@@ -4,9 +4,9 @@
     python benchmarks/tpu_costs.py --chip v6e --figures FILE    from earlier predict_tpu.py --json
 
 Every point is a whole program, counted by `predict_tpu.py` in a process of its own. Products take
-what the chip's published peak says and some cycles for each column they write; the rest and
-attention are lines. Writes plugin/packscore/tpu_costs/<chip>.json, with the points which a test
-compares with the fit. Predictions, not measurements.
+what the chip's published peak says, some cycles for each column they write, and some for each
+weight, once; the rest and attention are lines. Writes plugin/packscore/tpu_costs/<chip>.json, with
+the points which a test compares with the fit. Predictions, not measurements.
 """
 
 from __future__ import annotations
@@ -87,10 +87,12 @@ def fit(points: list[dict[str, Any]], clock_hz: float, peak_flops: float) -> dic
     at_peak = 2 * tokens * layers * [shape.weights for shape in shapes] * clock_hz / peak_flops
     written = tokens * layers * [shape.columns for shape in shapes]
     rotated = tokens * layers * [shape.q + shape.kv for shape in shapes]
-    (column,) = solve([written], cycles["matmuls"] - at_peak)
+    weights = np.array([float(shape.all_weights) for shape in shapes])
+    column, weight = solve([written, weights], cycles["matmuls"] - at_peak)
     (rest,) = solve([rotated], cycles["rest"] + cycles["once"])
     pair, row, head = solve([heads * pairs, heads * tokens, heads], cycles["attention"])
-    return {"column": column, "rotated": rest, "pair": pair, "row": row, "head": head}
+    around = {"column": column, "rotated": rest, "weight": weight}
+    return {**around, "pair": pair, "row": row, "head": head}
 
 
 def pairs_of(point: dict[str, Any]) -> float:

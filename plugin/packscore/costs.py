@@ -166,6 +166,7 @@ class TpuCycles:
       pair: of attention: a (row, key) pair and head, of head_dim 128.
       row: of attention: a token and head.
       head: of attention: a launch, layer and head.
+      weight: of the waiting for weights that nothing hides: a launch and weight.
     """
 
     column: float
@@ -173,12 +174,17 @@ class TpuCycles:
     pair: float
     row: float
     head: float
+    weight: float
 
     def of_token(self, shape: Shape, flops_per_cycle: float) -> float:
         """Cycles of one token in all layers, but for the keys it sees."""
         layer = 2 * shape.weights / flops_per_cycle + self.column * shape.columns
         layer += self.rotated * (shape.q + shape.kv) + self.row * shape.q / 128
         return layer * shape.layers
+
+    def of_launch(self, shape: Shape) -> float:
+        """Cycles that a launch takes beside those of its tokens and pairs."""
+        return self.head * shape.layers * shape.q / 128 + self.weight * shape.all_weights
 
 
 @functools.cache
@@ -194,8 +200,8 @@ def tpu_cost_model(
 ) -> CostModel:
     """A TPU's costs as its compiler schedules Qwen3's programs, scaled by arithmetic.
 
-    A launch reads all weights once, which hides behind the work of many tokens and bounds that of
-    few. What the host does is not in it.
+    A launch reads all weights once: most of that hides behind the work of many tokens and bounds
+    that of few. What the host does is not in it.
 
     Args:
       config: of the model.
@@ -217,7 +223,7 @@ def tpu_cost_model(
     heads = shape.layers * shape.q / 128
     return CostModel(
         source=source,
-        launch_ms=cycles.head * heads * cycle_ms,
+        launch_ms=cycles.of_launch(shape) * cycle_ms,
         tokens=(1, hidden_tokens),
         tokens_ms=(hidden_tokens * token_ms, hidden_tokens * token_ms),
         pair_ms=cycles.pair * heads * cycle_ms,

@@ -288,10 +288,12 @@ def test_ctrl_c_leaves_an_output_to_go_on_with(cli: Cli, monkeypatch: pytest.Mon
 
     # as in a terminal: a shell's background job would ignore it
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with monkeypatch.context() as patch:
-        patch.setattr(running, "score_task", interrupted)
-        done = cli("score", path, "-o", "out.jsonl", *MODEL)
-    signal.signal(signal.SIGINT, before)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(running, "score_task", interrupted)
+            done = cli("score", path, "-o", "out.jsonl", *MODEL)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert done.code == 130
     assert "the same command with --resume goes on" in done.err
     assert len(cli.read("out.jsonl")) == 2

@@ -103,6 +103,40 @@ def test_a_page_of_two_groups_is_refused():
         build_page_writes(layout, [pages(2), pages(2)], page_size=16, num_pages=4)
 
 
+@pytest.mark.parametrize(
+    ("tables", "copied", "message"),
+    [
+        ([pages(2, 2), pages(3)], [None, None], "page 2 is written by groups 0 and 0"),
+        ([pages(0, 2), pages(1, 3)], [None, 0], "page 0 is copied, and written by group 0"),
+    ],
+)
+def test_a_page_that_is_written_twice_or_copied_too_is_refused(tables, copied, message):
+    second = Group(20 - 4, NO_ITEMS, 4, pages(1)) if copied[1] is not None else Group(16, NO_ITEMS)
+    layout = SegmentLayout((Group(32, NO_ITEMS), second), 48)
+    with pytest.raises(LayoutError, match=message):
+        build_page_writes(layout, tables, page_size=16, num_pages=4, copied_pages=copied)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_copied_page_keeps_its_first_slots_beside_whole_pages(implementation):
+    rng = np.random.default_rng(3)
+    pool = jnp.asarray(rng.standard_normal((8, 2, 2, 16, 64)), jnp.float32)
+    k, v = (jnp.asarray(rng.standard_normal((2, 64, 64)), jnp.float32) for _ in range(2))
+    # two whole pages; then a prefix of which 5 tokens are those of page 6, and 14 are new
+    layout = SegmentLayout((Group(32, NO_ITEMS), Group(14, NO_ITEMS, 5, pages(1))), 64)
+    tables = [pages(0, 4), pages(1, 2)]
+    plan = build_page_writes(
+        layout, tables, page_size=16, num_pages=8, max_writes=6, copied_pages=[None, 6]
+    )
+    got = np.asarray(write_kv_pages(pool, k, v, plan, implementation=implementation))
+
+    want, kv = np.asarray(pool).copy(), np.stack([k, v], 1)  # [heads, 2, tokens, dim]
+    want[0], want[4] = kv[:, :, :16], kv[:, :, 16:32]
+    want[1, :, :, :5], want[1, :, :, 5:] = want[6, :, :, :5], kv[:, :, 32:43]
+    want[2, :, :, :3] = kv[:, :, 43:46]
+    np.testing.assert_array_equal(got, want)
+
+
 def test_shapes_that_do_not_fit_are_refused():
     plan = build_page_writes(SegmentLayout.single(5, []), [pages(0)], page_size=16, num_pages=4)
     k = jnp.zeros((2, 16, 64))

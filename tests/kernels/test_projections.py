@@ -179,6 +179,6 @@ def test_tiles_are_even_and_their_code_is_short() -> None:
     assert mlp.mlp_tiles(2304, 2560, 9728, 2) == (768, 256)
     assert mlp.mlp_tiles(100, 1024, 3072, 2) == (100, 512)
     assert tiles.even_tile(1152, 512) == 384
-    assert tiles.tile_tokens(10_000, 10**7, lambda tokens: 0) == 512
-    assert tiles.tile_tokens(10_000, 10**8, lambda tokens: 0) is None
-    assert tiles.tile_tokens(10_000, 10**6, lambda tokens: 2**40) is None
+    assert tiles.tile_tokens(10_000, 2 * 10**7, lambda tokens: 0) == 512
+    assert tiles.tile_tokens(10_000, 2 * 10**8, lambda tokens: 0) is None
+    assert tiles.tile_tokens(10_000, 2 * 10**6, lambda tokens: 2**40) is None

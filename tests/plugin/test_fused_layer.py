@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeMLP
 
 from helpers import LABELS, one_by_one, random_ids, random_qwen3
 from packscore import MultiItemScorer, fused_layer, patch_model, program_of
@@ -76,6 +77,8 @@ def test_other_layers_stay_as_they_are() -> None:
 def test_other_mlps_stay_as_they_are() -> None:
     mlp = model_of(torch.float32).model.layers[0].mlp
     assert fused_layer.can_fuse_mlp(mlp, 4)
+    dense = Qwen3MoeMLP(Qwen3MoeConfig(hidden_size=128), intermediate_size=512)
+    assert fused_layer.can_fuse_mlp(dense, 4)
     # a width that no pass divides, another activation, another module
     narrow = random_qwen3(**SIZES, intermediate_size=320).model.layers[0].mlp
     assert not fused_layer.can_fuse_mlp(narrow, 4)

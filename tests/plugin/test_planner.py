@@ -207,7 +207,7 @@ def test_the_costs_of_a_tpu_are_those_of_its_schedules(chip: str) -> None:
         prefix, count, length = point["prefix_len"], point["num_items"], point["item_len"]
         pairs = prefix**2 / 2 + count * (length * prefix + length**2 / 2)
         fitted = point["num_tokens"] * cycles.of_token(shape, facts.peak_flops / facts.clock_hz)
-        fitted += shape.layers * heads * (cycles.pair * pairs + cycles.head)
+        fitted += shape.layers * heads * cycles.pair * pairs + cycles.of_launch(shape)
         error = fitted / (1e-3 * facts.clock_hz * sum(point["parts_ms"].values())) - 1
         print(f"{chip} {point['model']} {point['num_tokens']:6} tokens: {error:+.1%}")
         assert abs(error) <= 0.1

@@ -33,7 +33,7 @@ def can_project(
         return False
     into = functools.partial(qkv_vmem_bytes, num_q_heads, num_kv_heads, hidden_size, itemsize)
     back = functools.partial(out_vmem_bytes, num_q_heads, hidden_size, itemsize)
-    head = hidden_size * HEAD_DIM
+    head = hidden_size * HEAD_DIM * itemsize
     return bool(
         tile_tokens(1, head * (num_q_heads + 2 * num_kv_heads), into)
         and tile_tokens(1, head * num_q_heads, back)

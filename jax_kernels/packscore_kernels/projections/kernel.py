@@ -124,7 +124,7 @@ def project_qkv_pallas(
     held = functools.partial(
         qkv_vmem_bytes, num_q_heads, num_kv_heads, hidden_size, x.dtype.itemsize
     )
-    tokens = tile_tokens(num_tokens, sum(w[0].size for w in weights), held)
+    tokens = tile_tokens(num_tokens, sum(w[0].nbytes for w in weights), held)
     assert tokens, "can_project says whether there is a tile"
     x_norm, q_norm, k_norm = (norm[None] for norm in (x_norm, *norms))
 
@@ -191,7 +191,7 @@ def project_out_pallas(
     num_heads, num_tokens, head_dim = attended.shape
     hidden_size, itemsize = weight.shape[1], x.dtype.itemsize
     held = functools.partial(out_vmem_bytes, num_heads, hidden_size, itemsize)
-    tokens = tile_tokens(num_tokens, weight[0].size, held)
+    tokens = tile_tokens(num_tokens, weight[0].nbytes, held)
     assert tokens, "can_project says whether there is a tile"
     tile = pl.BlockSpec((tokens, hidden_size), lambda t, _: (t, 0))
     heads = pl.BlockSpec((num_heads, tokens, head_dim), lambda t, _: (0, t, 0))

@@ -28,8 +28,8 @@ from packscore_kernels.projections.tiles import (
 
 # Columns of gate and up that are multiplied between two gatings.
 COLUMNS = 256
-# A chunk's code is there twice, and half of its length gains 2 %.
-CODE = 4
+# Of the longest code, what a chunk's may have: it is there twice, and twice as long gains 2 %.
+SHARE = 1 / 4
 
 
 class MlpTiles(NamedTuple):
@@ -56,8 +56,9 @@ def mlp_tiles(
     for most in TILE_TOKENS:
         for chunks in range(1, steps + 1):
             width = intermediate_size // chunks
+            chunk_bytes = 3 * hidden_size * width * itemsize
             held = mlp_vmem_bytes(hidden_size, width, itemsize, most)
-            if steps % chunks == 0 and suits(most, CODE * 3 * hidden_size * width, held):
+            if steps % chunks == 0 and suits(most, chunk_bytes, held, SHARE):
                 return MlpTiles(even_tile(num_tokens, most), width)
     return None
 

@@ -15,8 +15,9 @@ from packscore_kernels.hardware import CHIPS, align_to, cdiv, vmem_capacity
 Ref = Any
 # Tokens of a tile, the most first: long tiles leave the matrix unit idle at fewer ends.
 TILE_TOKENS = (1024, 512, 256)
-# Multiplications of one tile: their code is unrolled, and compiles in 12 to 20 s at this length.
-LONGEST_PRODUCTS = 9_000_000_000
+# Tokens x bytes of weights of one tile, whose products are unrolled: a kernel of this length
+# compiles in 12 to 20 s.
+LONGEST_PRODUCTS = 18_000_000_000
 
 
 def vmem_room() -> int:
@@ -29,26 +30,27 @@ def even_tile(num_tokens: int, most: int) -> int:
     return min(align_to(cdiv(num_tokens, cdiv(num_tokens, most)), 16), num_tokens)
 
 
-def suits(tokens: int, weights: int, held: int) -> bool:
+def suits(tokens: int, weight_bytes: int, held: int, share: float = 1.0) -> bool:
     """Whether a tile fits VMEM and compiles in seconds.
 
     Args:
       tokens: of the tile.
-      weights: that each of them is multiplied with in one piece of code.
+      weight_bytes: of all weights that each of them is multiplied with.
       held: bytes of VMEM.
+      share: of the longest code.
     """
-    return held <= vmem_room() and tokens * weights <= LONGEST_PRODUCTS
+    return held <= vmem_room() and tokens * weight_bytes <= share * LONGEST_PRODUCTS
 
 
-def tile_tokens(num_tokens: int, weights: int, held: Callable[[int], int]) -> int | None:
+def tile_tokens(num_tokens: int, weight_bytes: int, held: Callable[[int], int]) -> int | None:
     """Tokens of a tile; None where no tile suits.
 
     Args:
       num_tokens: of all tiles.
-      weights: that each of them is multiplied with.
+      weight_bytes: of all weights that each of them is multiplied with.
       held: tokens of a tile to the bytes of VMEM it takes.
     """
-    suiting = (most for most in TILE_TOKENS if suits(most, weights, held(most)))
+    suiting = (most for most in TILE_TOKENS if suits(most, weight_bytes, held(most)))
     most = next(suiting, None)
     return most and even_tile(num_tokens, most)
 

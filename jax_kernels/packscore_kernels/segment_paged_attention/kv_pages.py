@@ -66,7 +66,7 @@ def build_page_writes(
       A `PageWrites` of numpy arrays.
 
     Raises:
-      LayoutError: a table too short, out of range, or shared by two groups.
+      LayoutError: a table too short or out of range, a page written twice, or copied and written.
     """
     writes: list[tuple[int, int, int, int, int]] = []
     owners: dict[int, int] = {}
@@ -88,12 +88,18 @@ def build_page_writes(
                 raise LayoutError(
                     f"page table {g} names page {page}; it must lie below {num_pages}"
                 )
-            if owners.setdefault(page, g) != g:
+            if page in owners:
                 raise LayoutError(f"page {page} is written by groups {owners[page]} and {g}")
+            owners[page] = g
             if high > low:
                 token = int(layout.group_starts[g]) + first - group.cached_len
                 copied = copied_pages[g] if copied_pages and low else None
                 writes.append((page if copied is None else copied, page, token, low, high))
+    # pages are written side by side: what is copied must have been there before
+    new = {page for _, page, _, low, _ in writes if low == 0}
+    for source, page, *_ in writes:
+        if source != page and source in new:
+            raise LayoutError(f"page {source} is copied, and written by group {owners[source]}")
     max_writes = max(len(writes), 1) if max_writes is None else max_writes
     if len(writes) > max_writes:
         raise LayoutError(f"{len(writes)} pages are written, more than {max_writes=}")
@@ -187,7 +193,7 @@ def _kernel(
         whole = is_whole(i)
 
         @pl.when(whole)
-        def start() -> None:
+        def begin() -> None:
             for copy in whole_copies(i):
                 copy.start()
 
