@@ -67,7 +67,11 @@ def shape_of_model(model: str) -> Shape:
 
 
 def fit(points: list[dict[str, Any]], clock_hz: float, peak_flops: float) -> dict[str, float]:
-    """Least squares of the error relative to each point's whole program."""
+    """Coefficients of small errors relative to each point's whole program.
+
+    Each part is a least-squares fit. Points that it misses most gain weight (Lawson's algorithm),
+    and the fit whose worst point is best is kept.
+    """
     cycles = {
         part: np.array([1e-3 * clock_hz * point["parts_ms"][part] for point in points])
         for part in points[0]["parts_ms"]
@@ -78,21 +82,36 @@ def fit(points: list[dict[str, Any]], clock_hz: float, peak_flops: float) -> dic
     layers = np.array([shape.layers for shape in shapes], float)
     heads = layers * [shape.heads for shape in shapes]
     pairs = np.array([pairs_of(point) for point in points], float)
-
-    def solve(columns: list[Any], values: Any) -> list[float]:
-        weighted = np.stack(columns, 1) / total[:, None]
-        found: list[float] = np.linalg.lstsq(weighted, values / total, rcond=None)[0].tolist()
-        return found
-
     at_peak = 2 * tokens * layers * [shape.weights for shape in shapes] * clock_hz / peak_flops
-    written = tokens * layers * [shape.columns for shape in shapes]
-    rotated = tokens * layers * [shape.q + shape.kv for shape in shapes]
-    weights = np.array([float(shape.all_weights) for shape in shapes])
-    column, weight = solve([written, weights], cycles["matmuls"] - at_peak)
-    (rest,) = solve([rotated], cycles["rest"] + cycles["once"])
-    pair, row, head = solve([heads * pairs, heads * tokens, heads], cycles["attention"])
-    around = {"column": column, "rotated": rest, "weight": weight}
-    return {**around, "pair": pair, "row": row, "head": head}
+    # by part: what the peak does not say of it, and what that is proportional to
+    parts = (
+        (
+            cycles["matmuls"] - at_peak,
+            {
+                "column": tokens * layers * [shape.columns for shape in shapes],
+                "weight": np.array([float(shape.all_weights) for shape in shapes]),
+            },
+        ),
+        (
+            cycles["rest"] + cycles["once"],
+            {"rotated": tokens * layers * [shape.q + shape.kv for shape in shapes]},
+        ),
+        (cycles["attention"], {"pair": heads * pairs, "row": heads * tokens, "head": heads}),
+    )
+    weights, best, worst = np.ones(len(points)), {}, np.inf
+    for _ in range(100):
+        found, errors = {}, -np.ones(len(points)) + at_peak / total
+        for values, columns in parts:
+            scale = np.sqrt(weights) / total
+            matrix = np.stack(list(columns.values()), 1)
+            solved = np.linalg.lstsq(matrix * scale[:, None], values * scale, rcond=None)[0]
+            found |= dict(zip(columns, solved.tolist(), strict=True))
+            errors += matrix @ solved / total
+        if min(found.values()) > 0 and np.abs(errors).max() < worst:
+            best, worst = found, np.abs(errors).max()
+        weights *= np.abs(errors)
+        weights /= weights.sum()
+    return best
 
 
 def pairs_of(point: dict[str, Any]) -> float:
