@@ -196,8 +196,7 @@ def costs_of_kernels(
 
     (schedule,) = (x for x in inputs if isinstance(x, SegmentSchedule))
     writes = [x for x in inputs if isinstance(x, PageWrites)]
-
-    head = 2 * job.head_dim
+    head = 2 * job.head_dim  # bytes of a head's weights, by the hidden size
 
     def fetched(count: float) -> float:
         """Cycles for which the chip waits for so many bytes of HBM."""
@@ -221,9 +220,8 @@ def costs_of_kernels(
             cycles, tiles = mlp_cycles(path, width // tiled.width)
             weights = 2 * 3 * hidden * width
             # the first chunk arrives before anything runs, the others beside the products
-            return max(cycles, fetched(tiles * weights)) + fetched(
-                weights * tiled.width / width
-            ), None
+            first = fetched(weights * tiled.width / width)
+            return max(cycles, fetched(tiles * weights)) + first, None
         if name.startswith("write_kv_pages"):
             # whole pages are copied together; each other one waits for its keys, values and old
             # slots, is merged, and waits for its way back

@@ -110,6 +110,9 @@ def test_heads_that_do_not_fit() -> None:
     rotary = jnp.ones((128, 64)), jnp.ones((128, 64))
     with pytest.raises(ArgumentError, match=r"head_dim=64 must be 128 and hidden_size=128 a multi"):
         project_qkv(x, x_norm, weights, half, rotary, 0, eps=EPS, implementation="pallas_interpret")
+    wide = jax.ShapeDtypeStruct((1, 16_384, 128 * 128), jnp.float32)
+    with pytest.raises(ArgumentError, match="hidden_size=16384 times num_heads=128 is more"):
+        jax.eval_shape(lambda weight: project_out(jnp.zeros((128, 16, 128)), weight, x, 0), wide)
     assert can_project(16, 8, 128, 1024, 2)
     assert not can_project(16, 8, 64, 1024, 2)
     assert not can_project(128, 128, 128, 16_384, 2)

@@ -1,4 +1,4 @@
-"""The projections of one decoder layer, by one of three implementations."""
+"""The projections and the MLP of a decoder layer, by one of three implementations."""
 
 from __future__ import annotations
 

@@ -17,11 +17,20 @@ from jax.experimental.pallas import tpu as pltpu
 
 from packscore_kernels.hardware import LANES, cdiv, shape_of, vmem_limit
 from packscore_kernels.projections.tiles import Ref, of_layer, product, rms_norm, tile_tokens, whole
+from packscore_kernels.segment_paged_attention.validation import ArgumentError
 
 HEAD_DIM = LANES  # the width of a vector register, within which a head is turned
 # Heads that one pass multiplies. Few leave the matrix unit idle at each pass's ends; all at once
 # is one long piece of code, which the compiler schedules worse than several short ones.
 HEADS = 8
+
+
+def too_large(hidden_size: int, num_heads: int) -> ArgumentError:
+    """Weights that the chip's VMEM does not hold, or that would compile for minutes."""
+    return ArgumentError(
+        f"{hidden_size=} times {num_heads=} is more than the kernel takes on this chip; "
+        "pass implementation='xla', and see can_project"
+    )
 
 
 def num_passes(num_q_heads: int, num_kv_heads: int) -> int:
@@ -125,7 +134,8 @@ def project_qkv_pallas(
         qkv_vmem_bytes, num_q_heads, num_kv_heads, hidden_size, x.dtype.itemsize
     )
     tokens = tile_tokens(num_tokens, sum(w[0].nbytes for w in weights), held)
-    assert tokens, "can_project says whether there is a tile"
+    if tokens is None:
+        raise too_large(hidden_size, num_q_heads)
     x_norm, q_norm, k_norm = (norm[None] for norm in (x_norm, *norms))
 
     def tile(width: int) -> pl.BlockSpec:
@@ -192,7 +202,8 @@ def project_out_pallas(
     hidden_size, itemsize = weight.shape[1], x.dtype.itemsize
     held = functools.partial(out_vmem_bytes, num_heads, hidden_size, itemsize)
     tokens = tile_tokens(num_tokens, weight[0].nbytes, held)
-    assert tokens, "can_project says whether there is a tile"
+    if tokens is None:
+        raise too_large(hidden_size, num_heads)
     tile = pl.BlockSpec((tokens, hidden_size), lambda t, _: (t, 0))
     heads = pl.BlockSpec((num_heads, tokens, head_dim), lambda t, _: (0, t, 0))
     out: jax.Array = pl.pallas_call(
