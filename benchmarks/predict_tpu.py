@@ -192,7 +192,7 @@ def costs_of_kernels(
     from packscore_kernels.projections.kernel import num_passes
     from packscore_kernels.projections.mlp import mlp_tiles
     from packscore_kernels.segment_paged_attention.kernel import TURN
-    from packscore_kernels.segment_paged_attention.kv_pages import ALIGNMENT
+    from packscore_kernels.segment_paged_attention.kv_pages import ALIGNMENT, FIELDS, takes_whole
 
     (schedule,) = (x for x in inputs if isinstance(x, SegmentSchedule))
     writes = [x for x in inputs if isinstance(x, PageWrites)]
@@ -225,10 +225,10 @@ def costs_of_kernels(
         if name.startswith("write_kv_pages"):
             # whole pages are copied together; each other one waits for its keys, values and old
             # slots, is merged, and waits for its way back
-            fields = np.reshape(writes[0].writes, (-1, 5))[: int(writes[0].count[0])]
+            fields = np.reshape(writes[0].writes, (-1, FIELDS))[: int(writes[0].count[0])]
             _, _, token, low, high = fields.T
             size = writes[0].page_size
-            whole = int(((token % ALIGNMENT == 0) & (low == 0) & (high == size)).sum())
+            whole = int(takes_whole(token, low, high, size).sum())
             merged = len(fields) - whole
             slot = 2 * 2 * job.num_kv_heads * job.head_dim
             moved = slot * (2 * whole * size + merged * (3 * size + ALIGNMENT))

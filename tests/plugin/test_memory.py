@@ -15,8 +15,8 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from packscore import MultiItemScorer, patch_model
 
-# one layer of the 0.6B's shape, with a small vocabulary
-config = Qwen3Config(vocab_size=1000, hidden_size=1024, intermediate_size=3072, num_hidden_layers=1,
+# two layers of the 0.6B's shape, with a small vocabulary
+config = Qwen3Config(vocab_size=1000, hidden_size=1024, intermediate_size=3072, num_hidden_layers=2,
                      num_attention_heads=16, num_key_value_heads=8, head_dim=128)
 model = patch_model(Qwen3ForCausalLM(config).to(torch.bfloat16).eval())
 scorer = MultiItemScorer(model, label_token_ids=[1, 2])

@@ -109,6 +109,11 @@ def build_page_writes(
     return PageWrites(padded.reshape(-1), np.array([len(writes)], np.int32), page_size)
 
 
+def takes_whole(token: Any, low: Any, high: Any, page_size: int) -> Any:
+    """Whether a page takes a token in every slot, from where a copy may begin: no need to merge."""
+    return (token & (ALIGNMENT - 1) == 0) & (low == 0) & (high == page_size)
+
+
 def _write_xla(
     kv_pages: jax.Array,
     k: jax.Array,
@@ -159,7 +164,7 @@ def _kernel(
 
     def is_whole(i: Any) -> Any:
         _, _, token, low, high = fields(i)
-        return (lax.rem(token, ALIGNMENT) == 0) & (low == 0) & (high == page_size)
+        return takes_whole(token, low, high, page_size)
 
     def merge(i: Any) -> None:
         """A page some of whose slots stay as they were, or whose tokens must be shifted."""
