@@ -16,20 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from packscore.buckets import MAX_GROUPS, NAMED_PAGES, ProgramKey, program_key, token_bucket
 from packscore.core import ScoringCore
-from packscore.costs import tpu_cost_model
-from packscore.device_pages import pages_within
-from packscore.encoding import EncodedRequest
-from packscore.engines import LabelLogits
-from packscore.packing import PackedBatch, Share, pack
-from packscore.paging import PAGE_SIZE, PREFIX_CACHE_BYTES, PagePool
-from packscore.planner import Limits
-from packscore.program import Launched
-from packscore.program_engine import ProgramEngine
-from packscore.program_inputs import block_sizes_for, program_inputs
+from packscore.encoded import EncodedRequest
+from packscore.flows.costs import tpu_cost_model
+from packscore.flows.engine import Limits, RowLogits
+from packscore.flows.packing import PackedBatch, Share, pack
+from packscore.flows.page_pool import PAGE_SIZE, PREFIX_CACHE_BYTES, PagePool
+from packscore.flows.runner import Runner
+from packscore.programs.engine import ProgramEngine
+from packscore.programs.launch_inputs import block_sizes_for, program_inputs
+from packscore.programs.pages import pages_within
+from packscore.programs.program import Launched
+from packscore.programs.sizes import MAX_GROUPS, NAMED_PAGES, ProgramKey, program_key, token_bucket
 from packscore.results import MaskImpl
-from packscore.running import Runner
 from packscore_kernels import BlockSizes, SegmentLayout, build_schedule
 
 
@@ -65,7 +64,7 @@ class Host:
         logits: Any = np.zeros((key.num_items, key.num_labels), np.float32)
         return Launched(logits, None, num_items, len(label_ids))
 
-    def read(self, launched: Any, label_ids: list[int], over_vocabulary: bool) -> LabelLogits:
+    def read(self, launched: Any, label_ids: list[int], over_vocabulary: bool) -> RowLogits:
         """As the engine of the programs reads them."""
         return ProgramEngine.read(self, launched, label_ids, over_vocabulary)  # type: ignore[arg-type]
 

@@ -149,7 +149,7 @@ def read_costs(path: str) -> Costs:
 
 def edge_blocks(use: Any, tile_start: int, blocks: Any) -> int:
     """Parts of blocks that go through a mask of rows: `_edge` in the kernel."""
-    from packscore_kernels.segment_paged_attention.schedule import edge_parts, window_start
+    from packscore_kernels.attention.schedule import edge_parts, window_start
 
     whole, total = use.last_full - use.first_full, 0
     if use.last_block - use.first_block - whole <= use.tail:
@@ -173,12 +173,7 @@ def count(job: Job, costs: Costs, schedule: Any, turn: int) -> dict[str, float]:
     import jax.numpy as jnp
     import numpy as np
 
-    from packscore_kernels.segment_paged_attention.schedule import (
-        LOAD_FIELDS,
-        USE_FIELDS,
-        Load,
-        Use,
-    )
+    from packscore_kernels.attention.schedule import LOAD_FIELDS, USE_FIELDS, Load, Use
 
     blocks = schedule.block_sizes
     uses = [Use(*row) for row in np.reshape(schedule.uses, (-1, USE_FIELDS)).tolist()]
@@ -293,7 +288,7 @@ class Kernel:
     def cycles(self, job: Job) -> dict[str, float]:
         """Cycles, matrix use and bytes of one layer of a job with the same heads."""
         from packscore_kernels import build_schedule
-        from packscore_kernels.segment_paged_attention.kernel import TURN
+        from packscore_kernels.attention.kernel import TURN
 
         schedule = build_schedule(
             job.layout(), block_sizes=self.block_sizes, page_size=job.page_size

@@ -154,7 +154,7 @@ def main() -> None:
     torch.set_num_threads(1)
     scorer = MultiItemScorer(slice_of(args.dtype), label_token_ids=[1, 2])
     load = os.getloadavg()[0]
-    with mock.patch("packscore.running.time.perf_counter", time.process_time):
+    with mock.patch("packscore.flows.runner.time.perf_counter", time.process_time):
         scorer.calibrate(seconds=20)
     costs = scorer._core.runner.engine.costs
     print(costs)

@@ -79,7 +79,7 @@ def dense_attention(
     import jax
     import jax.numpy as jnp
 
-    from packscore_kernels.segment_paged_attention.xla import dense_mask
+    from packscore_kernels.attention.xla import dense_mask
 
     with jax.named_scope(program_cycles.DENSE_SCOPE):
         if kv_pages is not None:
@@ -115,10 +115,10 @@ def program_and_inputs(
     import jax.numpy as jnp
     import numpy as np
 
-    from packscore.buckets import program_key
-    from packscore.device_pages import pages_within, pool_struct
-    from packscore.paging import PAGE_SIZE, PREFIX_CACHE_BYTES, PagePool
-    from packscore.program_inputs import block_sizes_for, program_inputs
+    from packscore.flows.page_pool import PAGE_SIZE, PREFIX_CACHE_BYTES, PagePool
+    from packscore.programs.launch_inputs import block_sizes_for, program_inputs
+    from packscore.programs.pages import pages_within, pool_struct
+    from packscore.programs.sizes import program_key
 
     dtype = jnp.dtype(job.dtype)
     layout = layout_of(job, flow)
@@ -189,10 +189,10 @@ def costs_of_kernels(
     import numpy as np
 
     from packscore_kernels import PageWrites, SegmentSchedule
-    from packscore_kernels.projections.kernel import num_passes
-    from packscore_kernels.projections.mlp import mlp_tiles
-    from packscore_kernels.segment_paged_attention.kernel import TURN
-    from packscore_kernels.segment_paged_attention.kv_pages import ALIGNMENT, FIELDS, takes_whole
+    from packscore_kernels.attention.kernel import TURN
+    from packscore_kernels.layer.mlp import mlp_tiles
+    from packscore_kernels.layer.projections import num_passes
+    from packscore_kernels.page_writes import ALIGNMENT, FIELDS, takes_whole
 
     (schedule,) = (x for x in inputs if isinstance(x, SegmentSchedule))
     writes = [x for x in inputs if isinstance(x, PageWrites)]
@@ -249,10 +249,10 @@ def predict(
     from jax.experimental import topologies
     from transformers import Qwen3ForCausalLM
 
-    from packscore import traced_ops
-    from packscore.ahead import bytes_of
-    from packscore.bridge import TracedModel
-    from packscore.program import compile_program
+    from packscore.programs import traced_ops
+    from packscore.programs.ahead import bytes_of
+    from packscore.programs.compiling import compile_program
+    from packscore.programs.traced_model import TracedModel
     from packscore_kernels.hardware import CHIPS
 
     facts, config = CHIPS[chip], config_of(model)

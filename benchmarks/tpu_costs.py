@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from packscore.costs import Shape
+from packscore.model.sizes import ModelSizes
 from packscore_kernels.hardware import CHIPS
 from predict_tpu import HEAD_DIM, KV_HEADS, MODELS
 
@@ -52,7 +52,7 @@ def figures(chip: str) -> list[dict[str, Any]]:
     return found
 
 
-def shape_of_model(model: str) -> Shape:
+def shape_of_model(model: str) -> ModelSizes:
     """The sizes of one of the models that are predicted."""
     sizes = MODELS[model]
     config = SimpleNamespace(
@@ -63,7 +63,7 @@ def shape_of_model(model: str) -> Shape:
         intermediate_size=sizes["intermediate"],
         num_hidden_layers=sizes["layers"],
     )
-    return Shape.of(config)
+    return ModelSizes.of(config)
 
 
 def fit(points: list[dict[str, Any]], clock_hz: float, peak_flops: float) -> dict[str, float]:

@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # and jax for a TPU, which libtpu makes it look for
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -57,3 +58,21 @@ def case(shipped: PreTrainedModel, tokenizer: Any) -> FrozenCase:
     items = [random_ids(n, vocab_size, seed=n) for n in (7, 1, 30, 12, 12, 0, 200)]
     labels = tokenizer.convert_tokens_to_ids(["no", "yes"])
     return FrozenCase(random_ids(90, vocab_size, seed=0), items, labels)
+
+
+@pytest.fixture(scope="module")
+def quick_programs() -> Iterator[None]:
+    """Programs compiled without LLVM's optimisations, which are two thirds of the work.
+
+    What they compute is the same; test_program.py runs programs as they ship.
+    """
+    import jax
+
+    compile_lowered = jax.stages.Lowered.compile
+
+    def quickly(lowered: Any) -> Any:
+        return compile_lowered(lowered, compiler_options={"xla_backend_optimization_level": 0})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.stages.Lowered, "compile", quickly)
+        yield

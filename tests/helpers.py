@@ -22,8 +22,37 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from packscore import MultiItemScorer
+from packscore.flows.runner import Runner
+
 VOCAB_SIZE = 320
 LABELS = [5, 17, 300, 2, 44, 45, 46, 47]
+# the shape of Qwen3-0.6B
+QWEN3 = Qwen3Config(
+    hidden_size=1024,
+    intermediate_size=3072,
+    num_hidden_layers=28,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=128,
+)
+PANDA = "what is a panda?"
+INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
+# typed from the model card, not from the package
+OFFICIAL = (
+    "<|im_start|>system\n"
+    "Judge whether the Document meets the requirements based on the Query and the Instruct "
+    'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n'
+    "<|im_start|>user\n"
+    "<Instruct>: {instruction}\n"
+    "<Query>: {query}\n"
+    "<Document>: {document}<|im_end|>\n"
+    "<|im_start|>assistant\n"
+    "<think>\n"
+    "\n"
+    "</think>\n"
+    "\n"
+)
 
 
 @dataclass(frozen=True)
@@ -154,3 +183,21 @@ def probabilities(
     """Label probabilities over the labels or over the vocabulary."""
     chosen = list(label_ids)
     return logits[:, chosen].softmax(-1) if apply_softmax else logits.softmax(-1)[:, chosen]
+
+
+def encode_whole(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def official(document: str, query: str = PANDA) -> str:
+    return OFFICIAL.format(instruction=INSTRUCTION, query=query, document=document)
+
+
+def engine_of(scorer: MultiItemScorer) -> Any:
+    """What runs a scorer's launches now; the one place that knows where it is."""
+    return runner_of(scorer).engine
+
+
+def runner_of(scorer: MultiItemScorer) -> Runner:
+    return scorer._core.runner

@@ -16,7 +16,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from packscore_kernels import Group, SegmentLayout, build_schedule, segment_paged_attention
-from packscore_kernels.segment_paged_attention.types import BlockSizes
+from packscore_kernels.attention.types import BlockSizes
 from tolerances import KERNEL_FLOAT32, PROBABILITY_MAX_FLOAT32
 
 ROOT = Path(__file__).resolve().parents[1]

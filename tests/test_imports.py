@@ -63,19 +63,15 @@ def test_every_module_leaves_the_process_as_it_was() -> None:
         before = state()
         import packscore
         modules = ["packscore"]
-        jax_path = {
-            f"packscore.{name}"
-            for name in (
-                *("ahead", "bridge", "compile_cache", "device_pages", "fused_layer"),
-                *("program", "program_engine", "program_inputs", "traced_ops"),
-            )
-        }
         # extend classes of packages that change warnings and the environment when imported
-        extras = {"packscore.cross_encoder", "packscore.plot"}
+        adapters = {
+            f"packscore.integrations.{name}" for name in ("langchain", "llama_index", "rerankers")
+        }
+        extras = {"packscore.integrations.cross_encoder", "packscore.plot"}
         for module in pkgutil.walk_packages(packscore.__path__, "packscore."):
-            if module.name in jax_path:  # imported by patch_model(..., device=...) alone
+            if module.name.startswith("packscore.programs."):  # by patch_model(..., device=...)
                 continue
-            if module.name in extras or module.name.startswith("packscore.integrations."):
+            if module.name in extras or module.name in adapters:
                 continue
             importlib.import_module(module.name)
             modules.append(module.name)
@@ -121,7 +117,7 @@ def test_kernels_need_no_torch() -> None:
         layout = packscore_kernels.SegmentLayout.single(3, [2, 1])
         assert layout.segment_ids.tolist() == [0, 0, 0, 1, 1, 2]
         assert "jax" not in sys.modules
-        import packscore_kernels.segment_paged_attention.reference
+        import packscore_kernels.attention.reference
         from packscore_kernels import segment_paged_attention
         assert callable(segment_paged_attention)
         assert "jax" in sys.modules

@@ -9,88 +9,64 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from packscore.cross_encoder import CrossEncoder
-    from packscore.errors import (
-        InputError,
-        InputTypeError,
-        MaskTooLargeError,
-        MissingPackageError,
-        NotPatchedError,
-        PackscoreError,
-        ScoringError,
-        StalePrefixError,
-        UnexpectedCompileError,
-        UnsupportedModelError,
-    )
-    from packscore.patching import is_patched, patch_model, patched, program_of, unpatch_model
-    from packscore.pipeline import MultiItemScoringPipeline, register_pipelines
-    from packscore.prompts import PROMPTS, PromptSpec
-    from packscore.results import RankedDocument, ScoreResult, Usage
-    from packscore.scoring import MultiItemScorer
-    from packscore.shipped import shipped_model_path
-    from packscore.verify import ParityReport, Tolerance, verify_parity
+    from packscore.calls import program_of as program_of
+    from packscore.errors import InputError as InputError
+    from packscore.errors import InputTypeError as InputTypeError
+    from packscore.errors import MaskTooLargeError as MaskTooLargeError
+    from packscore.errors import MissingPackageError as MissingPackageError
+    from packscore.errors import NotPatchedError as NotPatchedError
+    from packscore.errors import PackscoreError as PackscoreError
+    from packscore.errors import ScoringError as ScoringError
+    from packscore.errors import StalePrefixError as StalePrefixError
+    from packscore.errors import UnexpectedCompileError as UnexpectedCompileError
+    from packscore.errors import UnsupportedModelError as UnsupportedModelError
+    from packscore.integrations.cross_encoder import CrossEncoder as CrossEncoder
+    from packscore.integrations.pipeline import MultiItemScoringPipeline as MultiItemScoringPipeline
+    from packscore.integrations.pipeline import register_pipelines as register_pipelines
+    from packscore.model.family import is_patched as is_patched
+    from packscore.patching import patch_model as patch_model
+    from packscore.patching import patched as patched
+    from packscore.patching import unpatch_model as unpatch_model
+    from packscore.results import RankedDocument as RankedDocument
+    from packscore.results import ScoreResult as ScoreResult
+    from packscore.results import Usage as Usage
+    from packscore.scoring import MultiItemScorer as MultiItemScorer
+    from packscore.shipped import shipped_model_path as shipped_model_path
+    from packscore.text.prompts import PROMPTS as PROMPTS
+    from packscore.text.prompts import PromptSpec as PromptSpec
+    from packscore.verify import ParityReport as ParityReport
+    from packscore.verify import Tolerance as Tolerance
+    from packscore.verify import verify_parity as verify_parity
 
 __version__ = "0.1.0"
 
+# The public names and where they live; the block above repeats them for type checkers, and a test
+# compares the two.
 _HOMES = {
-    "packscore.cross_encoder": ("CrossEncoder",),
-    "packscore.errors": (
-        "InputError",
-        "InputTypeError",
-        "MaskTooLargeError",
-        "MissingPackageError",
-        "NotPatchedError",
-        "PackscoreError",
-        "ScoringError",
-        "StalePrefixError",
-        "UnexpectedCompileError",
-        "UnsupportedModelError",
+    "calls": ("program_of",),
+    "errors": (
+        *("InputError", "InputTypeError", "MaskTooLargeError", "MissingPackageError"),
+        *("NotPatchedError", "PackscoreError", "ScoringError", "StalePrefixError"),
+        *("UnexpectedCompileError", "UnsupportedModelError"),
     ),
-    "packscore.patching": ("is_patched", "patch_model", "patched", "program_of", "unpatch_model"),
-    "packscore.pipeline": ("MultiItemScoringPipeline", "register_pipelines"),
-    "packscore.prompts": ("PROMPTS", "PromptSpec"),
-    "packscore.results": ("RankedDocument", "ScoreResult", "Usage"),
-    "packscore.scoring": ("MultiItemScorer",),
-    "packscore.shipped": ("shipped_model_path",),
-    "packscore.verify": ("ParityReport", "Tolerance", "verify_parity"),
+    "integrations.cross_encoder": ("CrossEncoder",),
+    "integrations.pipeline": ("MultiItemScoringPipeline", "register_pipelines"),
+    "model.family": ("is_patched",),
+    "patching": ("patch_model", "patched", "unpatch_model"),
+    "results": ("RankedDocument", "ScoreResult", "Usage"),
+    "scoring": ("MultiItemScorer",),
+    "shipped": ("shipped_model_path",),
+    "text.prompts": ("PROMPTS", "PromptSpec"),
+    "verify": ("ParityReport", "Tolerance", "verify_parity"),
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_HOME_OF = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names}
 
-__all__ = [
-    "PROMPTS",
-    "CrossEncoder",
-    "InputError",
-    "InputTypeError",
-    "MaskTooLargeError",
-    "MissingPackageError",
-    "MultiItemScorer",
-    "MultiItemScoringPipeline",
-    "NotPatchedError",
-    "PackscoreError",
-    "ParityReport",
-    "PromptSpec",
-    "RankedDocument",
-    "ScoreResult",
-    "ScoringError",
-    "StalePrefixError",
-    "Tolerance",
-    "UnexpectedCompileError",
-    "UnsupportedModelError",
-    "Usage",
-    "is_patched",
-    "patch_model",
-    "patched",
-    "program_of",
-    "register_pipelines",
-    "shipped_model_path",
-    "unpatch_model",
-    "verify_parity",
-]
+__all__ = sorted(_HOME_OF)
 
 
 def __getattr__(name: str) -> object:
     if name not in _HOME_OF:
-        raise AttributeError(f"module 'packscore' has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME_OF[name]), name)
     globals()[name] = value
     return value

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -21,17 +22,18 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
 from packscore.errors import UnsupportedModelError
-from packscore.head import is_classifier
-from packscore.packing import PackedBatch, split_items
-from packscore.patching import program_of
-from packscore_kernels.segment_paged_attention.layout import SegmentLayout
+from packscore.flows.packing import PackedBatch, split_items
+from packscore.model.family import base_model, is_classifier
+from packscore_kernels.attention.layout import SegmentLayout
 
 if TYPE_CHECKING:
-    from packscore.program import ModelProgram
+    from packscore.programs.program import ModelProgram
 
 logger = logging.getLogger("packscore")
 
 Indices = npt.NDArray[np.int64]
+# The compiled programs of models patched with a device, for as long as the models live.
+_programs: WeakKeyDictionary[PreTrainedModel, ModelProgram] = WeakKeyDictionary()
 # What programs may be asked for beside tokens: nothing that changes the numbers.
 SERVED = {"input_ids", "attention_mask", "logits_to_keep"}
 # and what may be said without asking for anything
@@ -104,15 +106,22 @@ class ServedForward:
         return own(*args, **kwargs)
 
 
-def serve_calls(model: PreTrainedModel) -> None:
-    """Send ordinary calls of `model` to its programs."""
+def program_of(model: nn.Module) -> ModelProgram | None:
+    """The compiled programs of a model patched with a `device`; None where torch scores it."""
+    return _programs.get(base_model(model))
+
+
+def serve(model: PreTrainedModel, program: ModelProgram) -> None:
+    """Send ordinary calls of `model` to its programs, which `program_of` finds from now on."""
+    _programs[model] = program
     own = model.__dict__.get("forward")
     if not isinstance(own, ServedForward):
         model.__dict__["forward"] = ServedForward(model, own)
 
 
-def leave_calls(model: PreTrainedModel) -> None:
-    """Undo `serve_calls`; a wrapper that another library put around it since stays in place."""
+def leave(model: PreTrainedModel) -> None:
+    """Undo `serve`; a wrapper that another library put around it since stays in place."""
+    _programs.pop(model, None)
     served = model.__dict__.get("forward")
     if not isinstance(served, ServedForward):
         return

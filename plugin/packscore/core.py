@@ -12,29 +12,33 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from packscore.class_head import head_of
-from packscore.encoding import (
+from packscore.calls import program_of
+from packscore.encoded import EncodedRequest
+from packscore.errors import InputError, NotPatchedError
+from packscore.flows.engine import Engine
+from packscore.flows.jobs import LabelLogits
+from packscore.flows.label_runs import run_labels
+from packscore.flows.page_pool import PrefixLease
+from packscore.flows.runner import Runner
+from packscore.inputs import check_choice, check_count, short
+from packscore.model.class_head import head_of
+from packscore.model.family import base_model, check_supported, is_patched
+from packscore.results import FLOWS, Flow
+from packscore.text.encoding import (
     ArgumentNames,
     Budget,
-    EncodedRequest,
     PlainEncoder,
     PromptEncoder,
     RequestEncoder,
 )
-from packscore.engines import DenseEngine, Engine, TorchEngine
-from packscore.errors import InputError, NotPatchedError
-from packscore.inputs import check_choice, check_count, short
-from packscore.label_runs import run_labels
-from packscore.labels import LabelIds, Labels
-from packscore.paging import PrefixLease
-from packscore.patching import base_model, check_supported, is_patched, program_of
-from packscore.prompts import PromptSpec, resolve_prompt
-from packscore.results import FLOWS, Flow
-from packscore.running import LabelLogits, Runner
-from packscore.tokenizing import PieceTokenizer
+from packscore.text.labels import LabelIds, Labels
+from packscore.text.prompts import PromptSpec, resolve_prompt
+from packscore.text.tokenizer import PieceTokenizer
+from packscore.torch_engine.dense import DenseEngine
+from packscore.torch_engine.engine import TorchEngine
 
 if TYPE_CHECKING:
-    from packscore.program import ModelProgram
+    from packscore.programs.program import ModelProgram
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 Scores = npt.NDArray[np.float32]
@@ -181,7 +185,7 @@ class ScoringCore:
 
     def _new_engine(self, program: ModelProgram | None) -> Engine:
         if program is not None:
-            from packscore.program_engine import ProgramEngine
+            from packscore.programs.engine import ProgramEngine
 
             return ProgramEngine(program, self.prefix_cache_bytes)
         if self.mask_impl == "dense":

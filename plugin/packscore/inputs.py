@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from packscore.encoded import TokenIds
 from packscore.errors import InputError, InputTypeError
-from packscore.packing import TokenIds
 
 TokenIdsLike: TypeAlias = "Sequence[int] | np.ndarray[Any, Any] | torch.Tensor"
 Text: TypeAlias = "str | TokenIdsLike"

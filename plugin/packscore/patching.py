@@ -8,101 +8,21 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import WeakKeyDictionary
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from packscore.attention import SegmentPlan, segment_attention
-from packscore.errors import InputError, InputTypeError, UnsupportedModelError
-from packscore.kv_pages import KvPages
-
-if TYPE_CHECKING:
-    from packscore.program import ModelProgram
+from packscore.calls import leave, program_of, serve
+from packscore.errors import InputError
+from packscore.model.family import BASES, REGISTERED_NAMES, base_model, check_supported, is_patched
+from packscore.torch_engine.attention import SegmentPlan, segment_attention
+from packscore.torch_engine.pages import KvPages
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-
-SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
-# The name we register, by the implementation that keeps serving every call that is not packed.
-# Transformers gives names with "sdpa", "flash" or "flex" in them a meaning of their own.
-REGISTERED_NAMES = {"sdpa": "packscore", "eager": "packscore_eager"}
-BASES = {name: base for base, name in REGISTERED_NAMES.items()}
-# Rotary embeddings whose angles depend on the longest sequence of the batch.
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-# The compiled programs of models patched with a device, for as long as the models live.
-_programs: WeakKeyDictionary[PreTrainedModel, ModelProgram] = WeakKeyDictionary()
-
-
-def base_model(model: nn.Module) -> PreTrainedModel:
-    """The Hugging Face model itself: unwraps PEFT.
-
-    Raises:
-      InputTypeError: `model` is not a Hugging Face model.
-      UnsupportedModelError: a PEFT method that changes the tokens (prompt or prefix tuning).
-    """
-    inner: Any = model
-    if callable(getattr(model, "get_base_model", None)):
-        peft_config = inner.active_peft_config
-        if getattr(peft_config, "is_prompt_learning", False):
-            raise UnsupportedModelError(
-                f"peft_type={str(peft_config.peft_type)!r} adds virtual tokens that packing would "
-                "show to every item; use an adapter that changes weights, such as LoRA"
-            )
-        inner = inner.get_base_model()
-    if not isinstance(inner, PreTrainedModel):
-        raise InputTypeError(
-            f"model is a {type(model).__name__}; it must be a transformers PreTrainedModel, "
-            "for instance from AutoModelForCausalLM.from_pretrained(...)"
-        )
-    return inner
-
-
-def check_supported(model: nn.Module) -> None:
-    """Refuse, by name, what packed scoring could not reproduce exactly.
-
-    Raises:
-      UnsupportedModelError: architecture, sliding window, logit soft-capping, rotary embedding or
-        attention implementation that is not exact when packed.
-    """
-    inner = base_model(model)
-    config = inner.config
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
-        raise UnsupportedModelError(
-            f"model_type={config.model_type!r} is not supported; "
-            f"it must be one of {', '.join(SUPPORTED_MODEL_TYPES)}"
-        )
-    windows = {getattr(module, "sliding_window", None) for module in inner.modules()} - {None}
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or windows:
-        raise UnsupportedModelError(
-            f"sliding_window={getattr(config, 'sliding_window', None)} is in use, and packed items "
-            "have no such window; load with use_sliding_window=False if it was trained without"
-        )
-    for option in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if getattr(config, option, None) is not None:
-            raise UnsupportedModelError(f"{option}={getattr(config, option)} is not supported")
-    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope_type in LENGTH_DEPENDENT_ROPE:
-        raise UnsupportedModelError(
-            f"rope_type={rope_type!r} makes one item's angles depend on the others' lengths; "
-            "use a static type such as 'default', 'linear', 'yarn' or 'llama3'"
-        )
-    if getattr(config, "is_causal", True) is False:
-        raise UnsupportedModelError("is_causal=False: the model must be a causal decoder")
-    implementation = config._attn_implementation
-    if implementation not in REGISTERED_NAMES and implementation not in BASES:
-        raise UnsupportedModelError(
-            f"attn_implementation={implementation!r} has a mask of its own kind; call "
-            "model.set_attn_implementation('sdpa') first"
-        )
-
-
-def is_patched(model: nn.Module) -> bool:
-    """Whether `patch_model` is in effect on `model`."""
-    return base_model(model).config._attn_implementation in BASES
 
 
 def patch_model(
@@ -149,24 +69,17 @@ def patch_model(
 
 def _compile(model: nn.Module, device: str, compile_cache: Path | None) -> None:
     # imported here: jax and torchax come into the process on the JAX path only
-    from packscore.calls import serve_calls
-    from packscore.program import ModelProgram, resolve_device
+    from packscore.programs.program import ModelProgram, resolve_device
 
     found = resolve_device(device)
     inner = base_model(model)
     if found is None:
         return
-    program = _programs.get(inner)
+    program = program_of(inner)
     if program is None or program.device != found[0]:
         program = ModelProgram(inner, device=found[0], implementation=found[1])
-        _programs[inner] = program
     program.compile_cache = compile_cache or program.compile_cache
-    serve_calls(inner)
-
-
-def program_of(model: nn.Module) -> ModelProgram | None:
-    """The compiled programs of a model patched with a `device`; None where torch scores it."""
-    return _programs.get(base_model(model))
+    serve(inner, program)
 
 
 def unpatch_model(model: ModelT) -> ModelT:
@@ -177,10 +90,7 @@ def unpatch_model(model: ModelT) -> ModelT:
     """
     if is_patched(model):
         _switch(model, BASES[base_model(model).config._attn_implementation])
-        if _programs.pop(base_model(model), None) is not None:
-            from packscore.calls import leave_calls
-
-            leave_calls(base_model(model))
+        leave(base_model(model))
     return model
 
 

@@ -10,11 +10,7 @@ import numpy.typing as npt
 
 from packscore.errors import InputError, MissingPackageError
 from packscore.inputs import short
-from packscore_kernels.segment_paged_attention.layout import (
-    PAD_SEGMENT,
-    PREFIX_SEGMENT,
-    SegmentLayout,
-)
+from packscore_kernels.attention.layout import PAD_SEGMENT, PREFIX_SEGMENT, SegmentLayout
 
 try:
     from matplotlib.axes import Axes
@@ -26,7 +22,7 @@ except ImportError as error:
     raise MissingPackageError("packscore.plot", "plot") from error
 
 if TYPE_CHECKING:
-    from packscore_kernels.segment_paged_attention.types import BlockSizes, SegmentSchedule
+    from packscore_kernels.attention.types import BlockSizes, SegmentSchedule
 
 # Okabe and Ito's colours, which stay apart for every kind of colour blindness: the prefix, and the
 # items in turn.
@@ -99,8 +95,8 @@ def tiles(
       InputError: no tokens, or tokens in pages.
     """
     # imported here: the schedule brings jax
-    from packscore_kernels.segment_paged_attention.schedule import build_schedule
-    from packscore_kernels.segment_paged_attention.types import BlockSizes
+    from packscore_kernels.attention.schedule import build_schedule
+    from packscore_kernels.attention.types import BlockSizes
 
     found = _as_layout(layout_or_lens)
     if not found.num_real_tokens:
@@ -124,12 +120,7 @@ def tile_kinds(schedule: SegmentSchedule) -> npt.NDArray[np.int8]:
       i8[num_q_tiles, num_kv_blocks] of SKIPPED, WINDOW (the tokens just before each row, which the
       kernel always reads), MASKED and FULL (seen whole by every row, no mask arithmetic).
     """
-    from packscore_kernels.segment_paged_attention.schedule import (
-        LOAD_FIELDS,
-        USE_FIELDS,
-        Load,
-        Use,
-    )
+    from packscore_kernels.attention.schedule import LOAD_FIELDS, USE_FIELDS, Load, Use
 
     blocks = schedule.block_sizes
     num_blocks = -(-schedule.num_tokens // blocks.block_kv)
@@ -155,8 +146,8 @@ def window_boxes(schedule: SegmentSchedule) -> Boxes:
     A group of 128 rows reads its own keys and those before it: 128, or 32 where no item of the
     tile reaches further back.
     """
+    from packscore_kernels.attention.schedule import NARROW
     from packscore_kernels.hardware import LANES
-    from packscore_kernels.segment_paged_attention.schedule import NARROW
 
     boxes: Boxes = []
     for top in range(0, int(schedule.counts[0]), LANES):

@@ -10,14 +10,14 @@ from typing import Any, Self
 import numpy as np
 
 from packscore.core import ScoringCore
-from packscore.encoding import ArgumentNames
+from packscore.encoded import TokenIds
 from packscore.errors import InputError, StalePrefixError
+from packscore.flows.page_pool import PrefixLease
+from packscore.flows.runner import Runner
 from packscore.inputs import Text, as_list
-from packscore.labels import LabelIds, Labels
-from packscore.packing import TokenIds
-from packscore.paging import PrefixLease
 from packscore.results import ScoreResult
-from packscore.running import Runner
+from packscore.text.encoding import ArgumentNames
+from packscore.text.labels import LabelIds, Labels
 
 # Items of a stream's first launch: few, so that the first scores come soon.
 FIRST_ITEMS = 8

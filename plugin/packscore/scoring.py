@@ -10,15 +10,16 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from packscore.core import Activation, Scores, ScoringCore
-from packscore.encoding import ArgumentNames, EncodedRequest, group_by_query
+from packscore.encoded import EncodedRequest
 from packscore.errors import ScoringError
+from packscore.flows.page_pool import PREFIX_CACHE_BYTES
+from packscore.flows.planner import Explanation
 from packscore.inputs import Text, as_iterator, as_list, as_pairs, as_requests, check_count
-from packscore.labels import LabelIds, Labels
-from packscore.paging import PREFIX_CACHE_BYTES
-from packscore.planner import Explanation
 from packscore.prefixes import Prefix, stream
-from packscore.prompts import PromptSpec
 from packscore.results import Flow, RankedDocument, ScoreResult, Usage, merge_usages
+from packscore.text.encoding import ArgumentNames, group_by_query
+from packscore.text.labels import LabelIds, Labels
+from packscore.text.prompts import PromptSpec
 
 
 class MultiItemScorer:

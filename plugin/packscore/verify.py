@@ -13,14 +13,14 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from packscore.encoding import EncodedRequest
+from packscore.encoded import EncodedRequest
 from packscore.errors import InputError
-from packscore.head import is_classifier
 from packscore.inputs import Text, as_list, as_pairs
-from packscore.labels import LabelIds, Labels
-from packscore.patching import base_model, patched
-from packscore.prompts import PromptSpec
+from packscore.model.family import base_model, is_classifier
+from packscore.patching import patched
 from packscore.scoring import MultiItemScorer
+from packscore.text.labels import LabelIds, Labels
+from packscore.text.prompts import PromptSpec
 
 Float64 = npt.NDArray[np.float64]
 Verdict = Literal["equal", "different", "undecided"]

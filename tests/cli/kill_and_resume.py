@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from packscore.cli import loading, running
+from packscore.cli import load as loading
+from packscore.cli import run as running
 from packscore.cli.app import app
 
 PARENT_IMPORTS = (transformers, loading, running)

@@ -84,7 +84,7 @@ def test_on_long_error_refuses_the_record(cli: Cli) -> None:
 
 
 def test_scores_that_are_not_finite_are_reported(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    from packscore.cli import running
+    from packscore.cli import run as running
 
     made = running.score_task
 

@@ -15,11 +15,12 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from cli_helpers import MODEL, RECORDS, Cli
 from packscore import Usage, shipped_model_path
-from packscore.cli import running
-from packscore.cli.exits import ExitCode, RunError
-from packscore.cli.files import FilePlan, plan_files
+from packscore.cli import run as running
+from packscore.cli.exits import ExitCode
 from packscore.cli.options import ReadOptions
-from packscore.cli.records import FieldNames, Record
+from packscore.files.failures import RunError
+from packscore.files.file_plan import FilePlan, plan_files
+from packscore.files.records import FieldNames, Record
 
 NUM_RECORDS = 10_000
 NUM_KILLS = 20

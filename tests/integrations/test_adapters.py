@@ -165,7 +165,7 @@ def test_rerankers_refuses_what_cannot_rank() -> None:
 
 
 EXTRAS = {
-    "packscore.cross_encoder": ("sentence_transformers", "sentence-transformers"),
+    "packscore.integrations.cross_encoder": ("sentence_transformers", "sentence-transformers"),
     "packscore.integrations.langchain": ("langchain_core", "langchain"),
     "packscore.integrations.llama_index": ("llama_index", "llama-index"),
     "packscore.integrations.rerankers": ("rerankers", "rerankers"),

@@ -29,7 +29,7 @@ from packscore import (
     is_patched,
     shipped_model_path,
 )
-from packscore.chat_frames import spec_of_chat_template
+from packscore.integrations.chat_template import spec_of_chat_template
 
 # two float32 paths through the same weights: log-odds of up to 5, summed in another order
 SCORES = 1e-4

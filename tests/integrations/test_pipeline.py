@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
-import packscore.pipeline
+import packscore.integrations.pipeline
 from helpers import one_by_one, random_classifier
 from packscore import (
     InputError,
@@ -25,7 +25,7 @@ from packscore import (
     register_pipelines,
     shipped_model_path,
 )
-from packscore.pipeline import TASK, MultiItemScoringPipeline
+from packscore.integrations.pipeline import TASK, MultiItemScoringPipeline
 
 SAME = 1e-6  # float32 probabilities, whose sums another flow adds in another order
 LABELS = [" file", " list", " time"]
@@ -70,13 +70,13 @@ def expected(scorer: MultiItemScorer) -> list[list[dict[str, Any]]]:
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many requests each launch holds."""
     sizes: list[int] = []
-    score_requests = packscore.pipeline._score_requests
+    score_requests = packscore.integrations.pipeline._score_requests
 
     def counted(scorer: Any, requests: Any, *args: Any, **options: Any) -> Any:
         sizes.append(len(requests))
         return score_requests(scorer, requests, *args, **options)
 
-    monkeypatch.setattr(packscore.pipeline, "_score_requests", counted)
+    monkeypatch.setattr(packscore.integrations.pipeline, "_score_requests", counted)
     return sizes
 
 

@@ -4,7 +4,7 @@ import doctest
 import subprocess
 import sys
 
-from packscore_kernels.segment_paged_attention import api
+from packscore_kernels.attention import api
 
 CHECK = """
 import sys

@@ -19,10 +19,10 @@ from packscore_kernels import (
     resolve_block_sizes,
     segment_paged_attention,
 )
+from packscore_kernels.attention.launch import segment_attention_pallas
+from packscore_kernels.attention.schedule import visited_blocks
+from packscore_kernels.attention.tuning import tuned_rows
 from packscore_kernels.hardware import CHIPS
-from packscore_kernels.segment_paged_attention.launch import segment_attention_pallas
-from packscore_kernels.segment_paged_attention.schedule import visited_blocks
-from packscore_kernels.segment_paged_attention.tuning import tuned_rows
 
 BLOCKS = BlockSizes(256, 128, 256)
 

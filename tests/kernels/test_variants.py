@@ -12,7 +12,7 @@ from layouts import drawn, group
 from oracle import attention
 
 from packscore_kernels import BlockSizes, SegmentLayout, build_schedule, segment_paged_attention
-from packscore_kernels.segment_paged_attention.launch import segment_attention_pallas
+from packscore_kernels.attention.launch import segment_attention_pallas
 from tolerances import assert_close
 
 IMPLEMENTATIONS = ["dense", "xla", "pallas_interpret"]

@@ -15,8 +15,8 @@ from packscore_kernels import (
     build_schedule,
     segment_paged_attention,
 )
-from packscore_kernels.segment_paged_attention.reference import visible
-from packscore_kernels.segment_paged_attention.xla import dense_mask
+from packscore_kernels.attention.reference import visible
+from packscore_kernels.attention.xla import dense_mask
 
 BLOCKS = BlockSizes(128, 128, 256)
 LAYOUTS = {

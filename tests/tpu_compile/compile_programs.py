@@ -31,7 +31,7 @@ def shapes(text):
 
 def main(chip, model, over_vocabulary):
     tpu_schedule.configure(TOPOLOGIES[chip])
-    from packscore.ahead import compile_ahead
+    from packscore.programs.ahead import compile_ahead
     from packscore_kernels import SegmentLayout
     from predict_tpu import VOCAB_SIZE, config_of
 

@@ -9,9 +9,10 @@ import typer
 
 import packscore
 from packscore.cli import options as opt
-from packscore.cli.exits import ExitCode, UsageError, exit_codes, tell
-from packscore.cli.files import FilePlan, plan_files
-from packscore.cli.records import FieldNames
+from packscore.cli.exits import ExitCode, exit_codes, tell
+from packscore.files.failures import UsageError
+from packscore.files.file_plan import FilePlan, plan_files
+from packscore.files.records import FieldNames
 
 DEFAULT_MAX_LINE_BYTES = 8 * 2**20
 
@@ -187,7 +188,7 @@ def verify(
             on_long,
         )
         read = opt.ReadOptions(FieldNames(query_field, items_field), max_line_bytes)
-        from packscore.cli.verifying import verify_file
+        from packscore.cli.verify import verify_file
 
         code = verify_file(input, input_format, read, chosen, limit)
     raise typer.Exit(code)
@@ -229,7 +230,7 @@ def warmup(
     with exit_codes():
         if device not in ("tpu", "jax"):
             raise UsageError(f"--device={device!r} must be tpu or jax: torch compiles nothing")
-        from packscore.cli.warming import warm_up
+        from packscore.cli.warmup import warm_up
 
         warm_up(model, revision, device, dtype, max_tokens, num_labels, cache_dir, quiet=quiet)
 
@@ -243,10 +244,10 @@ def _run(
     dry_run: bool,
     quiet: bool,
 ) -> ExitCode:
-    from packscore.cli import running
-    from packscore.cli.loading import load
-    from packscore.cli.plan import make_plan
-    from packscore.cli.readers import open_reader
+    from packscore.cli import run as running
+    from packscore.cli.dry_run import make_plan
+    from packscore.cli.load import load
+    from packscore.files.readers import open_reader
 
     loaded = load(chosen, weights=not dry_run)
     scorer, names = loaded.scorer, loaded.label_names

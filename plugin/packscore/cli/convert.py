@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from packscore.cli.exits import RunError
-from packscore.cli.readers import parquet_module
+from packscore.files.failures import RunError
+from packscore.files.readers import parquet_module
 
 PARQUET_BATCH_ROWS = 1024
 Row = dict[str, Any]

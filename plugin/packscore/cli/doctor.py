@@ -16,7 +16,7 @@ import torch
 from packaging.requirements import Requirement
 
 import packscore
-from packscore.cli.loading import choose_device, tpu_is_plugged_in
+from packscore.cli.load import choose_device, tpu_is_plugged_in
 
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "jax", "jaxlib", "torchax", "libtpu")
 OPTIONAL_PACKAGES = ("pyarrow", "peft")

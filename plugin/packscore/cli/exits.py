@@ -10,6 +10,8 @@ from enum import IntEnum
 
 import typer
 
+from packscore.files.failures import RunError, UsageError
+
 
 class ExitCode(IntEnum):
     """What the shell gets."""
@@ -19,14 +21,6 @@ class ExitCode(IntEnum):
     USAGE = 2
     BAD_RECORDS = 3
     INTERRUPTED = 130
-
-
-class UsageError(Exception):
-    """An option or a file does not fit; nothing was run and nothing was written."""
-
-
-class RunError(Exception):
-    """The run stopped; what it wrote so far stays."""
 
 
 def tell(message: str) -> None:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from packscore.cli.exits import UsageError
-from packscore.cli.records import FieldNames
+from packscore.files.failures import UsageError
+from packscore.files.records import FieldNames
 
 if TYPE_CHECKING:
-    from packscore.labels import LabelIds
+    from packscore.text.labels import LabelIds
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

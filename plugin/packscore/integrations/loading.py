@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from packscore.errors import InputTypeError
 from packscore.patching import patch_model
-from packscore.prompts import PromptSpec
 from packscore.scoring import MultiItemScorer
+from packscore.text.prompts import PromptSpec
 
 
 def load_scorer(

@@ -1,0 +1,1 @@
+"""Segment-masked paged attention: a shared prefix, many items, no mask."""

@@ -1,0 +1,1 @@
+"""The dense half of a decoder layer: projections and MLP, fused with the norms beside them."""

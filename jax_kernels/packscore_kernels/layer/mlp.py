@@ -1,0 +1,154 @@
+"""The gated MLP in Pallas: norm, both products, their gate, the third product and the residual.
+
+The weights pass by in chunks, once for each tile of tokens, and arrive while others are multiplied.
+The matrix unit multiplies some columns of gate and up while the vector unit gates those before
+them: the order in which they are written here is the order the compiler keeps.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from packscore_kernels.hardware import LANES, cdiv, shape_of, vmem_limit
+from packscore_kernels.layer.tiles import (
+    TILE_TOKENS,
+    Ref,
+    even_tile,
+    product,
+    rms_norm,
+    suits,
+    whole,
+)
+
+# Columns of gate and up that are multiplied between two gatings.
+COLUMNS = 256
+# Of the longest code, what a chunk's may have: it is there twice, and twice as long gains 2 %.
+SHARE = 1 / 4
+
+
+class MlpTiles(NamedTuple):
+    """How the kernel walks: over tiles of tokens, and for each over chunks of the width."""
+
+    tokens: int
+    width: int  # columns of gate and up in a chunk
+
+
+def mlp_vmem_bytes(hidden_size: int, width: int, itemsize: int, tokens: int) -> int:
+    """What the kernel holds with tiles of so many tokens and chunks of so many columns."""
+    weights = 2 * 3 * hidden_size * width * itemsize
+    tiles = tokens * (5 * hidden_size + width) * itemsize
+    return weights + tiles + tokens * (2 * hidden_size + 4 * COLUMNS) * 4
+
+
+def mlp_tiles(
+    num_tokens: int, hidden_size: int, intermediate_size: int, itemsize: int
+) -> MlpTiles | None:
+    """Tiles for an MLP, or None where its sizes do not suit the kernel."""
+    if hidden_size % LANES or intermediate_size % COLUMNS:
+        return None
+    steps = intermediate_size // COLUMNS
+    for most in TILE_TOKENS:
+        for chunks in range(1, steps + 1):
+            width = intermediate_size // chunks
+            chunk_bytes = 3 * hidden_size * width * itemsize
+            held = mlp_vmem_bytes(hidden_size, width, itemsize, most)
+            if steps % chunks == 0 and suits(most, chunk_bytes, held, SHARE):
+                return MlpTiles(even_tile(num_tokens, most), width)
+    return None
+
+
+def _mlp_kernel(
+    # prefetch
+    layer: Ref,  # i32[1]
+    # inputs
+    x: Ref,  # [block_tokens, hidden_size]
+    x_norm: Ref,  # [1, hidden_size]
+    gate: Ref,  # [width, hidden_size]
+    up: Ref,  # [width, hidden_size]
+    down: Ref,  # [hidden_size, width]
+    # outputs
+    out: Ref,  # [block_tokens, hidden_size]
+    # scratch
+    rows: Ref,  # [block_tokens, hidden_size]
+    raw: Ref,  # float32[2, 2, block_tokens, COLUMNS]: gate and up, a pair of them being gated
+    gated: Ref,  # [block_tokens, width]
+    sums: Ref,  # float32[block_tokens, hidden_size]
+    *,
+    chunks: int,
+    eps: float,
+) -> None:
+    del layer
+    chunk = pl.program_id(1)
+
+    def multiply(is_first: bool) -> None:
+        if is_first:
+            rows[...] = rms_norm(x[...], x_norm[...], eps).astype(rows.dtype)
+        steps = gate.shape[0] // COLUMNS
+        for i in range(steps + 1):
+            if i < steps:
+                columns = slice(i * COLUMNS, (i + 1) * COLUMNS)
+                raw[i % 2, 0] = product(rows[...], gate[columns])
+                raw[i % 2, 1] = product(rows[...], up[columns])
+            if i:
+                own, other = raw[(i - 1) % 2, 0], raw[(i - 1) % 2, 1]
+                columns = slice((i - 1) * COLUMNS, i * COLUMNS)
+                gated[:, columns] = (jax.nn.silu(own) * other).astype(gated.dtype)
+        before = x[...].astype(jnp.float32) if is_first else sums[...]
+        sums[...] = before + product(gated[...], down[...])
+
+    # two straight pieces, so that the norm runs beside the first products
+    pl.when(chunk == 0)(lambda: multiply(True))
+    if chunks > 1:
+        pl.when(chunk > 0)(lambda: multiply(False))
+
+    @pl.when(chunk == chunks - 1)
+    def finish() -> None:
+        out[...] = sums[...].astype(out.dtype)
+
+
+def gated_mlp_pallas(
+    x: jax.Array,  # [num_tokens, hidden_size]
+    x_norm: jax.Array,  # [hidden_size]
+    weights: tuple[jax.Array, jax.Array, jax.Array],  # of all layers
+    layer: jax.Array,  # i32[1]
+    tiles: MlpTiles,
+    *,
+    eps: float,
+    interpret: Any = False,
+) -> jax.Array:
+    """The kernel behind `gated_mlp`."""
+    (num_tokens, hidden_size), (tokens, width) = x.shape, tiles
+    chunks = weights[0].shape[1] // width
+    x_norm = x_norm[None]
+    tile = pl.BlockSpec((tokens, hidden_size), lambda t, c, layer: (t, 0))
+    across = pl.BlockSpec((None, width, hidden_size), lambda t, c, layer: (layer[0], c, 0))
+    back = pl.BlockSpec((None, hidden_size, width), lambda t, c, layer: (layer[0], 0, c))
+    held = mlp_vmem_bytes(hidden_size, width, x.dtype.itemsize, tokens)
+    out: jax.Array = pl.pallas_call(
+        functools.partial(_mlp_kernel, chunks=chunks, eps=eps),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(cdiv(num_tokens, tokens), chunks),
+            in_specs=[tile, whole(x_norm), across, across, back],
+            out_specs=tile,
+            scratch_shapes=[
+                pltpu.VMEM((tokens, hidden_size), x.dtype),
+                pltpu.VMEM((2, 2, tokens, COLUMNS), jnp.float32),
+                pltpu.VMEM((tokens, width), x.dtype),
+                pltpu.VMEM((tokens, hidden_size), jnp.float32),
+            ],
+        ),
+        out_shape=shape_of(x.shape, x.dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit(held)
+        ),
+        interpret=interpret,
+        name="gated_mlp",
+    )(layer, x, x_norm, *weights)
+    return out

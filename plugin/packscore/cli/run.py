@@ -1,0 +1,284 @@
+"""One run over a file: read, score, write, and go on where an earlier run stopped."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from tqdm import tqdm
+
+from packscore import InputError, InputTypeError, MaskTooLargeError, MultiItemScorer, Usage
+from packscore.cli.convert import convert, result_columns
+from packscore.cli.exits import ExitCode, tell
+from packscore.cli.load import Loaded
+from packscore.cli.options import ModelOptions, ReadOptions
+from packscore.files.failures import RunError
+from packscore.files.file_plan import FilePlan, begin, mark_complete, model_fingerprint
+from packscore.files.journal import FileJournal, Journal, NotFiniteError, StreamJournal
+from packscore.files.readers import Reader, open_reader
+from packscore.files.records import BadRecord, Record
+from packscore.results import Flow
+
+# What one record may be refused for; anything else stops the run.
+RECORD_ERRORS = (InputError, InputTypeError, MaskTooLargeError, MemoryError, torch.OutOfMemoryError)
+
+# By name, so that a record's scores do not depend on those scored before it: a resumed run writes
+# the bytes of an unbroken one.
+FLOW: Flow = "packed"
+
+# From a record to the fields of its result, and the tokens it took.
+Task = Callable[[Record], tuple[dict[str, Any], Usage]]
+
+
+@dataclass
+class Counts:
+    """What a run did."""
+
+    records: int = 0
+    items: int = 0
+    resumed: int = 0
+    truncated: int = 0
+    special: int = 0
+
+
+def score_task(scorer: MultiItemScorer, *, apply_softmax: bool, return_items: bool) -> Task:
+    """`scores`: P(label) for every item and label."""
+
+    def run(record: Record) -> tuple[dict[str, Any], Usage]:
+        found = scorer.score(
+            record.query,
+            record.items,
+            apply_softmax=apply_softmax,
+            flow=FLOW,
+            return_usage=True,
+        )
+        result: dict[str, Any] = {"items": record.items} if return_items else {}
+        return result | {"scores": found.scores}, found.usage
+
+    return run
+
+
+def rank_task(scorer: MultiItemScorer, *, top_k: int | None, return_documents: bool) -> Task:
+    """`ranking`: documents by their score, best first."""
+
+    def run(record: Record) -> tuple[dict[str, Any], Usage]:
+        found = scorer.rank(
+            record.query,
+            record.items,
+            top_k=top_k,
+            return_documents=return_documents,
+            flow=FLOW,
+            return_usage=True,
+        )
+        return {"ranking": found.scores}, found.usage
+
+    return run
+
+
+def settings_of(
+    loaded: Loaded,
+    options: ModelOptions,
+    read: ReadOptions,
+    input_format: str,
+    task: dict[str, Any],
+) -> dict[str, Any]:
+    """Everything that the output depends on, beside the input itself."""
+    return {
+        **task,
+        "model": model_fingerprint(options.model, loaded.commit),
+        "device": loaded.device,
+        "dtype": loaded.dtype,
+        "prompt": repr(loaded.spec),
+        "instruction": options.instruction,
+        "label_token_ids": loaded.scorer.label_token_ids,
+        "max_tokens": options.max_tokens,
+        "on_long": options.on_long,
+        "format": input_format,
+        "query_field": read.names.query,
+        "items_field": read.names.items,
+        "max_line_bytes": read.max_line_bytes,
+    }
+
+
+def run_file(
+    plan: FilePlan,
+    read: ReadOptions,
+    task: Task,
+    settings: dict[str, Any],
+    labels: list[str],
+    *,
+    quiet: bool,
+) -> ExitCode:
+    """Score a file into another.
+
+    Returns:
+      OK, or BAD_RECORDS where records went to the error file.
+
+    Raises:
+      RunError: the run cannot go on; what was written stays.
+    """
+    complete = plan.output != "-" and begin(plan, settings)
+    if complete:
+        bad = plan.errors is not None and plan.errors.exists()
+        tell(f"{plan.output} is complete; nothing to do")
+        if plan.output_format != "jsonl":
+            plan.results.unlink(missing_ok=True)
+        return ExitCode.BAD_RECORDS if bad else ExitCode.OK
+    started = time.perf_counter()
+    with (
+        open_journal(plan) as journal,
+        open_reader(plan.input, plan.input_format, read.names, read.max_line_bytes) as reader,
+    ):
+        reserved = result_columns(plan.output_format, labels)
+        try:
+            counts = _run_all(reader, journal, task, reserved, quiet=quiet)
+        except KeyboardInterrupt:
+            _tell_how_to_go_on(plan)
+            raise
+    if plan.output_format != "jsonl":
+        item_fields = plan.input_format == "csv"
+        convert(plan.results, Path(plan.output), plan.output_format, labels, item_fields)
+    if plan.output != "-":
+        mark_complete(plan)
+    if plan.output_format != "jsonl":
+        plan.results.unlink()
+    if not quiet:
+        _tell_counts(plan, counts, journal.num_bad, time.perf_counter() - started)
+    return ExitCode.BAD_RECORDS if journal.num_bad else ExitCode.OK
+
+
+def _run_all(
+    reader: Reader, journal: Journal, task: Task, reserved: frozenset[str], *, quiet: bool
+) -> Counts:
+    counts = Counts()
+    progress = Progress(reader, disable=quiet or not sys.stderr.isatty())
+    try:
+        for entry in reader:
+            if journal.is_reported(entry.line):
+                continue
+            if isinstance(entry, BadRecord):
+                journal.write_error(entry)
+            elif journal.take_done(entry):
+                counts.resumed += 1
+            else:
+                _run_one(entry, journal, task, reserved, counts)
+                progress.update(counts.items)
+    finally:
+        progress.close()
+    journal.check_all_taken()
+    return counts
+
+
+def _run_one(
+    record: Record, journal: Journal, task: Task, reserved: frozenset[str], counts: Counts
+) -> None:
+    """Score one record and write what came of it."""
+    try:
+        taken = reserved & record.fields.keys()
+        if taken:
+            raise InputError(f"has the fields {sorted(taken)}, which the output needs; rename them")
+        result, usage = task(record)
+        if usage.truncated_items:
+            result["truncated_items"] = list(usage.truncated_items)
+        journal.write_result(record, result)
+    except RECORD_ERRORS as error:
+        journal.write_error(_refused(record, str(error) or type(error).__name__))
+    except NotFiniteError:
+        journal.write_error(_refused(record, "the model's scores are not finite"))
+    except OSError:
+        raise
+    except Exception as error:
+        raise RunError(f"line {record.line} of INPUT: {type(error).__name__}: {error}") from error
+    else:
+        counts.records += 1
+        counts.items += len(record.items)
+        counts.truncated += len(usage.truncated_items)
+        counts.special += len(usage.special_token_items)
+
+
+def _refused(record: Record, reason: str) -> BadRecord:
+    known = {"id": record.fields["id"]} if "id" in record.fields else {}
+    return BadRecord(record.line, reason, known)
+
+
+class Progress:
+    """A bar on stderr over what is read, with items a second and the time that is left."""
+
+    def __init__(self, reader: Reader, *, disable: bool) -> None:
+        self._reader = reader
+        self._disable = disable
+        self._bar: tqdm[Any] | None = None
+        self._position, self._started = 0, time.perf_counter()
+
+    def update(self, items: int) -> None:
+        """Show that so many items have been scored."""
+        if self._bar is None:
+            # made now, so that what an earlier run did does not count as this one's speed
+            self._bar = self._new_bar()
+        seconds = time.perf_counter() - self._started
+        rate = items / seconds if seconds else 0.0
+        self._bar.set_postfix_str(f"{items:,} items, {rate:,.0f} items/s", refresh=False)
+        self._bar.update(self._reader.position - self._position)
+        self._position = self._reader.position
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _new_bar(self) -> tqdm[Any]:
+        total = self._reader.total
+        shown = "{percentage:3.0f}%|{bar}| " if total else ""
+        left = "<{remaining}" if total else ""
+        return tqdm(
+            total=total,
+            initial=self._position,
+            disable=self._disable,
+            bar_format=f"{shown}[{{elapsed}}{left}{{postfix}}]",
+            dynamic_ncols=True,
+        )
+
+
+@contextmanager
+def open_journal(plan: FilePlan) -> Iterator[Journal]:
+    """The journal of a plan, closed at the end."""
+    journal: Journal
+    if plan.output != "-":
+        if plan.errors is None:
+            raise RunError("--errors is needed with an output file")
+        journal = FileJournal(plan.results, plan.errors)
+    else:
+        errors: BinaryIO = sys.stderr.buffer
+        if plan.errors is not None:
+            errors = plan.errors.open("wb" if plan.overwrite else "xb")
+        journal = StreamJournal(errors)
+    try:
+        yield journal
+    finally:
+        journal.close()
+
+
+def _tell_how_to_go_on(plan: FilePlan) -> None:
+    if "-" not in (plan.input, plan.output):
+        tell(f"what is done is in {plan.results}; the same command with --resume goes on")
+
+
+def _tell_counts(plan: FilePlan, counts: Counts, num_bad: int, seconds: float) -> None:
+    rate = counts.items / seconds if seconds else 0.0
+    before = f" ({counts.resumed:,} were there before)" if counts.resumed else ""
+    tell(
+        f"{counts.records:,} records{before}, {counts.items:,} items in {seconds:.1f} s, "
+        f"{rate:,.0f} items/s"
+    )
+    if counts.truncated:
+        tell(f"{counts.truncated:,} items lost their end to the budget (truncated_items)")
+    if counts.special:
+        tell(f"{counts.special:,} items hold the text of special tokens; it was read as text")
+    if num_bad:
+        tell(f"{num_bad:,} bad records, by line and reason in {plan.errors or 'stderr'}")

@@ -1,0 +1,1 @@
+"""Files of records and of scores: read, written, and resumed after a kill."""

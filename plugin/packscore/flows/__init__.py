@@ -1,0 +1,1 @@
+"""Requests to launches: costs, plans, pages, packing, and the contract of an engine."""

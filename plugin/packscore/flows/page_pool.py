@@ -1,0 +1,297 @@
+"""Which pages hold whose prefix: allocate, share, pin, evict. Integers only, no arrays of keys.
+
+Prefixes form a tree of pages, found by the tokens in them. A prefix that continues another one
+shares its full pages; the page where they part is copied once, up to the token where they part.
+Pages that nobody pins stay until their room is needed, and the least recently used go first.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from packscore.encoded import TokenIds
+from packscore.errors import StalePrefixError
+from packscore_kernels.hardware import cdiv
+
+Pages = npt.NDArray[np.int32]
+
+PAGE_SIZE = 128
+# What prefixes may take on a device by default: 9 000 tokens of a Qwen3-0.6B in bfloat16.
+PREFIX_CACHE_BYTES = 2**30
+# A shorter common start is cheaper to compute again than to copy and to attend to on its own.
+MIN_SHARED_TOKENS = 16
+
+
+@dataclass(eq=False)
+class _Node:
+    """One page of prefix tokens; the root has none."""
+
+    page: int
+    tokens: TokenIds  # i64[at most page_size]
+    parent: _Node | None
+    children: dict[int, list[_Node]] = field(default_factory=dict)  # by their first token
+    pins: int = 0
+    is_orphan: bool = False  # its tree was dropped while it was pinned
+
+
+def common_len(a: TokenIds, b: TokenIds) -> int:
+    """How many tokens two sequences share at their start."""
+    size = min(len(a), len(b))
+    differs = a[:size] != b[:size]
+    return int(differs.argmax()) if differs.any() else size
+
+
+@dataclass(eq=False)
+class PrefixLease:
+    """The pages of one prefix, pinned until `release`.
+
+    The first `cached_len` tokens are in them already; whoever holds the lease computes the rest,
+    writes it and calls `commit`, so that others find it.
+    """
+
+    pool: PagePool
+    tokens: TokenIds  # i64[prefix_len]
+    pages: Pages  # i32[cdiv(prefix_len, page_size)]
+    cached_len: int
+    copied_page: int | None  # page to copy into pages[cached_len // page_size] before writing
+    _path: list[_Node]  # pinned, from the root's child on
+    _source: _Node | None  # of the copied page, pinned until the commit
+    _generation: int
+    is_released: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing of the prefix needs computing."""
+        return self.cached_len == len(self.tokens)
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether its pages may hold another prefix, another model's, or nothing."""
+        return self.is_released or self._generation != self.pool.generation
+
+    def check(self) -> None:
+        """Refuse a lease whose pages cannot be trusted.
+
+        Raises:
+          StalePrefixError: it was released, or the pool was cleared since.
+        """
+        if self.is_stale:
+            cleared = "was computed with other weights, or its pages were cleared"
+            why = "was released" if self.is_released else cleared
+            raise StalePrefixError(f"the prefix {why}; open a new one with scorer.prefix(query)")
+
+    def commit(self, end: int | None = None) -> None:
+        """Let others find what was written; does nothing where nothing was missing.
+
+        Args:
+          end: how many tokens are written, a multiple of the page size; None is all.
+        """
+        self.pool._commit(self, len(self.tokens) if end is None else end)
+
+    def release(self) -> None:
+        """Unpin the pages; those never committed are free again. Twice is once."""
+        self.pool._release(self)
+
+
+class PagePool:
+    """A fixed number of pages and the tree of prefixes in them; safe to share between threads.
+
+    Args:
+      num_pages: how many there are.
+      page_size: tokens a page.
+    """
+
+    def __init__(self, num_pages: int, page_size: int = PAGE_SIZE) -> None:
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.generation = 0
+        self._free = set(range(num_pages))
+        self._root = self._new_root()
+        # pages in the tree that nobody pins, the next to evict first: a node goes in after all
+        # nodes below it, so what comes first is a leaf
+        self._unpinned: OrderedDict[_Node, None] = OrderedDict()
+        self._lock = threading.RLock()
+
+    @staticmethod
+    def _new_root() -> _Node:
+        return _Node(-1, np.zeros(0, np.int64), None)
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that hold nothing."""
+        return len(self._free)
+
+    @property
+    def num_pinned_pages(self) -> int:
+        """Pages that a lease holds, so that they cannot be evicted."""
+        return self.num_pages - len(self._free) - len(self._unpinned)
+
+    def cached_len(self, tokens: TokenIds) -> int:
+        """How many tokens of a prefix `acquire` would find; pins nothing."""
+        with self._lock:
+            _, _, shared = self._find(tokens)
+            return shared
+
+    def has_room(self, tokens: TokenIds) -> bool:
+        """Whether `acquire` would give a lease now; evicts nothing."""
+        with self._lock:
+            path, partial, cached = self._find(tokens)
+            found = [*path, partial] if partial else path
+            evictable = len(self._unpinned) - sum(node in self._unpinned for node in found)
+            return self._missing(tokens, path, partial, cached) <= len(self._free) + evictable
+
+    def acquire(self, tokens: TokenIds) -> PrefixLease | None:
+        """Pin what the tree holds of a prefix, and pages for the rest of it.
+
+        Args:
+          tokens: i64[prefix_len] with at least one token.
+
+        Returns:
+          The lease, or None where the pages that are not pinned do not suffice.
+        """
+        with self._lock:
+            path, partial, cached = self._find(tokens)
+            is_whole = cached == len(tokens)
+            pinned = [*path, partial] if partial else path
+            for node in pinned:
+                self._pin(node)
+            new = self._allocate(self._missing(tokens, path, partial, cached))
+            if new is None:
+                self._unpin(pinned)
+                return None
+            known = [node.page for node in (pinned if is_whole else path)]
+            return PrefixLease(
+                pool=self,
+                tokens=tokens,
+                pages=np.array(known + new, np.int32),
+                cached_len=cached,
+                copied_page=None if is_whole or partial is None else partial.page,
+                _path=pinned if is_whole else path,
+                _source=None if is_whole else partial,
+                _generation=self.generation,
+            )
+
+    def clear(self) -> None:
+        """Forget every prefix; pages that leases hold are free when they are released."""
+        with self._lock:
+            self.generation += 1
+            nodes = [self._root]
+            while nodes:
+                node = nodes.pop()
+                nodes += [child for same in node.children.values() for child in same]
+                node.is_orphan = True
+            self._free.update(node.page for node in self._unpinned)
+            self._unpinned.clear()
+            self._root = self._new_root()
+
+    def _find(self, tokens: TokenIds) -> tuple[list[_Node], _Node | None, int]:
+        """Full pages in common, a page in common up to some token, and how many tokens that is."""
+        path: list[_Node] = []
+        node, at = self._root, 0
+        while at < len(tokens):
+            rest = tokens[at : at + self.page_size]
+            best, shared = None, 0
+            for child in node.children.get(int(rest[0]), ()):
+                length = common_len(child.tokens, rest)
+                if length > shared:
+                    best, shared = child, length
+            if best is None:
+                break
+            if shared < self.page_size:
+                ends_here = at + shared == len(tokens)
+                if ends_here or shared >= MIN_SHARED_TOKENS:
+                    return path, best, at + shared
+                break
+            path.append(best)
+            node, at = best, at + shared
+        return path, None, at
+
+    def _missing(
+        self, tokens: TokenIds, path: list[_Node], partial: _Node | None, cached: int
+    ) -> int:
+        """Pages that a prefix needs beside those found; one in common up to a token is copied."""
+        is_read = partial is not None and cached == len(tokens)
+        return cdiv(len(tokens), self.page_size) - len(path) - int(is_read)
+
+    def _allocate(self, count: int) -> list[int] | None:
+        """Free pages, evicted where there are too few; neighbours where there are some."""
+        if count > len(self._free) + len(self._unpinned):
+            return None
+        while len(self._free) < count:
+            self._evict()
+        pages = _neighbours(np.array(sorted(self._free), np.int64), count)
+        self._free.difference_update(pages)
+        return pages
+
+    def _evict(self) -> None:
+        node, _ = self._unpinned.popitem(last=False)
+        self._unlink(node)
+        self._free.add(node.page)
+
+    @staticmethod
+    def _unlink(node: _Node) -> None:
+        assert node.parent is not None  # the root is never unpinned
+        siblings = node.parent.children[int(node.tokens[0])]
+        siblings.remove(node)
+        if not siblings:
+            del node.parent.children[int(node.tokens[0])]
+
+    def _pin(self, node: _Node) -> None:
+        node.pins += 1
+        self._unpinned.pop(node, None)
+
+    def _unpin(self, path: list[_Node]) -> None:
+        for node in reversed(path):
+            node.pins -= 1
+            if not node.pins and node.is_orphan:
+                self._free.add(node.page)
+            elif not node.pins:
+                self._unpinned[node] = None
+
+    def _commit(self, lease: PrefixLease, end: int) -> None:
+        with self._lock:
+            if lease.is_released or end <= lease.cached_len:
+                return
+            stale = lease._generation != self.generation
+            parent = lease._path[-1] if lease._path else self._root
+            for i in range(len(lease._path), cdiv(end, self.page_size)):
+                tokens = lease.tokens[i * self.page_size : (i + 1) * self.page_size]
+                node = _Node(int(lease.pages[i]), tokens, parent, pins=1, is_orphan=stale)
+                if not stale:
+                    parent.children.setdefault(int(tokens[0]), []).append(node)
+                lease._path.append(node)
+                parent = node
+            lease.cached_len = end
+            self._drop_source(lease)
+
+    def _release(self, lease: PrefixLease) -> None:
+        with self._lock:
+            if lease.is_released:
+                return
+            lease.is_released = True
+            self._free.update(int(page) for page in lease.pages[len(lease._path) :])
+            self._drop_source(lease)
+            self._unpin(lease._path)
+
+    def _drop_source(self, lease: PrefixLease) -> None:
+        lease.copied_page = None
+        if lease._source is not None:
+            self._unpin([lease._source])
+            lease._source = None
+
+
+def _neighbours(
+    free: npt.NDArray[np.int64],  # [num_free], ascending
+    count: int,
+) -> list[int]:
+    """`count` free pages: the first run of neighbours that is long enough, else the lowest ones."""
+    if not count:
+        return []
+    is_run = free[count - 1 :] - free[: len(free) - count + 1] == count - 1
+    start = int(is_run.argmax()) if is_run.any() else 0
+    return [int(page) for page in free[start : start + count]]

@@ -1,0 +1,170 @@
+"""Logits from hidden states, in float32: only the rows that are scored, only what is asked for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from packscore.encoded import EncodedRequest
+from packscore.errors import InputError, UnsupportedModelError
+from packscore.model.family import output_head
+from packscore.text.labels import LabelIds, Labels, read_labels
+from packscore.text.tokenizer import PieceTokenizer
+
+# Vocabulary columns of one step of the log-sum-exp: bounds the float32 copy of the head's weight.
+VOCAB_CHUNK = 16_384
+# Rows of one step through a head that is not a plain linear layer and gives the whole vocabulary.
+ROW_CHUNK = 256
+PLURALS = {"token": "tokens", "class": "classes"}
+
+
+class LinearHead:
+    """The head of a model, read at a few of its rows.
+
+    Raises:
+      UnsupportedModelError: the model has no head that gives scores.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        # Any: modules and hooks of other libraries stand in for a linear layer here
+        self._head: Any = output_head(model)
+
+    @property
+    def _is_plain(self) -> bool:
+        # an adapter, a quantised layer or an offloaded weight has to run as the module it is
+        return (
+            type(self._head) is nn.Linear
+            and not hasattr(self._head, "_hf_hook")
+            and self._head.weight.device.type != "meta"
+        )
+
+    def _check_trained(self, name: str, kind: str, row_ids: list[int]) -> None:
+        """Refuse rows that are not finite, all zero or not all different: nothing trained them."""
+        if not self._is_plain:
+            return
+        rows = self._head.weight.detach()[row_ids].float()
+        for row, row_id in zip(rows, row_ids, strict=True):
+            if not torch.isfinite(row).all() or not row.any():
+                state = "all zero" if torch.isfinite(row).all() else "not finite"
+                raise UnsupportedModelError(
+                    f"{name}: the head's row of {kind} {row_id} is {state}, so it was "
+                    "never trained or not loaded; load a trained checkpoint or name other labels"
+                )
+        if len(rows.unique(dim=0)) < len(rows):
+            raise UnsupportedModelError(
+                f"{name}: the head's rows of {PLURALS[kind]} {row_ids} are not all different, so "
+                "it was never trained; load a trained checkpoint or name other labels"
+            )
+
+    def label_logits(
+        self,
+        hidden: torch.Tensor,  # [num_rows, hidden_size]
+        label_ids: list[int],
+    ) -> torch.Tensor:
+        """Logits of a few of the head's rows.
+
+        Returns:
+          float32[num_rows, num_labels].
+        """
+        if self._is_plain:
+            return self._linear(hidden, torch.tensor(label_ids, device=self._head.weight.device))
+        return torch.cat([logits[:, label_ids] for logits in self._whole(hidden)])
+
+    def logsumexp(
+        self,
+        hidden: torch.Tensor,  # [num_rows, hidden_size]
+    ) -> torch.Tensor:
+        """Log-sum-exp of all logits, which never exist all at once.
+
+        Returns:
+          float32[num_rows].
+        """
+        if self._is_plain:
+            chunks = [
+                self._linear(hidden, slice(start, start + VOCAB_CHUNK)).logsumexp(-1)
+                for start in range(0, self._head.weight.shape[0], VOCAB_CHUNK)
+            ]
+            return torch.stack(chunks).logsumexp(0)
+        return torch.cat([logits.logsumexp(-1) for logits in self._whole(hidden)])
+
+    def _whole(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
+        """float32[ROW_CHUNK, vocab_size] at a time, through the module itself."""
+        for start in range(0, len(hidden), ROW_CHUNK):
+            logits: torch.Tensor = self._head(hidden[start : start + ROW_CHUNK])
+            yield logits.float()
+
+    def _linear(self, hidden: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
+        weight, bias = self._head.weight, self._head.bias
+        hidden = hidden.to(weight.device).float()
+        return F.linear(hidden, weight[rows].float(), None if bias is None else bias[rows].float())
+
+
+class LabelHead(LinearHead):
+    """The language-model head of a model, read at a few labels.
+
+    Raises:
+      UnsupportedModelError: the model has no language-model head.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PieceTokenizer | None) -> None:
+        super().__init__(model)
+        self.vocab_size = int(model.config.vocab_size)
+        self._tokenizer = tokenizer
+        # rows of the head past the tokenizer's last token are padding that nothing trained
+        self._label_limit = min(self.vocab_size, tokenizer.vocab_size if tokenizer else sys.maxsize)
+
+    def resolve(
+        self, labels: Sequence[str] | None, label_token_ids: LabelIds | None
+    ) -> Labels | None:
+        """Labels given as text or as ids; None where neither is given.
+
+        Raises:
+          InputError, InputTypeError: the labels are not distinct runs of the vocabulary's tokens.
+          UnsupportedModelError: the head was never trained for them.
+        """
+        found = read_labels(labels, label_token_ids, self._tokenizer, self._label_limit)
+        if found is not None:
+            self._check_trained("label_token_ids", "token", found.token_ids)
+        return found
+
+    def defaults(self, prompt_labels: Sequence[str] | None) -> Labels | None:
+        """The labels of a scorer that names none: its prompt's."""
+        return self.resolve(prompt_labels or None, None)
+
+    def for_ranking(self, labels: Labels | None) -> Labels:
+        """Labels (negative, positive).
+
+        Raises:
+          InputError: the scorer has another number of labels, or one begins the other.
+        """
+        if labels is None or len(labels) != 2:
+            raise InputError(
+                f"labels: rank and predict compare two, (negative, positive), and this scorer has "
+                f"{len(labels or ())}; pass MultiItemScorer(..., labels=['no', 'yes'])"
+            )
+        labels.check_exclusive()
+        return labels
+
+    def pooled(self, request: EncodedRequest) -> EncodedRequest:
+        """The request up to where the model reads labels: its last tokens."""
+        return request
+
+    def to_compute(self, labels: Labels, over_vocabulary: bool) -> tuple[list[int], bool]:
+        """Ids to compute, and whether their normaliser runs over the vocabulary."""
+        return labels.token_ids, over_vocabulary
+
+    def chosen(
+        self,
+        logits: torch.Tensor,  # float32[num_items, num_labels]
+        normalizer: torch.Tensor,  # float32[num_items]
+        labels: Labels,
+        over_vocabulary: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(logits of the labels, their normaliser), of what was computed."""
+        return logits, normalizer

@@ -1,0 +1,109 @@
+"""Compile the real program for a TPU that is not there, to see that it fits and what it takes."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from packscore.errors import InputError
+from packscore.flows.page_pool import PAGE_SIZE, PREFIX_CACHE_BYTES
+from packscore.programs.compiling import compile_program
+from packscore.programs.launch_inputs import block_sizes_for, program_inputs
+from packscore.programs.pages import pages_within, pool_struct
+from packscore.programs.sizes import program_key
+from packscore.programs.traced_model import TracedModel
+from packscore_kernels import BlockSizes, SegmentLayout
+from packscore_kernels.hardware import CHIPS
+
+
+def bytes_of(shapes: Any) -> int:
+    """Bytes of a pytree of arrays that need not exist."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+
+
+@dataclass(frozen=True, eq=False)
+class AheadOfTime:
+    """A program compiled for a chip, and what the compiler says of it."""
+
+    compiled: Any  # jax.stages.Compiled
+    block_sizes: BlockSizes
+    num_tokens: int  # the bucket
+    compile_cpu_seconds: float  # of all threads
+    code_bytes: int
+    weight_bytes: int
+    pool_bytes: int  # pages of prefixes
+    temporary_bytes: int
+
+
+def compile_ahead(
+    config: PreTrainedConfig,
+    layout: SegmentLayout,
+    *,
+    chip: str,
+    num_labels: int = 2,
+    over_vocabulary: bool = False,
+    dtype: Any = jnp.bfloat16,
+    prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
+) -> AheadOfTime:
+    """Compile the program that would score `layout` with a model of this configuration.
+
+    libtpu compiles for a named chip on any x86-64 Linux machine (`pip install 'packscore[tpu]'`).
+    It reads its environment when it loads: set TPU_SKIP_MDS_QUERY=1, ALLOW_MULTIPLE_LIBTPU_LOAD=1,
+    TPU_WORKER_HOSTNAMES=localhost and TPU_ACCELERATOR_TYPE=v6e-1 (or another chip's) before jax is
+    imported.
+
+    Args:
+      config: of a Qwen3, Qwen2 or Llama causal model.
+      layout: the packed request; it is data, and any other that fits its bucket runs too.
+      chip: "v4", "v5e", "v5p", "v6e" or "tpu7x".
+      num_labels: how many labels are read.
+      over_vocabulary: with the log-sum-exp over the whole vocabulary.
+      dtype: of the weights.
+      prefix_cache_bytes: what the pages of prefixes may take, as in `MultiItemScorer`; 0: none.
+
+    Returns:
+      The compiled program with its sizes in bytes.
+
+    Raises:
+      InputError: the chip has no such name.
+    """
+    if chip not in CHIPS:
+        raise InputError(f"{chip=} must be one of {', '.join(sorted(CHIPS))}")
+    name = CHIPS[chip].topology
+    bounds = {"chips_per_host_bounds": (1, 1, 1)}
+    (device, *_) = topologies.get_topology_desc(
+        platform="tpu", topology_name=name, **bounds
+    ).devices
+    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    traced = TracedModel(model_class, config)
+    num_pages = pages_within(config, dtype, prefix_cache_bytes)
+    key = program_key(
+        layout.num_real_tokens, len(layout.scored_rows), num_labels, over_vocabulary, num_pages
+    )
+    blocks = block_sizes_for(config, dtype, key.num_tokens, chip, PAGE_SIZE if num_pages else 0)
+    token_ids = np.zeros(layout.num_real_tokens, np.int64)
+    inputs = program_inputs(key, blocks, layout, token_ids, list(range(num_labels)))
+    pool = [pool_struct(config, dtype, num_pages)] if num_pages else []
+    weights = traced.weight_shapes(dtype)
+    start = time.process_time()
+    compiled = compile_program(traced, weights, key, (*pool, *inputs), device, "pallas")
+    seconds = time.process_time() - start
+    memory = compiled.memory_analysis()
+    return AheadOfTime(
+        compiled,
+        blocks,
+        key.num_tokens,
+        seconds,
+        memory.generated_code_size_in_bytes,
+        bytes_of(weights),
+        bytes_of(pool),
+        memory.temp_size_in_bytes,
+    )

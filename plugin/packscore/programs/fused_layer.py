@@ -1,0 +1,121 @@
+"""A Qwen3 decoder layer on a TPU as four kernels: projections, attention, projection, MLP.
+
+Traced as they are, the modules between the residual stream and attention become a dozen passes over
+memory: halves of heads are sliced, turned and joined, and arrays change their layout for attention.
+XLA computes the MLP's gate within its last product, which waits for it. Experts stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from torch import nn
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3MLP
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeMLP
+
+from packscore.programs.traced_ops import LayerPages, attend
+from packscore_kernels import (
+    SegmentSchedule,
+    can_gate,
+    can_project,
+    gated_mlp,
+    project_out,
+    project_qkv,
+)
+
+FUSED_LAYERS = (Qwen3DecoderLayer, Qwen3MoeDecoderLayer)
+FUSED_MLPS = (Qwen3MLP, Qwen3MoeMLP)
+
+
+def can_fuse(layer: nn.Module, implementation: Any, itemsize: int) -> bool:
+    """Whether a layer's attention runs through the kernels."""
+    if type(layer) not in FUSED_LAYERS or implementation not in ("pallas", "pallas_interpret"):
+        return False
+    attention: Any = layer.self_attn
+    config = attention.config
+    return attention.q_proj.bias is None and can_project(
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        attention.head_dim,
+        config.hidden_size,
+        itemsize,
+    )
+
+
+def can_fuse_mlp(mlp: Any, itemsize: int) -> bool:
+    """Whether an MLP of a layer that is fused runs through a kernel too."""
+    return (
+        type(mlp) in FUSED_MLPS
+        and mlp.config.hidden_act == "silu"
+        and can_gate(mlp.hidden_size, mlp.intermediate_size, itemsize)
+    )
+
+
+def fused_layer(
+    call: Callable[..., jax.Array],
+    layer: Any,
+    weights: Mapping[str, jax.Array],
+    index: jax.Array,  # i32[]
+    hidden: jax.Array,  # [1, num_tokens, hidden_size]
+    rotary: tuple[jax.Array, jax.Array],  # [1, num_tokens, head_dim]
+    schedule: SegmentSchedule,
+    pages: LayerPages | None,
+    implementation: Any,
+) -> jax.Array:
+    """The layer as a function of its weights; see `can_fuse`.
+
+    Args:
+      call: (module, its weights, its inputs) -> its output, through torchax.
+      layer: a decoder layer, for its modules.
+      weights: of all layers, stacked, by their names in one. The kernels fetch what they need from
+        the stacks: a slice handed to them would be a copy, for which the chip waits.
+      index: of the layer that is computed.
+      hidden: the residual stream.
+      rotary: cosine and sine of the positions.
+      schedule: who sees whom.
+      pages: the pool, which the layer changes in place.
+      implementation: of the kernels.
+
+    Returns:
+      [1, num_tokens, hidden_size]: the residual stream behind the layer.
+    """
+    attention = layer.self_attn
+    x = hidden[0]
+
+    def stack(name: str) -> jax.Array:
+        return weights[f"{name}.weight"]
+
+    q, k, v = project_qkv(
+        x,
+        stack("input_layernorm")[index],
+        (stack("self_attn.q_proj"), stack("self_attn.k_proj"), stack("self_attn.v_proj")),
+        (stack("self_attn.q_norm")[index], stack("self_attn.k_norm")[index]),
+        (rotary[0][0], rotary[1][0]),
+        index,
+        eps=layer.input_layernorm.variance_epsilon,
+        implementation=implementation,
+    )
+    attended = attend(q, k, v, schedule, pages, attention.scaling, implementation)
+    x = project_out(attended, stack("self_attn.o_proj"), x, index, implementation=implementation)
+    if can_fuse_mlp(layer.mlp, x.dtype.itemsize):
+        return gated_mlp(
+            x,
+            stack("post_attention_layernorm")[index],
+            (stack("mlp.gate_proj"), stack("mlp.up_proj"), stack("mlp.down_proj")),
+            index,
+            eps=layer.post_attention_layernorm.variance_epsilon,
+            implementation=implementation,
+        )[None]
+    hidden = x[None]
+
+    def through(name: str, x: jax.Array) -> jax.Array:
+        own = {
+            key.removeprefix(f"{name}."): w[index]
+            for key, w in weights.items()
+            if key.startswith(f"{name}.")
+        }
+        return call(getattr(layer, name), own, x)
+
+    return hidden + through("mlp", through("post_attention_layernorm", hidden))

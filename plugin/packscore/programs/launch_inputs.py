@@ -1,0 +1,92 @@
+"""A request as the arrays that a compiled program takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from packscore.flows.page_pool import PAGE_SIZE, PrefixLease
+from packscore.programs.sizes import MAX_GROUPS, NAMED_PAGES, ProgramKey
+from packscore_kernels import (
+    BlockSizes,
+    PageWrites,
+    SegmentLayout,
+    build_page_writes,
+    build_schedule,
+    resolve_block_sizes,
+)
+from packscore_kernels.hardware import cdiv
+
+
+def block_sizes_for(
+    config: Any, dtype: Any, num_tokens: int, chip: str | None = None, page_size: int = 0
+) -> BlockSizes:
+    """The attention's tiles for a model and a bucket."""
+    num_heads = config.num_attention_heads
+    return resolve_block_sizes(
+        num_q_heads=num_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+        dtype=dtype,
+        num_tokens=num_tokens,
+        page_size=page_size,
+        chip=chip,
+    )
+
+
+def program_inputs(
+    key: ProgramKey,
+    block_sizes: BlockSizes,
+    layout: SegmentLayout,
+    token_ids: npt.NDArray[np.int64],  # [num_tokens], without padding
+    label_ids: list[int],
+    rows: npt.NDArray[np.integer[Any]] | None = None,  # [num_items]: None takes the scored ones
+    leases: Sequence[PrefixLease | None] = (),
+) -> tuple[Any, ...]:
+    """A request as a program takes it.
+
+    Returns:
+      (token ids, positions, schedule, scored rows, label ids), and of a program with pages what it
+      writes to them.
+    """
+    padded = replace(layout, num_tokens=key.num_tokens)
+    rows = layout.scored_rows if rows is None else rows
+    ids, scored = np.zeros(key.num_tokens, np.int32), np.zeros(key.num_items, np.int32)
+    labels = np.zeros(key.num_labels, np.int32)
+    ids[: len(token_ids)], scored[: len(rows)] = token_ids, rows
+    labels[: len(label_ids)] = label_ids
+    schedule = build_schedule(
+        padded,
+        block_sizes=block_sizes,
+        page_size=PAGE_SIZE if key.num_pages else 0,
+        num_pages=key.num_pages,
+        max_groups=MAX_GROUPS,
+        max_pages=max(key.num_pages, NAMED_PAGES) if key.num_pages else 0,
+    )
+    inputs = ids, padded.position_ids, schedule, scored, labels
+    return (*inputs, _page_writes(key, padded, leases)) if key.num_pages else inputs
+
+
+def most_page_writes(num_tokens: int) -> int:
+    """Pages that a launch of so many tokens can write: a group may begin and end inside one."""
+    return cdiv(num_tokens, PAGE_SIZE) + MAX_GROUPS
+
+
+def _page_writes(
+    key: ProgramKey, layout: SegmentLayout, leases: Sequence[PrefixLease | None]
+) -> PageWrites:
+    """What a launch leaves in pages: the tokens that its leases miss."""
+    missing = [lease if lease and not lease.is_whole else None for lease in leases]
+    missing += [None] * (len(layout.groups) - len(missing))
+    return build_page_writes(
+        layout,
+        [lease.pages if lease else np.zeros(0, np.int32) for lease in missing],
+        page_size=PAGE_SIZE,
+        num_pages=key.num_pages,
+        max_writes=most_page_writes(key.num_tokens),
+        copied_pages=[lease.copied_page if lease else None for lease in missing],
+    )

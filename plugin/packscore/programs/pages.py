@@ -1,0 +1,88 @@
+"""Keys and values of prefixes in pages, as one array that compiled programs change in place."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from packscore.flows.page_pool import PAGE_SIZE, PrefixLease
+from packscore.model.sizes import page_bytes
+from packscore.programs.sizes import MAX_PAGES
+from packscore_kernels.hardware import shape_of
+
+
+def pages_within(config: Any, dtype: Any, cache_bytes: int) -> int:
+    """Pages that so many bytes hold, and that a schedule can name."""
+    return min(cache_bytes // page_bytes(config, jnp.dtype(dtype), PAGE_SIZE), MAX_PAGES)
+
+
+def pool_struct(config: Any, dtype: Any, num_pages: int) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of the pages of all layers of a model, as one array."""
+    head_dim = getattr(config, "head_dim", None)
+    head_dim = head_dim or config.hidden_size // config.num_attention_heads
+    page = (config.num_key_value_heads, 2, PAGE_SIZE, head_dim)
+    return shape_of((config.num_hidden_layers * num_pages, *page), dtype)
+
+
+class DevicePages:
+    """Pages of all layers as one array, handed from launch to launch and changed in place.
+
+    Args:
+      num_pages: pages of a layer.
+      struct: of the array, from `pool_struct`.
+      device: where it is.
+    """
+
+    def __init__(self, num_pages: int, struct: jax.ShapeDtypeStruct, device: Any) -> None:
+        self.num_pages = num_pages
+        self.struct = struct
+        self._device = device
+        self._array: jax.Array | None = None
+        self._lock = threading.Lock()
+        # called when a launch failed and took what was in the pages with it
+        self.on_lost: Callable[[], None] = lambda: None
+
+    def through(
+        self,
+        run: Callable[[jax.Array], tuple[Any, jax.Array]],
+        leases: Sequence[PrefixLease | None] = (),
+    ) -> Any:
+        """Hand the array to a launch and keep what it makes of it.
+
+        Args:
+          run: the launch; the array is donated to it.
+          leases: whose pages it reads.
+
+        Raises:
+          StalePrefixError: another launch failed since a lease was taken, and lost its pages.
+        """
+        with self._lock:
+            for lease in leases:
+                if lease is not None:
+                    lease.check()
+            array, self._array = self._array, None
+            if array is None:
+                array = jnp.zeros(self.struct.shape, self.struct.dtype, device=self._device)
+            try:
+                out, self._array = run(array)
+            except BaseException:
+                if array.is_deleted():
+                    self.on_lost()
+                else:
+                    self._array = array
+                raise
+            return out
+
+    def recover(self) -> None:
+        """Let the array go if a launch that failed has spoilt it; waits for the device."""
+        with self._lock:
+            try:
+                if self._array is not None:
+                    self._array.block_until_ready()
+            except Exception:
+                self._array = None
+                self.on_lost()

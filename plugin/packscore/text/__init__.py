@@ -1,0 +1,1 @@
+"""Texts to token ids: prompts, the tokenizer, encoding, labels."""

@@ -1,0 +1,277 @@
+"""Query and items to token ids: exactly those of the whole text, encoded as little as possible."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from packscore.encoded import EncodedRequest, TokenIds
+from packscore.errors import InputError, InputTypeError
+from packscore.inputs import all_text, is_text, short, token_ids
+from packscore.text.prompts import PromptSpec, parse_template, template_fields
+from packscore.text.tokenizer import Pieces, PieceTokenizer
+
+# Texts on which the cut of a template is tried once for every tokenizer: what often merges with a
+# neighbour (blanks, newlines, punctuation, digits, combining marks) and what never should.
+PROBES = ("a", "", " a", "\na", "'s", "-1", "9", ").", "\u0301a", "本", "🐼", "a \n", "a'")
+
+
+@dataclass(frozen=True)
+class ArgumentNames:
+    """What the caller calls the query and item i, for error messages."""
+
+    query: str = "query"
+    item: Callable[[int], str] = "items[{}]".format
+
+
+class RequestEncoder(Protocol):
+    """What turns the arguments of `score` into token ids."""
+
+    def encode(
+        self,
+        query: Any,
+        items: list[Any],
+        names: ArgumentNames,
+        *,
+        item_first: bool = False,
+        extra: int = 0,
+    ) -> EncodedRequest:
+        """Token ids of a query and its items, with room for `extra` tokens behind each."""
+        ...
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many tokens prefix and one item may have, and what happens to an item that has more."""
+
+    max_tokens: int
+    on_long: str
+    model_limit: int = sys.maxsize  # at least as many
+
+    def beside(self, extra: int) -> Budget:
+        """The budget that leaves the model room for `extra` tokens."""
+        return replace(self, max_tokens=min(self.max_tokens, self.model_limit - extra))
+
+    def check_room(self, prefix_len: int, tail_len: int, names: ArgumentNames) -> int:
+        """Tokens left for an item behind its prefix.
+
+        Raises:
+          InputError: the query alone leaves none.
+        """
+        room = self.max_tokens - prefix_len
+        if room <= tail_len:
+            raise InputError(
+                f"{names.query} and its prompt have {prefix_len + tail_len} tokens, which leaves "
+                f"none of max_tokens={self.max_tokens} for an item; shorten the query"
+            )
+        return room
+
+    def fit(self, body: TokenIds, tail: TokenIds, room: int, name: str) -> TokenIds:
+        """`body + tail` in `room` tokens: the body loses its end, the tail nothing.
+
+        Raises:
+          InputError: it is longer, and `on_long` is "error".
+        """
+        length = len(body) + len(tail)
+        if length > room and self.on_long == "error":
+            raise InputError(
+                f"{name} has {length} tokens, {length - room} over max_tokens={self.max_tokens} "
+                "with its query; shorten it or pass on_long='truncate'"
+            )
+        return np.concatenate([body[: max(0, room - len(tail))], tail])
+
+
+class PlainEncoder:
+    """`query + item` or `item + query`, joined as ids; each part is text or token ids."""
+
+    def __init__(
+        self,
+        tokenizer: PieceTokenizer | None,
+        budget: Budget,
+        vocab_size: int,
+        *,
+        split_special_tokens: bool,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._budget = budget
+        self._vocab_size = vocab_size
+        self._split_special_tokens = split_special_tokens
+
+    def encode(
+        self,
+        query: Any,
+        items: list[Any],
+        names: ArgumentNames,
+        *,
+        item_first: bool = False,
+        extra: int = 0,
+    ) -> EncodedRequest:
+        """Token ids of `query` and `items`; the tokenizer's BOS comes before what comes first.
+
+        Raises:
+          InputTypeError, InputError: they are not text or ids that can be scored.
+        """
+        query_is_text, items_are_text = is_text(names.query, query), all_text(names.item, items)
+        (query_ids,) = self._to_ids([query], query_is_text, lambda _: names.query, not item_first)
+        item_ids = self._to_ids(items, items_are_text, names.item, item_first)
+        nothing = np.zeros(0, np.int64)
+        prefix, tail = (nothing, query_ids) if item_first else (query_ids, nothing)
+        budget = self._budget.beside(extra)
+        room = budget.check_room(len(prefix), len(tail), names)
+        fitted = [budget.fit(ids, tail, room, names.item(i)) for i, ids in enumerate(item_ids)]
+        for i, ids in enumerate(fitted):
+            if not len(prefix) and not len(ids):
+                raise InputError(
+                    f"{names.item(i)} and {names.query} are both empty, so there is no token to "
+                    "score at; give one of them a token"
+                )
+        truncated = [i for i, ids in enumerate(item_ids) if len(ids) + len(tail) > room]
+        special = [
+            i
+            for i, item in enumerate(items)
+            if items_are_text and self._tokenizer and self._tokenizer.mentions_special(item)
+        ]
+        return EncodedRequest(prefix, fitted, truncated, special)
+
+    def _to_ids(
+        self, values: list[Any], are_text: bool, name: Callable[[int], str], comes_first: bool
+    ) -> list[TokenIds]:
+        if not are_text:
+            return [token_ids(name(i), ids, self._vocab_size) for i, ids in enumerate(values)]
+        if self._tokenizer is None:
+            raise InputTypeError(
+                f"{name(0)}={short(values[0])} is text and the scorer has no tokenizer; "
+                "pass token ids, or give MultiItemScorer a tokenizer"
+            )
+        leading = np.array(self._tokenizer.leading_ids if comes_first else [], np.int64)
+        encoded = self._tokenizer.encode(
+            [[(text, not self._split_special_tokens)] for text in values]
+        )
+        return [np.concatenate([leading, ids]) for ids in encoded]
+
+
+class PromptEncoder:
+    """Query and items in the frame of a prompt: the ids of the whole text, shared where they agree.
+
+    Raises:
+      InputError: the tokenizer changes blanks around the template's special tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PieceTokenizer,
+        budget: Budget,
+        spec: PromptSpec,
+        *,
+        instruction: str,
+        split_special_tokens: bool,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._budget = budget
+        self._spec = spec
+        self._instruction = instruction
+        self._split_special_tokens = split_special_tokens
+        (self._item_head, _), *rest = parse_template(spec.item)
+        # what follows the document in the item's template survives truncation like the suffix
+        literals = [literal for literal, _ in [*rest, *parse_template(spec.suffix)]]
+        self._tail: Pieces = [("".join(literals), True)]
+        self._cut_is_exact = self._try_cut()
+
+    def encode(
+        self,
+        query: Any,
+        items: list[Any],
+        names: ArgumentNames,
+        *,
+        item_first: bool = False,
+        extra: int = 0,
+    ) -> EncodedRequest:
+        """Token ids of the prompt for `query` and each of `items`.
+
+        Raises:
+          InputTypeError, InputError: they are not text that can be scored in this prompt.
+        """
+        if item_first:
+            raise InputError("item_first=True has no meaning in a prompt; pass prompt='plain'")
+        if not is_text(names.query, query) or not all_text(names.item, items):
+            raise InputTypeError(
+                f"{names.query} and items must be text for this prompt; pass prompt='plain' for ids"
+            )
+        if not query.strip() and "query" in template_fields(self._spec.prefix):
+            raise InputError(f"{names.query}={query!r} is empty, and the prompt asks about it")
+        prefix_pieces = self._prefix(query)
+        prefix, tail = self._tokenizer.encode([prefix_pieces, self._tail])
+        budget = self._budget.beside(extra)
+        room = budget.check_room(len(prefix), len(tail), names)
+        shared, limit = ([], room) if self._cut_is_exact else (prefix_pieces, room + len(prefix))
+        # the tail is encoded with its item, for they may merge where no special token starts it
+        texts = [[*shared, *self._body(item)] for item in items]
+        encoded = self._tokenizer.encode([[*text, *self._tail] for text in texts])
+        truncated = [i for i, ids in enumerate(encoded) if len(ids) > limit]
+        for i, body in zip(
+            truncated, self._tokenizer.encode([texts[i] for i in truncated]), strict=True
+        ):
+            encoded[i] = budget.fit(body, tail, limit, names.item(i))
+        if not self._cut_is_exact:
+            shared_len = common_prefix_len(encoded)
+            prefix, encoded = encoded[0][:shared_len], [ids[shared_len:] for ids in encoded]
+        special = [i for i, item in enumerate(items) if self._tokenizer.mentions_special(item)]
+        return EncodedRequest(prefix, encoded, truncated, special)
+
+    def _prefix(self, query: str) -> Pieces:
+        values = {"query": query, "instruction": self._instruction}
+        pieces: Pieces = []
+        for literal, name in parse_template(self._spec.prefix):
+            pieces.append((literal, True))
+            if name is not None:
+                pieces.append((values[name], not self._split_special_tokens))
+        return pieces
+
+    def _body(self, item: str) -> Pieces:
+        return [(self._item_head, True), (item, not self._split_special_tokens)]
+
+    def _try_cut(self) -> bool:
+        """Whether prefix and item, encoded apart, are the whole text encoded at once.
+
+        Byte-level tokenizers start a new token at a space after other text, so a template cut there
+        is exact; the probes catch the tokenizers that do otherwise.
+        """
+        prefix = self._prefix("a")
+        bodies = [[*self._body(probe), *self._tail] for probe in PROBES]
+        composed = [[*prefix, *body] for body in bodies]
+        whole = self._tokenizer.encode_strings(
+            ["".join(text for text, _ in pieces) for pieces in composed], split_special_tokens=False
+        )
+        if [ids.tolist() for ids in self._tokenizer.encode(composed)] != whole:
+            raise InputError(
+                "prompt: this tokenizer changes the text around the template's special tokens; "
+                "pass token ids, or a template without them"
+            )
+        if not self._item_head.startswith(" ") or self._spec.prefix[-1:].isspace():
+            return False
+        (prefix_ids,) = self._tokenizer.encode([prefix])
+        return [[*prefix_ids, *ids] for ids in self._tokenizer.encode(bodies)] == whole
+
+
+def common_prefix_len(sequences: Sequence[TokenIds]) -> int:
+    """How many leading token ids all `sequences` share."""
+    first, shared = sequences[0], len(sequences[0])
+    for ids in sequences[1:]:
+        shared = min(shared, len(ids))
+        differs = np.flatnonzero(ids[:shared] != first[:shared])
+        shared = int(differs[0]) if len(differs) else shared
+    return shared
+
+
+def group_by_query(pairs: Sequence[tuple[Any, Any]]) -> list[list[int]]:
+    """Indices of the pairs of every distinct query, in order of first appearance."""
+    groups: dict[str, list[int]] = {}
+    for i, (query, _) in enumerate(pairs):
+        is_array = isinstance(query, np.ndarray | torch.Tensor)
+        groups.setdefault(repr(query.tolist() if is_array else query), []).append(i)
+    return list(groups.values())

@@ -1,0 +1,1 @@
+"""The engines in torch: packed segments with pages, and a dense mask."""

@@ -1,0 +1,121 @@
+"""Packed batches under a dense 4-D mask: the plain, slow, obviously right way."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from packscore.errors import MaskTooLargeError
+from packscore.flows.costs import flops_cost_model
+from packscore.flows.engine import Limits, RowLogits
+from packscore.flows.packing import PackedBatch
+from packscore.flows.page_pool import PagePool
+from packscore.model.label_head import LinearHead
+from packscore.results import MaskImpl
+from packscore.torch_engine.forward import (
+    device_of,
+    free_bytes,
+    positions_of,
+    read_rows,
+    scored_rows,
+)
+from packscore_kernels.attention.layout import PREFIX_SEGMENT, SegmentLayout
+
+logger = logging.getLogger("packscore")
+
+# A dense mask of this size is worth telling the user, who may not know what it costs.
+TELL_MASK_BYTES = 256 * 2**20
+
+
+class DenseEngine:
+    """Packed batches under a 4-D mask, through the model's own attention, patched or not."""
+
+    mask_impl: MaskImpl = "dense"
+    pool: PagePool | None = None
+
+    def __init__(self, model: PreTrainedModel, head: LinearHead) -> None:
+        self._model = model
+        self._head = head
+        # one forward of everything is what dense means
+        self.limits = Limits(2**62, 1, 1)
+        self.costs = flops_cost_model(model.config)
+
+    def refresh(self) -> None:
+        """Nothing is kept."""
+
+    def launch(
+        self, batch: PackedBatch, label_ids: list[int], over_vocabulary: bool
+    ) -> torch.Tensor:
+        """[num_items, hidden_size] of the scored rows.
+
+        Raises:
+          MaskTooLargeError: the mask does not fit.
+        """
+        device = device_of(self._model)
+        inputs: dict[str, Any] = {}
+        if not batch.is_causal:
+            inputs["attention_mask"] = dense_mask(
+                self._model, batch.layout, device, self._model.dtype
+            )
+            inputs["position_ids"] = positions_of(batch.layout, device)
+        return scored_rows(self._model, batch, inputs)
+
+    def read(
+        self, launched: Sequence[torch.Tensor], label_ids: list[int], over_vocabulary: bool
+    ) -> RowLogits:
+        """Logits and normaliser of all rows at once."""
+        return read_rows(self._head, launched, label_ids, over_vocabulary)
+
+
+def dense_mask(
+    model: PreTrainedModel, layout: SegmentLayout, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """The segment rule as a 4-D mask for the model's own attention.
+
+    `visible = (kv_segment == q_segment) | (kv_segment == PREFIX_SEGMENT)`, and-ed with storage
+    order `kv_index <= q_index`.
+
+    Returns:
+      [1, 1, num_tokens, num_tokens]: bool for sdpa, additive in the model's dtype for eager.
+
+    Raises:
+      MaskTooLargeError: mask and the buffers that attention makes of it exceed the free memory.
+    """
+    eager = "eager" in str(model.config._attn_implementation)
+    check_dense_fits(layout.num_tokens, model.config.num_attention_heads, dtype, device, eager)
+    segment = torch.from_numpy(layout.segment_ids).to(device)
+    visible = segment[:, None] == segment
+    visible |= segment == PREFIX_SEGMENT
+    visible.tril_()
+    if eager:
+        additive = torch.full(visible.shape, torch.finfo(dtype).min, dtype=dtype, device=device)
+        return additive.masked_fill_(visible, 0.0)[None, None]
+    return visible[None, None]
+
+
+def check_dense_fits(
+    num_tokens: int, num_q_heads: int, dtype: torch.dtype, device: torch.device, eager: bool
+) -> None:
+    """Say what a dense mask needs, before it exists.
+
+    Raises:
+      MaskTooLargeError: it needs more than is free on `device`.
+    """
+    # sdpa keeps a bool mask and makes a float one of it in every layer; eager holds the scores of
+    # all heads in the model's dtype, in float32 for the softmax, and once more as weights
+    per_pair = 1 + dtype.itemsize
+    if eager:
+        per_pair = 1 + dtype.itemsize + num_q_heads * (2 * dtype.itemsize + 4)
+    needed = num_tokens**2 * per_pair
+    free = free_bytes(device)
+    told = (
+        f"mask_impl='dense' needs {needed / 2**20:,.0f} MiB for {num_tokens:,} tokens "
+        f"({per_pair} bytes for each pair of tokens); {free / 2**20:,.0f} MiB are free"
+    )
+    if needed > free:
+        raise MaskTooLargeError(f"{told}; use mask_impl='segment', which needs no mask")
+    logger.log(logging.WARNING if needed >= TELL_MASK_BYTES else logging.INFO, told)
