@@ -62,7 +62,7 @@ def systems_of(model: PreTrainedModel) -> dict[str, System]:
 
     def extend(prefix: Ids, items: list[Ids]) -> torch.Tensor:
         with segment.prefix(prefix) as held:
-            return torch.tensor(held.score(items, apply_softmax=True).scores)
+            return torch.tensor(held.score(items, apply_softmax=True))
 
     return {
         BASE: peer.one_by_one,

@@ -19,7 +19,7 @@ import numpy as np
 from packscore.core import ScoringCore
 from packscore.encoded import EncodedRequest
 from packscore.flows.costs import tpu_cost_model
-from packscore.flows.engine import Limits, RowLogits
+from packscore.flows.engine import Limits, Readout, RowLogits
 from packscore.flows.packing import PackedBatch, Share, pack
 from packscore.flows.page_pool import PAGE_SIZE, PREFIX_CACHE_BYTES, PagePool
 from packscore.flows.runner import Runner
@@ -54,9 +54,10 @@ class Host:
     def refresh(self) -> None:
         """Nothing changes."""
 
-    def launch(self, batch: PackedBatch, label_ids: list[int], over_vocabulary: bool) -> Launched:
+    def launch(self, batch: PackedBatch, readout: Readout) -> Launched:
         """Every array of the program, and results as the device would give them."""
         num_items, num_tokens = len(batch.layout.scored_rows), len(batch.token_ids)
+        label_ids, over_vocabulary = readout.label_ids, readout.over_vocabulary
         key = program_key(num_tokens, num_items, len(label_ids), over_vocabulary, self.num_pages)
         blocks = block_sizes_for(Config, "bfloat16", key.num_tokens, self._chip, PAGE_SIZE)
         leases = [share.lease for share in batch.shares]
@@ -64,9 +65,9 @@ class Host:
         logits: Any = np.zeros((key.num_items, key.num_labels), np.float32)
         return Launched(logits, None, num_items, len(label_ids))
 
-    def read(self, launched: Any, label_ids: list[int], over_vocabulary: bool) -> RowLogits:
+    def read(self, launched: Any) -> RowLogits:
         """As the engine of the programs reads them."""
-        return ProgramEngine.read(self, launched, label_ids, over_vocabulary)  # type: ignore[arg-type]
+        return ProgramEngine.read(self, launched)  # type: ignore[arg-type]
 
     @contextmanager
     def _recovering(self) -> Iterator[None]:
@@ -94,7 +95,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     prefix = np.arange(args.prefix)
-    items = [np.arange(args.item_len) for _ in range(args.items)]
+    # different ones: equal items are computed once
+    items = [np.arange(k, k + args.item_len) for k in range(args.items)]
     share = Share(0, prefix, items, np.arange(args.items))
 
     def batch() -> Any:
@@ -116,7 +118,7 @@ def main() -> None:
     def request() -> Any:
         own = prefix.copy()
         own[0] = next(turn)  # a query that is new
-        (result,) = runner.run([EncodedRequest(own, items)], [0, 1], False)
+        (result,) = runner.run([EncodedRequest(own, items)], Readout((0, 1), over_vocabulary=False))
         if isinstance(result, Exception):
             raise result
         return ScoringCore.probabilities(result)

@@ -55,7 +55,9 @@ def fresh() -> PreTrainedModel:
 def case(shipped: PreTrainedModel, tokenizer: Any) -> FrozenCase:
     """Token ids of a query and seven items for the shipped model, and its labels no and yes."""
     vocab_size = len(tokenizer)
-    items = [random_ids(n, vocab_size, seed=n) for n in (7, 1, 30, 12, 12, 0, 200)]
+    items = [
+        random_ids(n, vocab_size, seed=k + 1) for k, n in enumerate((7, 1, 30, 12, 12, 0, 200))
+    ]
     labels = tokenizer.convert_tokens_to_ids(["no", "yes"])
     return FrozenCase(random_ids(90, vocab_size, seed=0), items, labels)
 

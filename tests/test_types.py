@@ -45,11 +45,14 @@ RIGHT = """
         saved: int = result.usage.prefix_tokens_saved
         pairs: npt.NDArray[np.float32] = scorer.predict([(query, text) for text in documents])
         many = scorer.score_many([(query, documents)], show_progress_bar=True)
-        first: list[float] = many[0].scores[0]
+        first: list[float] = many[0][0]
+        each = scorer.score_many([(query, documents)], return_usage=True)
+        first = each[0].scores[0]
         for row in scorer.score_stream(query, iter(documents)):
             first = row
         with scorer.prefix(query) as held:
-            first = held.score(documents).scores[0]
+            first = held.score(documents)[0]
+            saved = held.score(documents, return_usage=True).usage.prefix_tokens_saved
         print(saved, pairs.mean(), scores, first, scorer.explain(query, documents).chosen.flow)
         return [documents[entry["corpus_id"]] for entry in ranked if entry["score"] > 0.5]
 

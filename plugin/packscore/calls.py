@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
 from packscore.errors import UnsupportedModelError
+from packscore.flows.engine import Readout
 from packscore.flows.packing import PackedBatch, split_items
 from packscore.model.family import base_model, is_classifier
 from packscore_kernels.attention.layout import SegmentLayout
@@ -294,10 +295,10 @@ def _parts(call: PlainCall, max_tokens: int) -> Iterator[tuple[Indices, PackedBa
 
 def _class_logits(model: PreTrainedModel, program: ModelProgram, call: PlainCall) -> torch.Tensor:
     """[batch, num_classes] in the model's dtype."""
-    classes = list(range(program.num_classes))
-    logits = torch.empty(len(call.input_ids), len(classes), dtype=model.dtype)
+    classes = Readout(tuple(range(program.num_classes)), over_vocabulary=False)
+    logits = torch.empty(len(call.input_ids), program.num_classes, dtype=model.dtype)
     for rows, batch in _parts(call, program.max_tokens):
-        found, _ = program.run(batch, classes, over_vocabulary=False)
+        found, _ = program.run(batch, classes)
         logits[torch.from_numpy(rows)] = torch.tensor(found, dtype=model.dtype)
     return logits
 

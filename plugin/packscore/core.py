@@ -15,7 +15,7 @@ from torch import nn
 from packscore.calls import program_of
 from packscore.encoded import EncodedRequest
 from packscore.errors import InputError, NotPatchedError
-from packscore.flows.engine import Engine
+from packscore.flows.engine import Engine, Readout
 from packscore.flows.jobs import LabelLogits
 from packscore.flows.label_runs import run_labels
 from packscore.flows.page_pool import PrefixLease
@@ -23,7 +23,7 @@ from packscore.flows.runner import Runner
 from packscore.inputs import check_choice, check_count, short
 from packscore.model.class_head import head_of
 from packscore.model.family import base_model, check_supported, is_patched
-from packscore.results import FLOWS, Flow
+from packscore.results import FLOWS, Flow, ScoreResult
 from packscore.text.encoding import (
     ArgumentNames,
     Budget,
@@ -151,10 +151,17 @@ class ScoringCore:
         if not labels.are_single:
             runner = self.runner
             return run_labels(
-                runner, requests, labels, over_vocabulary, flow=flow, lease=lease, progress=progress
+                runner,
+                requests,
+                labels,
+                over_vocabulary=over_vocabulary,
+                flow=flow,
+                lease=lease,
+                progress=progress,
             )
         ids, over = self.head.to_compute(labels, over_vocabulary)
-        found = self.runner.run(requests, ids, over, flow=flow, lease=lease, progress=progress)
+        readout = Readout(tuple(ids), over)
+        found = self.runner.run(requests, readout, flow=flow, lease=lease, progress=progress)
         return [self._read(result, labels, over_vocabulary) for result in found]
 
     def run_one(self, request: EncodedRequest, labels: Labels, **options: Any) -> LabelLogits:
@@ -210,6 +217,14 @@ class ScoringCore:
                 "model is not patched; call packscore.patch_model(model) first, "
                 "or pass mask_impl='dense'"
             )
+
+    @classmethod
+    def scored(
+        cls, found: LabelLogits, return_usage: bool
+    ) -> list[list[float]] | ScoreResult[list[list[float]]]:
+        """The probabilities, with their usage where it is asked for."""
+        scores = cls.probabilities(found)
+        return ScoreResult(scores, found.usage) if return_usage else scores
 
     @staticmethod
     def probabilities(found: LabelLogits) -> list[list[float]]:

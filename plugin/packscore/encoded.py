@@ -18,3 +18,8 @@ class EncodedRequest:
     items: list[TokenIds]  # i64[item_len] each
     truncated_items: list[int] = field(default_factory=list)
     special_token_items: list[int] = field(default_factory=list)  # items holding special-token text
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens that scoring the items one by one would compute."""
+        return len(self.prefix) * len(self.items) + sum(map(len, self.items))

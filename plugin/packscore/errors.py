@@ -47,8 +47,9 @@ class StalePrefixError(PackscoreError, RuntimeError):
 class ScoringError(PackscoreError, RuntimeError):
     """A forward failed; `scores` keeps what was computed before and after it.
 
-    `scores` has one row per pair and NaN where no score could be computed, or one result per
-    request and None there; the failure itself is the exception's `__cause__`.
+    `scores` is what would have been returned: one score per pair and NaN where none could be
+    computed, or one entry per request and None there. The failure itself is the exception's
+    `__cause__`.
     """
 
     def __init__(self, message: str, scores: Any) -> None:

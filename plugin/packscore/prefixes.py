@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, overload
 
 import numpy as np
 
@@ -58,6 +58,7 @@ class Prefix:
             )
         return lease
 
+    @overload
     def score(
         self,
         items: Iterable[Text],
@@ -65,8 +66,30 @@ class Prefix:
         labels: Sequence[str] | None = None,
         label_token_ids: LabelIds | None = None,
         apply_softmax: bool = False,
-    ) -> ScoreResult[list[list[float]]]:
-        """`MultiItemScorer.score` for the query that is held, with its usage.
+        return_usage: Literal[False] = False,
+    ) -> list[list[float]]: ...
+
+    @overload
+    def score(
+        self,
+        items: Iterable[Text],
+        *,
+        labels: Sequence[str] | None = None,
+        label_token_ids: LabelIds | None = None,
+        apply_softmax: bool = False,
+        return_usage: Literal[True],
+    ) -> ScoreResult[list[list[float]]]: ...
+
+    def score(
+        self,
+        items: Iterable[Text],
+        *,
+        labels: Sequence[str] | None = None,
+        label_token_ids: LabelIds | None = None,
+        apply_softmax: bool = False,
+        return_usage: bool = False,
+    ) -> list[list[float]] | ScoreResult[list[list[float]]]:
+        """`MultiItemScorer.score` for the query that is held.
 
         Raises:
           StalePrefixError: the query was released, or the model's weights changed since.
@@ -82,7 +105,7 @@ class Prefix:
         same = np.array_equal(request.prefix, self._tokens)
         lease = self._lease if same else None
         found = self._core.run_one(request, chosen, over_vocabulary=over_vocabulary, lease=lease)
-        return ScoreResult(self._core.probabilities(found), found.usage)
+        return self._core.scored(found, return_usage)
 
     def check(self) -> None:
         """Refuse to score what is no longer there.

@@ -22,8 +22,8 @@ class Usage:
         distinct beginning of labels of several tokens.
       computed_tokens: tokens that ran through the model, padding apart.
       computed_prefix_tokens: those of them that are a prefix's; 0 where all were in pages.
-      prefix_tokens_saved: prompt_tokens - computed_tokens, the prefix tokens that items shared
-        (and the item tokens that the beginnings of labels did).
+      prefix_tokens_saved: prompt_tokens - computed_tokens: the prefix tokens that items shared, the
+        item tokens that the beginnings of labels did, and all of an item that came before.
       padding_tokens: padding that ran through the model beside them.
       truncated_items: indices of items that lost their end to the budget.
       special_token_items: indices of items whose text holds a special token's.

@@ -161,8 +161,7 @@ class MultiItemScorer:
         found = as_list("items", items)
         request = self._core.encode(query, found, ArgumentNames(), chosen, item_first=item_first)
         result = self._core.run_one(request, chosen, over_vocabulary=over_vocabulary, flow=flow)
-        scores = self._core.probabilities(result)
-        return ScoreResult(scores, result.usage) if return_usage else scores
+        return self._core.scored(result, return_usage)
 
     @overload
     def rank(
@@ -311,6 +310,7 @@ class MultiItemScorer:
             ) from error
         return ScoreResult(scores, merge_usages(usages, groups)) if return_usage else scores
 
+    @overload
     def score_many(
         self,
         requests: Iterable[tuple[Text, Iterable[Text]]],
@@ -320,7 +320,33 @@ class MultiItemScorer:
         apply_softmax: bool = False,
         flow: Flow | None = None,
         show_progress_bar: bool = False,
-    ) -> list[ScoreResult[list[list[float]]]]:
+        return_usage: Literal[False] = False,
+    ) -> list[list[list[float]]]: ...
+
+    @overload
+    def score_many(
+        self,
+        requests: Iterable[tuple[Text, Iterable[Text]]],
+        *,
+        labels: Sequence[str] | None = None,
+        label_token_ids: LabelIds | None = None,
+        apply_softmax: bool = False,
+        flow: Flow | None = None,
+        show_progress_bar: bool = False,
+        return_usage: Literal[True],
+    ) -> list[ScoreResult[list[list[float]]]]: ...
+
+    def score_many(
+        self,
+        requests: Iterable[tuple[Text, Iterable[Text]]],
+        *,
+        labels: Sequence[str] | None = None,
+        label_token_ids: LabelIds | None = None,
+        apply_softmax: bool = False,
+        flow: Flow | None = None,
+        show_progress_bar: bool = False,
+        return_usage: bool = False,
+    ) -> list[list[list[float]]] | list[ScoreResult[list[list[float]]]]:
         """`score` for many queries, several in one launch; what they share is computed once.
 
         Args:
@@ -330,14 +356,15 @@ class MultiItemScorer:
           apply_softmax: as in `score`.
           flow: as in `score`.
           show_progress_bar: show one, counting items.
+          return_usage: return a `ScoreResult` for each request, with the tokens it took.
 
         Returns:
-          A `ScoreResult` for each request, in the order given: scores as of `score`, and usage.
+          What `score` returns, for each request in the order given.
 
         Raises:
           InputError, InputTypeError: a request cannot be scored; raised before the model runs.
-          ScoringError: the model failed on a request; its `scores` keeps the results of all
-            others, and None for those that failed.
+          ScoringError: the model failed on a request; its `scores` is what would have been
+            returned, with None for each that failed.
         """
         self._core.check_ready()
         over_vocabulary = not apply_softmax
@@ -352,10 +379,8 @@ class MultiItemScorer:
             results = self._core.run(
                 encoded, chosen, over_vocabulary=over_vocabulary, flow=flow, progress=bar.update
             )
-        scored = [
-            None
-            if isinstance(result, Exception)
-            else ScoreResult(self._core.probabilities(result), result.usage)
+        scored: list[Any] = [
+            None if isinstance(result, Exception) else self._core.scored(result, return_usage)
             for result in results
         ]
         failed = [(i, e) for i, e in enumerate(results) if isinstance(e, Exception)]
@@ -366,7 +391,7 @@ class MultiItemScorer:
                 f"({error}); the results of the others are in this error's .scores",
                 scored,
             ) from error
-        return [result for result in scored if result is not None]
+        return scored
 
     def score_stream(
         self,

@@ -17,7 +17,7 @@ from packscore.flows.engine import Limits
 from packscore.flows.page_pool import PAGE_SIZE
 from tolerances import PROBABILITY_MAX_FLOAT32
 
-ITEMS = [random_ids(n, seed=n) for n in (5, 60, 1, 0, 9, 130, 9, 33)]
+ITEMS = [random_ids(n, seed=k) for k, n in enumerate((5, 60, 1, 0, 9, 130, 9, 33))]
 NUM_ITEM_TOKENS = sum(map(len, ITEMS))
 PREFIX_LENS = [1, PAGE_SIZE - 1, PAGE_SIZE, PAGE_SIZE + 1, 3 * PAGE_SIZE + 40]
 
@@ -106,7 +106,7 @@ def test_twenty_queries_share_one_system_prompt(
 ) -> None:
     system = random_ids(1000, seed=3)
     queries = [[*system, k, *random_ids(5 + k, seed=k)] for k in range(20)]
-    results = scorer.score_many([(query, ITEMS[:3]) for query in queries])
+    results = scorer.score_many([(query, ITEMS[:3]) for query in queries], return_usage=True)
     computed = sum(result.usage.computed_prefix_tokens for result in results)
     assert computed == 1000 + sum(len(query) - 1000 for query in queries)
     for query, result in zip(queries[::5], results[::5], strict=True):
@@ -131,9 +131,9 @@ def test_one_among_others_is_as_alone(
         1
     ]
     results = scorer.score_many(requests)
-    assert [len(result.scores) for result in results] == [len(items) for _, items in requests]
-    for (prefix, items), result in zip(requests, results, strict=True):
-        assert difference(model, result.scores, prefix, items) <= PROBABILITY_MAX_FLOAT32
+    assert [len(scores) for scores in results] == [len(items) for _, items in requests]
+    for (prefix, items), scores in zip(requests, results, strict=True):
+        assert difference(model, scores, prefix, items) <= PROBABILITY_MAX_FLOAT32
     assert sum(launches) == 21
     assert (len(launches) == 21) == (target_tokens == 1)
 
@@ -189,7 +189,7 @@ def test_programs_share_pages_between_queries(
     queries = [[*system, k, *random_ids(5 + k, seed=k)] for k in range(5)]
     items = [ITEMS[0], [], ITEMS[2]]
     for warm in (False, True):
-        results = scorer.score_many([(query, items) for query in queries])
+        results = scorer.score_many([(query, items) for query in queries], return_usage=True)
         computed = sum(result.usage.computed_prefix_tokens for result in results)
         own = sum(len(query) - len(system) for query in queries)
         assert computed == (len(queries) if warm else len(system) + own)
@@ -219,7 +219,7 @@ def test_eviction_under_pressure_while_a_prefix_is_held(model: PreTrainedModel) 
         large = random_ids(3 * PAGE_SIZE, seed=8)
         scores = scorer.score(large, ITEMS)
         assert difference(model, scores, large, ITEMS) <= PROBABILITY_MAX_FLOAT32
-        result = p.score(ITEMS[:3])
+        result = p.score(ITEMS[:3], return_usage=True)
         assert result.usage.computed_prefix_tokens == 0
         assert difference(model, result.scores, held, ITEMS[:3]) <= PROBABILITY_MAX_FLOAT32
         with pytest.raises(InputError, match=r"has room for 256 that are not held; release other"):
@@ -331,7 +331,7 @@ def test_computed_tokens_grow_linearly(scorer: MultiItemScorer) -> None:
     computed = []
     for count in counts:
         scorer.clear_prefixes()
-        items = [random_ids(6, seed=k % 7) for k in range(count)]
+        items = [random_ids(6, seed=k) for k in range(count)]
         result = scorer.score(random_ids(50, seed=1), items, return_usage=True)
         computed.append(result.usage.computed_tokens)
         print(f"{count:5} items: {computed[-1]:6} tokens computed")

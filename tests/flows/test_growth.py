@@ -11,7 +11,7 @@ import torch
 from helpers import QWEN3
 from packscore.encoded import EncodedRequest
 from packscore.flows.costs import tpu_cost_model
-from packscore.flows.engine import Limits
+from packscore.flows.engine import Limits, Readout
 from packscore.flows.page_pool import PagePool
 from packscore.flows.runner import Runner
 from packscore.programs.sizes import MAX_GROUPS, NAMED_PAGES, token_bucket
@@ -38,7 +38,7 @@ class CountingEngine:
     def refresh(self) -> None:
         pass
 
-    def launch(self, batch: Any, *_: Any) -> int:
+    def launch(self, batch: Any, readout: Readout) -> int:
         layout = type(batch.layout)(batch.layout.groups, token_bucket(len(batch.token_ids)))
         schedule = build_schedule(layout, block_sizes=BLOCKS, page_size=128, num_pages=NUM_PAGES)
         # each tile of rows has its own window of keys besides
@@ -48,14 +48,16 @@ class CountingEngine:
         self.launches += 1
         return len(batch.layout.scored_rows)
 
-    def read(self, launched: Any, *_: Any) -> Any:
+    def read(self, launched: Any) -> Any:
         return torch.zeros(sum(launched), 2), torch.zeros(sum(launched))
 
 
 def grown(count: int) -> CountingEngine:
     engine: Any = CountingEngine()
-    items = [np.full(ITEM, k % 300) for k in range(count)]
-    (found,) = Runner(engine).run([EncodedRequest(np.arange(QUERY), items)], [1, 2], False)
+    items = [np.full(ITEM, k) for k in range(count)]
+    (found,) = Runner(engine).run(
+        [EncodedRequest(np.arange(QUERY), items)], Readout((1, 2), over_vocabulary=False)
+    )
     assert not isinstance(found, Exception), found
     assert found.usage.computed_tokens == engine.tokens
     return engine

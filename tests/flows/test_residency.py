@@ -29,6 +29,8 @@ from tolerances import PROBABILITY_MAX_FLOAT32
 pytestmark = pytest.mark.usefixtures("quick_programs")
 
 ITEMS = [random_ids(n, seed=n) for n in (5, 30, 1, 0, 9, 33)]
+# others of the same lengths
+MORE = [[1, *random_ids(len(ids), seed=k)] for k in range(29) for ids in ITEMS]
 PATHS = ["torch", "jax"]
 NUM_PAGES = 16
 
@@ -111,15 +113,15 @@ def test_what_free_slots_hold_reaches_no_score(
             assert held._lease is not None
             tables.append(held._lease.pages.tolist())
             poison(scorer)
-            result = held.score(ITEMS)
+            result = held.score(ITEMS, return_usage=True)
         assert result.usage.flow == "extend"
         check(reference, result.scores, prefix)
     assert any(np.diff(table).min(initial=1) < 0 for table in tables)
     assert any(np.diff(table).max(initial=1) > 1 for table in tables)
-    for result, prefix in zip(
+    for scores, prefix in zip(
         scorer.score_many([(prefix, ITEMS) for prefix in prefixes]), prefixes, strict=True
     ):
-        check(reference, result.scores, prefix)
+        check(reference, scores, prefix)
     assert pool.num_pinned_pages == 0
     # the control: the same poison in slots that are read
     poison(scorer, spare=False)
@@ -167,10 +169,10 @@ def test_a_prefix_longer_than_a_launch_is_computed_in_pieces(
     check(reference, scorer.score(prefix, ITEMS[:1]), prefix, ITEMS[:1])
     scorer.clear_prefixes()
     with scorer.prefix(prefix) as held:
-        check(reference, held.score(ITEMS).scores, prefix)
+        check(reference, held.score(ITEMS), prefix)
     # two that share more than a launch: computed once
     scorer.clear_prefixes()
-    both = scorer.score_many([([*prefix, k], ITEMS) for k in range(2)])
+    both = scorer.score_many([([*prefix, k], ITEMS) for k in range(2)], return_usage=True)
     assert sum(one.usage.computed_prefix_tokens for one in both) in (702, 703)
     for k, one in enumerate(both):
         check(reference, one.scores, [*prefix, k])
@@ -228,7 +230,7 @@ def test_a_failed_launch_does_not_leave_empty_pages_behind(
         with pytest.raises(StalePrefixError, match="or its pages were cleared; open a new one"):
             held.score(ITEMS)
     else:
-        check(reference, held.score(ITEMS).scores, prefix)
+        check(reference, held.score(ITEMS), prefix)
     held.release()
     result = scorer.score(prefix, ITEMS[:3], return_usage=True)
     assert result.usage.computed_prefix_tokens == (200 if is_donated else 0)
@@ -277,10 +279,10 @@ def test_pages_cleared_by_another_thread_are_computed_again(
         return packing.pack(shares)
 
     scorer.score(prefix, ITEMS)
-    monkeypatch.setattr("packscore.flows.runner.pack", clears)
+    monkeypatch.setattr("packscore.flows.jobs.pack", clears)
     engine = engine_of(scorer)
     monkeypatch.setattr(type(engine), "limits", Limits(256, 256, 8, NUM_PAGES))
-    result = scorer.score(prefix, ITEMS * 20, return_usage=True)
+    result = scorer.score(prefix, [*ITEMS, *MORE[: 19 * len(ITEMS)]], return_usage=True)
     assert cleared
     check(reference, result.scores[: len(ITEMS)], prefix)
     assert result.usage.computed_prefix_tokens >= 200
@@ -359,7 +361,7 @@ def test_launches_shrink_with_the_free_memory(
         return launch(batch, *rest)
 
     monkeypatch.setattr(engine, "launch", counted)
-    prefix, items = random_ids(100, seed=1), ITEMS * 30
+    prefix, items = random_ids(100, seed=1), [*MORE, *ITEMS]
     per_token = activation_bytes(models["torch"].config, torch.float32)
     for free_tokens, most in ((10**9, 32_768), (1100, 512), (10, 256)):
         monkeypatch.setattr(

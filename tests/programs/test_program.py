@@ -41,7 +41,7 @@ from tolerances import (
     PROBABILITY_MEAN_BFLOAT16,
 )
 
-ITEMS = [random_ids(n, seed=n) for n in (5, 60, 1, 0, 9, 130, 9)]
+ITEMS = [random_ids(n, seed=k) for k, n in enumerate((5, 60, 1, 0, 9, 130, 9))]
 PREFIX = random_ids(37, seed=1)
 
 

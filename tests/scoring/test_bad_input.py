@@ -495,4 +495,4 @@ def test_dense_counts_the_scores_of_all_heads_for_eager(monkeypatch: pytest.Monk
 def test_a_terabyte_mask_is_refused_on_this_machine() -> None:
     scorer = MultiItemScorer(random_qwen3(num_layers=1), label_token_ids=[1, 2], mask_impl="dense")
     with pytest.raises(MaskTooLargeError, match=r"needs [\d,]+ MiB for 1,000,001 tokens"):
-        scorer.score([1], [[2] * 20] * 50_000)
+        scorer.score([1], [[*([2] * 18), k % 250, k // 250] for k in range(50_000)])

@@ -16,9 +16,9 @@ from packscore.flows.packing import Share, pack
 from packscore.torch_engine.attention import SegmentPlan
 from packscore_kernels import SegmentLayout
 
-POISON = 319  # a token that only the tests' other items use
 PREFIX = random_ids(33, 300, seed=1)
-ITEMS = [random_ids(n, 300, seed=n) for n in (40, 3, 17, 17, 0, 65, 1)]
+ITEMS = [random_ids(n, 300, seed=k) for k, n in enumerate((40, 3, 17, 17, 0, 65, 1))]
+POISON = range(300, 300 + len(ITEMS))  # tokens that only the tests' other items use, one each
 
 Score = Callable[[list[list[int]]], np.ndarray]
 
@@ -51,9 +51,9 @@ def plain_causal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def poison_reaches_a_score(model: PreTrainedModel, score: Score) -> bool:
     clean = score(ITEMS)
     with torch.no_grad():
-        model.get_input_embeddings().weight[POISON] = torch.nan
+        model.get_input_embeddings().weight[list(POISON)] = torch.nan
     for kept in range(len(ITEMS)):
-        items = [ids if k == kept else [POISON] * len(ids) for k, ids in enumerate(ITEMS)]
+        items = [ids if k == kept else [POISON[k]] * len(ids) for k, ids in enumerate(ITEMS)]
         if not np.array_equal(score(items)[kept], clean[kept]):
             return True
     return False

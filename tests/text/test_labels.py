@@ -23,7 +23,7 @@ from tolerances import (
 pytestmark = pytest.mark.usefixtures("quick_programs")
 
 DEVICES = [None, "jax"]
-ITEMS = [random_ids(n, seed=n) for n in (5, 60, 1, 0, 9, 130, 9, 33)]
+ITEMS = [random_ids(n, seed=k) for k, n in enumerate((5, 60, 1, 0, 9, 130, 9, 33))]
 # two that share a beginning, one token alone, one that is longest
 LABELS = [[5, 17], [300], [2, 44, 45, 46], [5, 18, 9]]
 # of which none is out of the question, so that a softmax over them tells items apart
@@ -232,10 +232,10 @@ def test_every_call_takes_them(served: tuple[Any, Any]) -> None:
     prefixes = [random_ids(n, seed=n) for n in (5, 40, 200)]
     expected = [log_probs(served[1], prefix, ITEMS, LABELS).exp() for prefix in prefixes]
     requests = [(prefix, ITEMS) for prefix in prefixes]
-    found = [result.scores for result in scorer.score_many(requests, label_token_ids=LABELS)]
+    found = scorer.score_many(requests, label_token_ids=LABELS)
     found += [list(scorer.score_stream(prefixes[1], ITEMS, label_token_ids=LABELS, max_items=3))]
     with scorer.prefix(prefixes[2]) as held:
-        result = held.score(ITEMS, label_token_ids=LABELS)
+        result = held.score(ITEMS, label_token_ids=LABELS, return_usage=True)
         found.append(result.scores)
         assert result.usage.flow == "extend"
     for scores, wanted in zip(found, [*expected, *expected[1:]], strict=True):

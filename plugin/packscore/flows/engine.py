@@ -13,38 +13,21 @@ from packscore.flows.packing import PackedBatch
 from packscore.flows.page_pool import PagePool
 from packscore.results import MaskImpl
 
+# float32[num_rows, num_labels] logits and float32[num_rows] normaliser, a row for each scored item
 RowLogits = tuple[torch.Tensor, torch.Tensor]
 
 
-class Engine(Protocol):
-    """What runs packed batches for one model.
+@dataclass(frozen=True)
+class Readout:
+    """What is read from the hidden states of the scored rows.
 
-    `launch` starts a batch, `read` waits for the results of many: float32 logits
-    [num_rows, num_labels] and their normaliser [num_rows], a row for each scored item.
+    Args:
+      label_ids: the labels' rows of the head.
+      over_vocabulary: normalise over the whole head instead of over the labels.
     """
 
-    pool: PagePool | None
-    costs: CostModel
-    mask_impl: MaskImpl
-
-    @property
-    def limits(self) -> Limits:
-        """What one launch can hold."""
-        ...
-
-    def refresh(self) -> None:
-        """Forget prefixes that other weights computed; called before each run."""
-        ...
-
-    def launch(self, batch: PackedBatch, label_ids: list[int], over_vocabulary: bool) -> Any:
-        """Start a batch; what it returns is for `read`."""
-        ...
-
-    def read(
-        self, launched: Sequence[Any], label_ids: list[int], over_vocabulary: bool
-    ) -> RowLogits:
-        """Logits and normaliser of the scored rows of batches, one behind the other."""
-        ...
+    label_ids: tuple[int, ...]
+    over_vocabulary: bool
 
 
 @dataclass(frozen=True)
@@ -63,3 +46,32 @@ class Limits:
     target_tokens: int
     max_groups: int
     max_pages: int = 2**31
+
+
+class Engine(Protocol):
+    """What runs packed batches for one model: `launch` starts one, `read` waits for many."""
+
+    pool: PagePool | None
+    costs: CostModel
+    mask_impl: MaskImpl
+
+    @property
+    def limits(self) -> Limits:
+        """What one launch can hold."""
+        ...
+
+    def refresh(self) -> None:
+        """Forget prefixes that other weights computed; called before each run."""
+        ...
+
+    def launch(self, batch: PackedBatch, readout: Readout) -> Any:
+        """Start a batch; what it returns is for `read`."""
+        ...
+
+    def read(self, launched: Sequence[Any]) -> RowLogits:
+        """Logits and normaliser of the scored rows of batches, one behind the other.
+
+        Args:
+          launched: at least one, all of one readout.
+        """
+        ...

@@ -15,8 +15,11 @@ import numpy as np
 import torch
 
 from packscore.encoded import EncodedRequest, TokenIds
+from packscore.flows.engine import Readout
 from packscore.flows.jobs import LabelLogits
+from packscore.flows.packing import first_equal
 from packscore.flows.page_pool import PrefixLease
+from packscore.flows.planner import flow_taken
 from packscore.flows.runner import Runner
 from packscore.results import Flow, merge_usages
 from packscore.text.labels import Labels
@@ -27,8 +30,8 @@ def run_labels(
     runner: Runner,
     requests: Sequence[EncodedRequest],
     labels: Labels,
-    over_vocabulary: bool,
     *,
+    over_vocabulary: bool,
     flow: Flow | None = None,
     lease: PrefixLease | None = None,
     progress: Callable[[int], object] = lambda _: None,
@@ -55,10 +58,15 @@ def run_labels(
                 results[number] = found
                 del copied[number]
     ran = runner.run(
-        list(copied.values()), labels.token_ids, True, flow=flow, lease=lease, progress=items_done
+        list(copied.values()), _readout(labels), flow=flow, lease=lease, progress=items_done
     )
     results.update(zip(copied, ran, strict=True))
     return [_read(results[number], labels, over_vocabulary) for number in range(len(requests))]
+
+
+def _readout(labels: Labels) -> Readout:
+    """The tokens of all labels, whose probabilities behind each context multiply."""
+    return Readout(tuple(labels.token_ids), over_vocabulary=True)
 
 
 def _copied(request: EncodedRequest, contexts: Sequence[TokenIds]) -> EncodedRequest:
@@ -87,8 +95,9 @@ def _nesting_pays(
 def _groups_ms(runner: Runner, request: EncodedRequest, contexts: Sequence[TokenIds]) -> float:
     """Predicted milliseconds of a group for every item, behind a query that is in pages."""
     limits, pool = runner.engine.limits, runner.engine.pool
-    prefix_len, count = len(request.prefix), len(request.items)
-    own = np.array([len(item) for item in request.items])
+    distinct = np.unique(first_equal(request.items))
+    prefix_len, count = len(request.prefix), len(distinct)
+    own = np.array([len(request.items[i]) for i in distinct])
     behind = np.array([len(context) for context in contexts])
     tokens = int(own.sum()) + count * int(behind.sum())
     pairs = tokens * prefix_len + float((own * (own / 2 + behind.sum())).sum())
@@ -115,15 +124,16 @@ def _run_nested(
     try:
         if len(prefix) and held is None:
             missing = len(prefix) - runner.cached_len(prefix)
-            held = runner.hold(prefix, labels.token_ids, True)
+            held = runner.hold(prefix, _readout(labels))
             if held is None:
                 return None
         groups = [
-            EncodedRequest(np.concatenate([prefix, item]), list(contexts)) for item in request.items
+            EncodedRequest(np.concatenate([prefix, request.items[i]]), list(contexts))
+            for i in np.unique(first_equal(request.items))
         ]
         # without a query there is nothing to keep: items do not come again
         flow: Flow | None = None if len(prefix) else "packed"
-        found = runner.run(groups, labels.token_ids, True, flow=flow, lease=held, progress=progress)
+        found = runner.run(groups, _readout(labels), flow=flow, lease=held, progress=progress)
     except Exception as error:
         return error
     finally:
@@ -144,23 +154,27 @@ def _joined(
     missing: int,
 ) -> LabelLogits:
     """The rows of all groups, and what they and the launch of `missing` query tokens computed."""
-    own = sum(map(len, request.items)) + len(request.items) * sum(map(len, contexts))
+    distinct, group_of = np.unique(first_equal(request.items), return_inverse=True)
+    own = sum(len(request.items[i]) for i in distinct) + len(distinct) * sum(map(len, contexts))
     usage = merge_usages([one.usage for one in scored], [() for _ in scored])
     computed = usage.computed_tokens + missing
-    flow: Flow = "packed"
-    if len(request.prefix):
-        flow = "chunked" if missing else "extend"
+    prompt_tokens = _copied(request, contexts).prompt_tokens
+    was_whole = len(request.prefix) > 0 and not missing
     usage = replace(
         usage,
+        prompt_tokens=prompt_tokens,
         computed_tokens=computed,
         computed_prefix_tokens=computed - own,
-        prefix_tokens_saved=usage.prompt_tokens - computed,
+        prefix_tokens_saved=prompt_tokens - computed,
         truncated_items=tuple(request.truncated_items),
         special_token_items=tuple(request.special_token_items),
-        flow=flow,
+        flow=flow_taken(
+            "packed", num_launches=1 + bool(missing), was_whole=was_whole, is_shared=True
+        ),
     )
+    each = [scored[group] for group in group_of]
     logits, normalizer = (
-        torch.cat([getattr(one, name) for one in scored]) for name in ("logits", "normalizer")
+        torch.cat([getattr(one, name) for one in each]) for name in ("logits", "normalizer")
     )
     return LabelLogits(logits, normalizer, usage)
 

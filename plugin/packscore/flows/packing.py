@@ -87,6 +87,12 @@ def pack(shares: Sequence[Share]) -> PackedBatch:
     return PackedBatch(token_ids, layout, tuple(shares))
 
 
+def first_equal(items: Sequence[TokenIds]) -> npt.NDArray[np.int64]:
+    """i64[num_items]: for each item the index of the first one that has the same tokens."""
+    seen: dict[bytes, int] = {}
+    return np.array([seen.setdefault(item.tobytes(), i) for i, item in enumerate(items)], np.int64)
+
+
 def split_items(prefix_len: int, item_lens: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Indices of the items of every batch of at most `max_tokens`, each with its own prefix.
 

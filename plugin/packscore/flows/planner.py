@@ -309,6 +309,22 @@ class Planner:
         return Plan(flow, tuple(bounds), cost, computed)
 
 
+def flow_taken(flow: Flow, *, num_launches: int, was_whole: bool, is_shared: bool) -> Flow:
+    """What a plan's flow is called once it ran, in `Usage`.
+
+    Args:
+      flow: the plan's.
+      num_launches: how many there were.
+      was_whole: the whole prefix was in pages before.
+      is_shared: something is computed once for several items or contexts.
+    """
+    if was_whole and flow != "plain":
+        return "extend"
+    if not is_shared:
+        return "plain"
+    return "chunked" if flow == "packed" and num_launches > 1 else flow
+
+
 def _cheapest(plans: Sequence[Plan]) -> Plan:
     """The plan of the fewest launches among those whose costs the model cannot tell apart."""
     most_ms = SAME_COST * min(plan.cost_ms for plan in plans)

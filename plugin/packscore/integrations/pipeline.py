@@ -286,8 +286,8 @@ def _score_requests(
             **labels[group[0]],
             apply_softmax=apply_softmax,
         )
-        for i, result in zip(group, found, strict=True):
-            scores[i] = result.scores
+        for i, rows in zip(group, found, strict=True):
+            scores[i] = rows
     return scores
 
 

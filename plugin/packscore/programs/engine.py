@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from packscore.flows.costs import CostModel, flops_cost_model, tpu_cost_model
-from packscore.flows.engine import Limits, RowLogits
+from packscore.flows.engine import Limits, Readout, RowLogits
 from packscore.flows.packing import PackedBatch
 from packscore.flows.page_pool import PagePool
 from packscore.model.weight_watch import WeightWatch
@@ -52,14 +52,12 @@ class ProgramEngine:
             self._watch = WeightWatch(model, is_copied=True)
             self.pool.clear()
 
-    def launch(self, batch: PackedBatch, label_ids: list[int], over_vocabulary: bool) -> Launched:
+    def launch(self, batch: PackedBatch, readout: Readout) -> Launched:
         """Start a batch; the host goes on while the device computes."""
         with self._recovering():
-            return self._program.start(batch, label_ids, over_vocabulary, self._pages)
+            return self._program.start(batch, readout, self._pages)
 
-    def read(
-        self, launched: Sequence[Launched], label_ids: list[int], over_vocabulary: bool
-    ) -> RowLogits:
+    def read(self, launched: Sequence[Launched]) -> RowLogits:
         """Logits and normaliser of all rows."""
         with self._recovering():
             found = [one.read() for one in launched]

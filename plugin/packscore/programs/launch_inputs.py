@@ -43,7 +43,7 @@ def program_inputs(
     block_sizes: BlockSizes,
     layout: SegmentLayout,
     token_ids: npt.NDArray[np.int64],  # [num_tokens], without padding
-    label_ids: list[int],
+    label_ids: Sequence[int],
     rows: npt.NDArray[np.integer[Any]] | None = None,  # [num_items]: None takes the scored ones
     leases: Sequence[PrefixLease | None] = (),
 ) -> tuple[Any, ...]:

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from packscore.errors import InputError, UnexpectedCompileError
+from packscore.flows.engine import Readout
 from packscore.flows.packing import PackedBatch
 from packscore.flows.page_pool import PAGE_SIZE, PREFIX_CACHE_BYTES
 from packscore.model.family import class_count
@@ -147,9 +148,7 @@ class ModelProgram:
     def _shapes(self) -> Any:
         return jax.tree.map(lambda x: shape_of(x.shape, x.dtype), self._weights)
 
-    def run(
-        self, batch: PackedBatch, label_ids: list[int], *, over_vocabulary: bool
-    ) -> tuple[Float32, Float32]:
+    def run(self, batch: PackedBatch, readout: Readout) -> tuple[Float32, Float32]:
         """Label logits of a packed batch without pages.
 
         Returns:
@@ -160,31 +159,29 @@ class ModelProgram:
           UnexpectedCompileError: the batch needs a program that is not there, and `strict` is on.
           UnsupportedModelError: the model was changed in a way that programs cannot follow.
         """
-        return self.start(batch, label_ids, over_vocabulary).read()
+        return self.start(batch, readout).read()
 
     def start(
-        self,
-        batch: PackedBatch,
-        label_ids: list[int],
-        over_vocabulary: bool,
-        pages: DevicePages | None = None,
+        self, batch: PackedBatch, readout: Readout, pages: DevicePages | None = None
     ) -> Launched:
         """Begin a packed batch; raises what `run` does.
 
         Args:
           batch: whose leases say what is read from pages and written to them.
-          label_ids: the labels' rows of the head.
-          over_vocabulary: with the normaliser over the vocabulary.
+          readout: what is read of its scored rows.
           pages: that the leases speak of.
         """
         weights = self._current()
         layout = batch.layout
-        num_items, num_labels = len(layout.scored_rows), len(label_ids)
+        num_items, num_labels = len(layout.scored_rows), len(readout.label_ids)
         num_pages = pages.num_pages if pages else 0
+        over_vocabulary = readout.over_vocabulary
         key = program_key(len(batch.token_ids), num_items, num_labels, over_vocabulary, num_pages)
         leases = [share.lease for share in batch.shares]
         blocks = self._block_sizes(key)
-        inputs = program_inputs(key, blocks, layout, batch.token_ids, label_ids, leases=leases)
+        inputs = program_inputs(
+            key, blocks, layout, batch.token_ids, readout.label_ids, leases=leases
+        )
         if pages is None:
             logits, normalizer = self._executable(key, inputs)(weights, *inputs)
         else:

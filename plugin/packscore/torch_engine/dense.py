@@ -11,12 +11,13 @@ from transformers import PreTrainedModel
 
 from packscore.errors import MaskTooLargeError
 from packscore.flows.costs import flops_cost_model
-from packscore.flows.engine import Limits, RowLogits
+from packscore.flows.engine import Limits, Readout, RowLogits
 from packscore.flows.packing import PackedBatch
 from packscore.flows.page_pool import PagePool
 from packscore.model.label_head import LinearHead
 from packscore.results import MaskImpl
 from packscore.torch_engine.forward import (
+    ScoredRows,
     device_of,
     free_bytes,
     positions_of,
@@ -47,10 +48,8 @@ class DenseEngine:
     def refresh(self) -> None:
         """Nothing is kept."""
 
-    def launch(
-        self, batch: PackedBatch, label_ids: list[int], over_vocabulary: bool
-    ) -> torch.Tensor:
-        """[num_items, hidden_size] of the scored rows.
+    def launch(self, batch: PackedBatch, readout: Readout) -> ScoredRows:
+        """Run a batch up to the hidden states of its scored rows.
 
         Raises:
           MaskTooLargeError: the mask does not fit.
@@ -62,13 +61,11 @@ class DenseEngine:
                 self._model, batch.layout, device, self._model.dtype
             )
             inputs["position_ids"] = positions_of(batch.layout, device)
-        return scored_rows(self._model, batch, inputs)
+        return scored_rows(self._model, batch, inputs, readout)
 
-    def read(
-        self, launched: Sequence[torch.Tensor], label_ids: list[int], over_vocabulary: bool
-    ) -> RowLogits:
-        """Logits and normaliser of all rows at once."""
-        return read_rows(self._head, launched, label_ids, over_vocabulary)
+    def read(self, launched: Sequence[ScoredRows]) -> RowLogits:
+        """Logits and normaliser of all rows."""
+        return read_rows(self._head, launched)
 
 
 def dense_mask(

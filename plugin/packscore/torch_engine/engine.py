@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from packscore.flows.costs import flops_cost_model
-from packscore.flows.engine import Limits, RowLogits
+from packscore.flows.engine import Limits, Readout, RowLogits
 from packscore.flows.packing import PackedBatch
 from packscore.flows.page_pool import PAGE_SIZE, PagePool
 from packscore.model.label_head import LinearHead
@@ -19,6 +19,7 @@ from packscore.model.weight_watch import WeightWatch
 from packscore.results import MaskImpl
 from packscore.torch_engine.attention import SegmentPlan
 from packscore.torch_engine.forward import (
+    ScoredRows,
     device_of,
     free_bytes,
     positions_of,
@@ -87,10 +88,8 @@ class TorchEngine:
             self._watch = WeightWatch(self._model, is_copied=True)
             self.pool.clear()
 
-    def launch(
-        self, batch: PackedBatch, label_ids: list[int], over_vocabulary: bool
-    ) -> torch.Tensor:
-        """[num_items, hidden_size] of the scored rows."""
+    def launch(self, batch: PackedBatch, readout: Readout) -> ScoredRows:
+        """Run a batch up to the hidden states of its scored rows."""
         writes = [
             PageWrite.of(share.lease, len(share.prefix), start)
             for share, start in zip(batch.shares, batch.layout.group_starts.tolist(), strict=False)
@@ -105,10 +104,8 @@ class TorchEngine:
             inputs["segment_plan"] = SegmentPlan.build(batch.layout, writes)
             inputs["kv_pages"] = self._pages
             inputs["position_ids"] = positions_of(batch.layout, device)
-        return scored_rows(self._model, batch, inputs)
+        return scored_rows(self._model, batch, inputs, readout)
 
-    def read(
-        self, launched: Sequence[torch.Tensor], label_ids: list[int], over_vocabulary: bool
-    ) -> RowLogits:
-        """Logits and normaliser of all rows at once, so that the head's weight is read once."""
-        return read_rows(self._head, launched, label_ids, over_vocabulary)
+    def read(self, launched: Sequence[ScoredRows]) -> RowLogits:
+        """Logits and normaliser of all rows."""
+        return read_rows(self._head, launched)

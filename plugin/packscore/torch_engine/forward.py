@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from packscore.flows.engine import RowLogits
+from packscore.flows.engine import Readout, RowLogits
 from packscore.flows.packing import PackedBatch
 from packscore.model.label_head import LinearHead
 from packscore_kernels.attention.layout import SegmentLayout
@@ -37,22 +38,32 @@ def positions_of(layout: SegmentLayout, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(layout.position_ids.astype(np.int64))[None].to(device)
 
 
-def scored_rows(model: PreTrainedModel, batch: PackedBatch, inputs: dict[str, Any]) -> torch.Tensor:
-    """[num_items, hidden_size] after the final norm, at the items' last tokens."""
+@dataclass(frozen=True, eq=False)
+class ScoredRows:
+    """What a launch in torch leaves for the head."""
+
+    hidden: torch.Tensor  # [num_items, hidden_size], after the final norm
+    readout: Readout
+
+
+def scored_rows(
+    model: PreTrainedModel, batch: PackedBatch, inputs: dict[str, Any], readout: Readout
+) -> ScoredRows:
+    """The decoder's forward, and of it the rows at the items' last tokens."""
     decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]  # untyped in transformers
     token_ids = torch.from_numpy(batch.token_ids)[None].to(device_of(model))
     with torch.inference_mode():
         hidden = decoder(input_ids=token_ids, use_cache=False, **inputs).last_hidden_state
         rows = torch.from_numpy(batch.layout.scored_rows.astype(np.int64)).to(hidden.device)
-        found: torch.Tensor = hidden[0, rows]
-    return found
+        return ScoredRows(hidden[0, rows], readout)
 
 
-def read_rows(
-    head: LinearHead, launched: Sequence[torch.Tensor], label_ids: list[int], over_vocabulary: bool
-) -> RowLogits:
-    """The head on the scored rows of several batches."""
+def read_rows(head: LinearHead, launched: Sequence[ScoredRows]) -> RowLogits:
+    """The head on the rows of several launches at once, so that its weight is read once."""
+    (readout,) = {one.readout for one in launched}
     with torch.inference_mode():
-        hidden = torch.cat(list(launched))
-        logits = head.label_logits(hidden, label_ids)
-        return logits, head.logsumexp(hidden) if over_vocabulary else logits.logsumexp(-1)
+        hidden = torch.cat([one.hidden for one in launched])
+        logits = head.label_logits(hidden, list(readout.label_ids))
+        if readout.over_vocabulary:
+            return logits, head.logsumexp(hidden)
+        return logits, logits.logsumexp(-1)
