@@ -23,7 +23,6 @@ from transformers import (
 )
 
 from packscore import MultiItemScorer
-from packscore.flows.runner import Runner
 
 VOCAB_SIZE = 320
 LABELS = [5, 17, 300, 2, 44, 45, 46, 47]
@@ -196,8 +195,4 @@ def official(document: str, query: str = PANDA) -> str:
 
 def engine_of(scorer: MultiItemScorer) -> Any:
     """What runs a scorer's launches now; the one place that knows where it is."""
-    return runner_of(scorer).engine
-
-
-def runner_of(scorer: MultiItemScorer) -> Runner:
-    return scorer._core.runner
+    return scorer._core.engine

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -20,17 +20,12 @@ from packscore.flows.jobs import LabelLogits
 from packscore.flows.label_runs import run_labels
 from packscore.flows.page_pool import PrefixLease
 from packscore.flows.runner import Runner
-from packscore.inputs import check_choice, check_count, short
-from packscore.model.class_head import head_of
+from packscore.inputs import check_choice, check_count
+from packscore.model.class_head import ClassHead, head_of
 from packscore.model.family import base_model, check_supported, is_patched
-from packscore.results import FLOWS, Flow, ScoreResult
-from packscore.text.encoding import (
-    ArgumentNames,
-    Budget,
-    PlainEncoder,
-    PromptEncoder,
-    RequestEncoder,
-)
+from packscore.model.label_head import LabelHead
+from packscore.results import FLOWS, Flow, MaskChoice, ScoreResult
+from packscore.text.encoding import ArgumentNames, Budget, RequestEncoder, request_encoder
 from packscore.text.labels import LabelIds, Labels
 from packscore.text.prompts import PromptSpec, resolve_prompt
 from packscore.text.tokenizer import PieceTokenizer
@@ -44,58 +39,74 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 Scores = npt.NDArray[np.float32]
 
 
+def core_of(
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    prompt: str | PromptSpec | None,
+    mask_impl: MaskChoice,
+    instruction: str | None,
+    labels: Sequence[str] | None,
+    label_token_ids: LabelIds | None,
+    max_tokens: int | None,
+    on_long: Literal["truncate", "error"],
+    split_special_tokens: bool,
+    prefix_cache_bytes: int,
+) -> ScoringCore:
+    """The parts of a scorer, from the arguments of `MultiItemScorer`."""
+    check_supported(model)
+    check_choice("mask_impl", mask_impl, get_args(MaskChoice))
+    check_choice("on_long", on_long, ("truncate", "error"))
+    check_count("prefix_cache_bytes", prefix_cache_bytes, least=0)
+    masks: Literal["segment", "dense"] = "dense" if mask_impl == "dense" else "segment"
+    check_patched(model, masks)
+    base = base_model(model)
+    spec = resolve_prompt(prompt)
+    pieces = None if tokenizer is None else PieceTokenizer(tokenizer)
+    head = head_of(base, pieces)
+    model_limit = int(base.config.max_position_embeddings)
+    check_count("max_tokens", max_tokens, model_limit)
+    most = max_tokens or min(spec.max_tokens or model_limit, model_limit)
+    encoder = request_encoder(
+        prompt,
+        pieces,
+        Budget(most, on_long, model_limit),
+        head.vocab_size,
+        instruction=instruction,
+        split_special_tokens=split_special_tokens,
+    )
+    default_labels = head.resolve(labels, label_token_ids) or head.defaults(spec.labels)
+    return ScoringCore(model, encoder, head, default_labels, masks, prefix_cache_bytes)
+
+
 class ScoringCore:
-    """One model, one prompt, one set of pages. The arguments are those of `MultiItemScorer`."""
+    """One model, one prompt, one set of pages.
+
+    Args:
+      model: patched, unless a dense mask serves it.
+      encoder: of its requests.
+      head: what is read of it.
+      default_labels: of calls that name none.
+      mask_impl: how items are kept apart.
+      prefix_cache_bytes: what the pages of prefixes may take.
+    """
 
     def __init__(
         self,
         model: nn.Module,
-        tokenizer: Any,
-        *,
-        prompt: str | PromptSpec | None,
-        mask_impl: Literal["auto", "segment", "dense"],
-        instruction: str | None,
-        labels: Sequence[str] | None,
-        label_token_ids: LabelIds | None,
-        max_tokens: int | None,
-        on_long: Literal["truncate", "error"],
-        split_special_tokens: bool,
+        encoder: RequestEncoder,
+        head: LabelHead | ClassHead,
+        default_labels: Labels | None,
+        mask_impl: Literal["segment", "dense"],
         prefix_cache_bytes: int,
     ) -> None:
-        check_supported(model)
-        check_choice("mask_impl", mask_impl, ("auto", "segment", "dense"))
-        check_choice("on_long", on_long, ("truncate", "error"))
-        check_count("prefix_cache_bytes", prefix_cache_bytes, least=0)
         self.model = model
-        self.mask_impl: Literal["segment", "dense"] = "dense" if mask_impl == "dense" else "segment"
-        self.prefix_cache_bytes = prefix_cache_bytes
         self.base = base_model(model)
-        self.check_patched()
-        spec = resolve_prompt(prompt)
-        pieces = None if tokenizer is None else PieceTokenizer(tokenizer)
-        self.head = head_of(self.base, pieces)
-        model_limit = int(self.base.config.max_position_embeddings)
-        check_count("max_tokens", max_tokens, model_limit)
-        most = max_tokens or min(spec.max_tokens or model_limit, model_limit)
-        budget = Budget(most, on_long, model_limit)
-        self._encoder: RequestEncoder
-        if spec.joins_ids:
-            self._encoder = PlainEncoder(
-                pieces, budget, self.head.vocab_size, split_special_tokens=split_special_tokens
-            )
-        elif pieces is None:
-            raise InputError(f"prompt={short(prompt)} is text, which needs a tokenizer; pass one")
-        else:
-            self._encoder = PromptEncoder(
-                pieces,
-                budget,
-                spec,
-                instruction=spec.instruction if instruction is None else instruction,
-                split_special_tokens=split_special_tokens,
-            )
-        named = self.head.resolve(labels, label_token_ids)
-        self.default_labels = named or self.head.defaults(spec.labels)
-        self.takes_text = pieces is not None
+        self.encoder = encoder
+        self.head = head
+        self.default_labels = default_labels
+        self.mask_impl = mask_impl
+        self.prefix_cache_bytes = prefix_cache_bytes
         self._engine: tuple[ModelProgram | None, Engine] | None = None
         self._engine_lock = threading.Lock()
 
@@ -113,7 +124,7 @@ class ScoringCore:
         The model has room for the tokens of `labels` behind each.
         """
         extra = labels.num_extra_tokens if labels else 0
-        encoded = self._encoder.encode(query, items, names, item_first=item_first, extra=extra)
+        encoded = self.encoder.encode(query, items, names, item_first=item_first, extra=extra)
         return self.head.pooled(encoded)
 
     def labels(
@@ -182,22 +193,18 @@ class ScoringCore:
         return replace(found, logits=logits, normalizer=normalizer)
 
     @property
-    def runner(self) -> Runner:
-        """Runs requests where the model runs now: in torch, or in its compiled programs."""
+    def engine(self) -> Engine:
+        """What runs launches where the model runs now: in torch, or in its compiled programs."""
         program = program_of(self.base) if self.mask_impl == "segment" else None
         with self._engine_lock:
             if self._engine is None or self._engine[0] is not program:
-                self._engine = program, self._new_engine(program)
-            return Runner(self._engine[1])
+                self._engine = program, _new_engine(self, program)
+            return self._engine[1]
 
-    def _new_engine(self, program: ModelProgram | None) -> Engine:
-        if program is not None:
-            from packscore.programs.engine import ProgramEngine
-
-            return ProgramEngine(program, self.prefix_cache_bytes)
-        if self.mask_impl == "dense":
-            return DenseEngine(self.base, self.head)
-        return TorchEngine(self.base, self.head, self.prefix_cache_bytes)
+    @property
+    def runner(self) -> Runner:
+        """Runs requests on the engine of now."""
+        return Runner(self.engine)
 
     def check_ready(self) -> None:
         """Refuse a model that would not give its own scores now.
@@ -206,17 +213,9 @@ class ScoringCore:
           NotPatchedError: the model was unpatched since.
           InputError: it is in train mode.
         """
-        self.check_patched()
+        check_patched(self.model, self.mask_impl)
         if self.base.training:
             raise InputError("model is in train mode, where dropout is random; call model.eval()")
-
-    def check_patched(self) -> None:
-        """Refuse a model without packed attention, unless a dense mask serves it."""
-        if self.mask_impl == "segment" and not is_patched(self.model):
-            raise NotPatchedError(
-                "model is not patched; call packscore.patch_model(model) first, "
-                "or pass mask_impl='dense'"
-            )
 
     @classmethod
     def scored(
@@ -244,3 +243,27 @@ class ScoringCore:
             activated = (activation_fn or torch.sigmoid)(log_odds)
         scores: Scores = activated.float().cpu().numpy()
         return scores
+
+
+def check_patched(model: nn.Module, mask_impl: Literal["segment", "dense"]) -> None:
+    """Refuse a model without packed attention, unless a dense mask serves it.
+
+    Raises:
+      NotPatchedError: it has none.
+    """
+    if mask_impl == "segment" and not is_patched(model):
+        raise NotPatchedError(
+            "model is not patched; call packscore.patch_model(model) first, "
+            "or pass mask_impl='dense'"
+        )
+
+
+def _new_engine(core: ScoringCore, program: ModelProgram | None) -> Engine:
+    if program is not None:
+        # imported here: jax and torchax come into the process on the JAX path only
+        from packscore.programs.engine import ProgramEngine
+
+        return ProgramEngine(program, core.prefix_cache_bytes)
+    if core.mask_impl == "dense":
+        return DenseEngine(core.base, core.head)
+    return TorchEngine(core.base, core.head, core.prefix_cache_bytes)

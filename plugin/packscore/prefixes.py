@@ -12,6 +12,7 @@ import numpy as np
 from packscore.core import ScoringCore
 from packscore.encoded import TokenIds
 from packscore.errors import InputError, StalePrefixError
+from packscore.flows.engine import Engine
 from packscore.flows.page_pool import PrefixLease
 from packscore.flows.runner import Runner
 from packscore.inputs import Text, as_list
@@ -40,16 +41,16 @@ class Prefix:
         core.check_ready()
         self._core = core
         self._query = query
-        self._runner = core.runner
+        self._engine = core.engine
         self._tokens = prefix_tokens(core, query)
         self._lease = self._hold()
 
     def _hold(self) -> PrefixLease | None:
         if not len(self._tokens):
             return None
-        lease = self._runner.hold(self._tokens)
+        lease = Runner(self._engine).hold(self._tokens)
         if lease is None:
-            pool = self._runner.engine.pool
+            pool = self._engine.pool
             free = (pool.num_pages - pool.num_pinned_pages) * pool.page_size if pool else 0
             raise InputError(
                 f"query has {len(self._tokens)} tokens with its prompt, and "
@@ -113,12 +114,12 @@ class Prefix:
         Raises:
           StalePrefixError: the query was released, or the model's weights changed since.
         """
-        if self._core.runner.engine is not self._runner.engine:
+        if self._core.engine is not self._engine:
             raise StalePrefixError(
                 "the prefix was computed before the model was patched anew; open a new one with "
                 "scorer.prefix(query)"
             )
-        self._runner.engine.refresh()
+        self._engine.refresh()
         if self._lease is not None:
             self._lease.check()
 
@@ -142,7 +143,7 @@ class Prefix:
 
 def prefix_tokens(core: ScoringCore, query: Text) -> TokenIds:
     """i64[prefix_len]: the tokens of a query with its prompt, before any item."""
-    item: Any = SOME_ITEM if core.takes_text else [0]
+    item: Any = SOME_ITEM if core.encoder.takes_text else [0]
     return core.encode(query, [item], ArgumentNames()).prefix
 
 
@@ -160,7 +161,7 @@ def stream(
     try:
         while taken := list(islice(items, min(count, max_items or count))):
             core.check_ready()
-            lease = _still_held(core.runner, tokens, lease)
+            lease = _still_held(core.engine, tokens, lease)
             request = core.encode(query, taken, _names_from(first), labels)
             same = lease is not None and np.array_equal(request.prefix, tokens)
             found = core.run_one(
@@ -172,21 +173,21 @@ def stream(
             yield from core.probabilities(found)
             first += len(taken)
             # an item of no tokens takes room as well
-            if sum(map(len, request.items)) + len(taken) < core.runner.engine.limits.target_tokens:
+            if sum(map(len, request.items)) + len(taken) < core.engine.limits.target_tokens:
                 count *= 2
     finally:
         if lease is not None:
             lease.release()
 
 
-def _still_held(runner: Runner, tokens: TokenIds, lease: PrefixLease | None) -> PrefixLease | None:
+def _still_held(engine: Engine, tokens: TokenIds, lease: PrefixLease | None) -> PrefixLease | None:
     """The same lease, or a new one where weights or the engine have changed since."""
-    runner.engine.refresh()
-    if lease is not None and lease.pool is runner.engine.pool and not lease.is_stale:
+    engine.refresh()
+    if lease is not None and lease.pool is engine.pool and not lease.is_stale:
         return lease
     if lease is not None:
         lease.release()
-    return runner.hold(tokens)
+    return Runner(engine).hold(tokens)
 
 
 def _names_from(first: int) -> ArgumentNames:

@@ -10,6 +10,8 @@ T = TypeVar("T")
 
 Flow = Literal["packed", "extend", "chunked", "plain"]
 FLOWS: tuple[Flow, ...] = ("packed", "extend", "chunked", "plain")
+# how a scorer is asked to keep items apart, and what ran
+MaskChoice = Literal["auto", "segment", "dense"]
 MaskImpl = Literal["segment", "dense", "causal", "mixed"]
 
 

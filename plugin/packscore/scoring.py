@@ -9,14 +9,14 @@ import numpy as np
 from torch import nn
 from tqdm.auto import tqdm
 
-from packscore.core import Activation, Scores, ScoringCore
+from packscore.core import Activation, Scores, core_of
 from packscore.encoded import EncodedRequest
 from packscore.errors import ScoringError
 from packscore.flows.page_pool import PREFIX_CACHE_BYTES
 from packscore.flows.planner import Explanation
 from packscore.inputs import Text, as_iterator, as_list, as_pairs, as_requests, check_count
 from packscore.prefixes import Prefix, stream
-from packscore.results import Flow, RankedDocument, ScoreResult, Usage, merge_usages
+from packscore.results import Flow, MaskChoice, RankedDocument, ScoreResult, Usage, merge_usages
 from packscore.text.encoding import ArgumentNames, group_by_query
 from packscore.text.labels import LabelIds, Labels
 from packscore.text.prompts import PromptSpec
@@ -59,7 +59,7 @@ class MultiItemScorer:
         tokenizer: Any = None,
         *,
         prompt: str | PromptSpec | None = None,
-        mask_impl: Literal["auto", "segment", "dense"] = "auto",
+        mask_impl: MaskChoice = "auto",
         instruction: str | None = None,
         labels: Sequence[str] | None = None,
         label_token_ids: LabelIds | None = None,
@@ -68,7 +68,7 @@ class MultiItemScorer:
         split_special_tokens: bool = True,
         prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
     ) -> None:
-        self._core = ScoringCore(
+        self._core = core_of(
             model,
             tokenizer,
             prompt=prompt,
@@ -467,7 +467,7 @@ class MultiItemScorer:
 
     def clear_prefixes(self) -> None:
         """Forget all queries on the device, also those held by `prefix`, which become stale."""
-        pool = self._core.runner.engine.pool
+        pool = self._core.engine.pool
         if pool is not None:
             pool.clear()
 

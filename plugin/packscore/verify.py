@@ -18,6 +18,7 @@ from packscore.errors import InputError
 from packscore.inputs import Text, as_list, as_pairs
 from packscore.model.family import base_model, is_classifier
 from packscore.patching import patched
+from packscore.results import MaskChoice
 from packscore.scoring import MultiItemScorer
 from packscore.text.labels import LabelIds, Labels
 from packscore.text.prompts import PromptSpec
@@ -153,7 +154,7 @@ def verify_parity(
     labels: Sequence[str] | None = None,
     label_token_ids: LabelIds | None = None,
     max_tokens: int | None = None,
-    mask_impl: Literal["auto", "segment", "dense"] = "auto",
+    mask_impl: MaskChoice = "auto",
     tolerance: Tolerance | None = None,
     show: bool = True,
 ) -> ParityReport:

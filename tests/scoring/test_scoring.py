@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from helpers import FrozenCase, encode_whole, official, one_by_one, random_ids
 from packscore import MultiItemScorer, PromptSpec, ScoringError, Usage, patch_model
 from packscore.flows.packing import PackedBatch
-from packscore.text.encoding import ArgumentNames
 from packscore.torch_engine.engine import TorchEngine
 from tolerances import (
     PROBABILITY_MAX_BFLOAT16,
@@ -135,7 +134,7 @@ def test_predict_keeps_the_scores_of_other_queries_when_one_fails(
             raise RuntimeError("out of memory")
         return launch(engine, batch, *args)
 
-    failing = scorer._core.encode("b", ["x"], ArgumentNames()).prefix
+    failing = scorer.encode("b", ["x"]).prefix
     monkeypatch.setattr(TorchEngine, "launch", fails_on_b)
     with pytest.raises(
         ScoringError, match=r"1 of 3 queries failed.*pairs\[1\] \(out of mem"

@@ -13,7 +13,12 @@ import torch
 from packscore.encoded import EncodedRequest, TokenIds
 from packscore.errors import InputError, InputTypeError
 from packscore.inputs import all_text, is_text, short, token_ids
-from packscore.text.prompts import PromptSpec, parse_template, template_fields
+from packscore.text.prompts import (
+    PromptSpec,
+    parse_template,
+    resolve_prompt,
+    template_fields,
+)
 from packscore.text.tokenizer import Pieces, PieceTokenizer
 
 # Texts on which the cut of a template is tried once for every tokenizer: what often merges with a
@@ -31,6 +36,11 @@ class ArgumentNames:
 
 class RequestEncoder(Protocol):
     """What turns the arguments of `score` into token ids."""
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether texts can be encoded; else they must come as ids."""
+        ...
 
     def encode(
         self,
@@ -102,6 +112,11 @@ class PlainEncoder:
         self._vocab_size = vocab_size
         self._split_special_tokens = split_special_tokens
 
+    @property
+    def takes_text(self) -> bool:
+        """Whether there is a tokenizer."""
+        return self._tokenizer is not None
+
     def encode(
         self,
         query: Any,
@@ -161,6 +176,8 @@ class PromptEncoder:
     Raises:
       InputError: the tokenizer changes blanks around the template's special tokens.
     """
+
+    takes_text = True
 
     def __init__(
         self,
@@ -256,6 +273,36 @@ class PromptEncoder:
             return False
         (prefix_ids,) = self._tokenizer.encode([prefix])
         return [[*prefix_ids, *ids] for ids in self._tokenizer.encode(bodies)] == whole
+
+
+def request_encoder(
+    prompt: str | PromptSpec | None,
+    tokenizer: PieceTokenizer | None,
+    budget: Budget,
+    vocab_size: int,
+    *,
+    instruction: str | None,
+    split_special_tokens: bool,
+) -> RequestEncoder:
+    """What encodes requests in a prompt's way; an instruction of None is the prompt's.
+
+    Raises:
+      InputError: the prompt does not exist, is text without a tokenizer, or does not suit it.
+    """
+    spec = resolve_prompt(prompt)
+    if spec.joins_ids:
+        return PlainEncoder(
+            tokenizer, budget, vocab_size, split_special_tokens=split_special_tokens
+        )
+    if tokenizer is None:
+        raise InputError(f"prompt={short(prompt)} is text, which needs a tokenizer; pass one")
+    return PromptEncoder(
+        tokenizer,
+        budget,
+        spec,
+        instruction=spec.instruction if instruction is None else instruction,
+        split_special_tokens=split_special_tokens,
+    )
 
 
 def common_prefix_len(sequences: Sequence[TokenIds]) -> int:
