@@ -9,11 +9,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from packscore_kernels.attention.kernel import LOG2E, NUM_PREFETCH, Ref, Shape, W, attend
+from packscore_kernels.attention.kernel import attend
 from packscore_kernels.attention.pieces import SUBLANES
+from packscore_kernels.attention.refs import NUM_PREFETCH, Ref, Shape, W
 from packscore_kernels.attention.tuning import vmem_bytes
 from packscore_kernels.attention.types import SegmentSchedule
 from packscore_kernels.hardware import shape_of, vmem_limit
+
+LOG2E = 1.4426950408889634
 
 
 def segment_attention_pallas(
@@ -39,8 +42,6 @@ def segment_attention_pallas(
     shape = Shape(
         group_size=num_q_heads // num_kv_heads,
         head_dim=head_dim,
-        num_kv_heads=num_kv_heads,
-        dtype=q.dtype,
         scale=sm_scale * LOG2E,
         page_size=0 if kv_pages is None else schedule.page_size,
         blocks=blocks,
@@ -79,10 +80,9 @@ def segment_attention_pallas(
     ]
 
     def kernel(*refs: Ref) -> None:
-        refs_in, rest = refs[: NUM_PREFETCH + 9], refs[NUM_PREFETCH + 9 :]
-        out, rest = rest[0], rest[1:]
-        visits, rest = (rest[0], rest[1:]) if count_visits else (None, rest)
-        attend(*refs_in, out, visits, *rest, shape=shape)
+        before_visits = NUM_PREFETCH + len(in_specs) + 1
+        no_visits = () if count_visits else (None,)
+        attend(shape, *refs[:before_visits], *no_visits, *refs[before_visits:])
 
     result = pl.pallas_call(
         kernel,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 SUBLANES = 8
+MASKED = -1e30  # the score of a key that a row does not see
 
 
 class Stage(NamedTuple):

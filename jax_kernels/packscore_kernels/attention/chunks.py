@@ -1,0 +1,287 @@
+"""One q tile against one chunk of keys in VMEM, which lie before the tile's local window.
+
+A chunk is a prefix's, or the beginning of items that are longer than the window. Its blocks of
+`block_kv` keys come in three kinds, and in this order:
+
+- whole: every row of the tile sees every key. No mask, TURN blocks in one straight piece of code;
+- tail: every row sees the same first keys of the last block. One scalar bound for all;
+- edge: which keys are seen differs from row to row, and some rows see none. A mask by rows.
+
+All add to the softmax's state with the window's maximum as the reference of their exponentials.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from packscore_kernels.attention.loads import finish_load, slot_of, start_load
+from packscore_kernels.attention.pieces import (
+    MASKED,
+    Stage,
+    dot,
+    lanes,
+    pipeline,
+    scores,
+    sublanes,
+    sum8,
+    within,
+)
+from packscore_kernels.attention.refs import Refs, W
+from packscore_kernels.attention.schedule import USE_FIELDS, Use, edge_parts
+
+TURN = 2  # whole blocks in one straight piece of code
+# How the stages of a straight piece are cut and how far their scores run ahead of their softmax:
+# found by reading the compiler's schedule on v6e, and good on v5e.
+BIG_PIECE, AHEAD = 1024, 2  # rows of a stage over whole blocks
+PIECE, EDGE_AHEAD = 256, 4  # rows of a stage that is masked, or mixed with the window's
+
+Span = tuple[Any, Any]  # first key of a chunk that is seen, and how many: scalars, or i32[1, rows]
+Mask = Callable[..., jax.Array]  # scores, block, rows -> scores
+
+
+def read_use(refs: Refs, i: jax.Array) -> Use:
+    """Use i of the work list, as scalars."""
+    return Use(*(refs.uses[i * USE_FIELDS + f] for f in range(USE_FIELDS)))
+
+
+def use_chunk(refs: Refs, i: jax.Array, done: jax.Array) -> None:
+    """Use i of the work list, without its first `done` whole blocks."""
+    use = read_use(refs, i)
+    slot = slot_of(refs, use.load)
+
+    @pl.when(use.fresh == 1)
+    def take_and_send_for_the_next() -> None:
+        finish_load(refs, use.load, slot)
+
+        @pl.when(use.load + 1 < refs.counts[1])
+        def send() -> None:
+            start_load(refs, use.load + 1, slot_of(refs, use.load + 1))
+
+    _whole_and_tail(refs, slot, use, done)
+
+    blocks, whole = use.last_block - use.first_block, use.last_full - use.first_full
+    edge = blocks - whole > use.tail
+
+    @pl.when(edge & (use.own == 0))
+    def edge_of_prefix() -> None:
+        _edge(refs, slot, use, prefix_span)
+
+    @pl.when(edge & (use.own == 1))
+    def edge_of_items() -> None:
+        _edge(refs, slot, use, own_span)
+
+    if refs.shape.count_visits:
+        refs.visits[refs.head, refs.tile] += use.last_block - use.first_block
+
+
+# Who sees what of a chunk
+
+
+def prefix_span(refs: Refs, use: Use, first_row: jax.Array, rows: int) -> Span:
+    """What each row sees of a prefix's chunk: all of it; prefix rows, up to their window."""
+    row = first_row + lanes(rows)
+    window = jnp.maximum((row & -W) - W, refs.first_row) - use.base
+    causal = jnp.where(row < use.first_item_row, jnp.minimum(window, use.last_key), use.last_key)
+    in_group = (row >= use.first_row) & (row < use.last_row)
+    return use.first_key, jnp.where(in_group, jnp.maximum(causal - use.first_key, 0), 0)
+
+
+def own_span(refs: Refs, use: Use, first_row: jax.Array, rows: int) -> Span:
+    """What each row sees of a chunk of items: its own item, up to its window."""
+    row = first_row + lanes(rows)
+    at = pl.ds(pl.multiple_of(first_row - refs.first_row, W), rows)
+    first = refs.rows[1:2, at] - use.base
+    return first, jnp.maximum((row & -W) - W - use.base - first, 0)
+
+
+def _mask_of(refs: Refs, span: Span) -> Mask:
+    """Keeps the scores of a span's keys."""
+
+    def mask(s: jax.Array, block: jax.Array, rows: slice = slice(None)) -> jax.Array:
+        first, count = (x[:, rows] if jnp.ndim(x) else x for x in span)
+        seen = within(sublanes(*s.shape), first - block * refs.blocks.block_kv, count)
+        return jnp.where(seen, s, MASKED)
+
+    return mask
+
+
+def _tail_mask(refs: Refs, use: Use) -> Mask:
+    """Keeps what all rows see of the tail."""
+    return _mask_of(refs, (use.first_key, use.last_key - use.first_key))
+
+
+def _keys(refs: Refs, slot: jax.Array, block: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One block's keys [block_kv, head_dim] and values [head_dim, block_kv]."""
+    size = refs.blocks.block_kv
+    keys = pl.ds(pl.multiple_of(block * size, size), size)
+    return refs.kv_slots[slot, 0, keys], refs.vt_slots[slot, :, keys]
+
+
+# Whole blocks, and the tail
+
+
+def _whole_and_tail(refs: Refs, slot: jax.Array, use: Use, done: jax.Array) -> None:
+    """The whole blocks, TURN at a time; what is left over goes with the tail."""
+    first = use.first_full + done
+    whole = use.last_full - first
+
+    def turn(j: jax.Array, _: None) -> None:
+        _blocks(refs, slot, first + TURN * j, [None] * TURN)
+
+    lax.fori_loop(0, whole // TURN, turn, None)
+    rest = lax.rem(whole, TURN)
+    for n in range(TURN):
+
+        @pl.when((rest == n) & (use.tail == 1))
+        def rest_and_tail(n: int = n) -> None:
+            _blocks(refs, slot, use.last_full - n, [None] * n + [_tail_mask(refs, use)])
+
+        if n:
+
+            @pl.when((rest == n) & (use.tail == 0))
+            def rest_alone(n: int = n) -> None:
+                _blocks(refs, slot, use.last_full - n, [None] * n)
+
+
+def _blocks(
+    refs: Refs, slot: jax.Array, first_block: jax.Array, masks: Sequence[Mask | None]
+) -> None:
+    """As many blocks as there are masks, as one straight piece of code."""
+    pipeline(block_stages(refs, slot, first_block, masks, by_rows=False), AHEAD)
+
+
+def block_stages(
+    refs: Refs,
+    slot: jax.Array,
+    first_block: jax.Array,
+    masks: Sequence[Mask | None],
+    *,
+    by_rows: bool,
+) -> list[Stage]:
+    """Blocks against all rows, some rows of one q head and one block a stage.
+
+    Args:
+      refs: the grid step.
+      slot: where the chunk lies.
+      first_block: of the chunk's blocks, as many as there are masks.
+      masks: one a block, None where every row sees all of it.
+      by_rows: small stages, all blocks of the first rows first, so that stages of the window, which
+        go row by row, can go between them; else large ones, block by block.
+    """
+    piece = min(PIECE if by_rows else BIG_PIECE, refs.blocks.block_q)
+    pieces = [(g, r) for g in refs.heads for r in range(0, refs.blocks.block_q, piece)]
+    blocks = range(len(masks))
+    if by_rows:
+        pieces.sort(key=lambda p: p[1])
+        work = [(b, g, r) for g, r in pieces for b in blocks]
+    else:
+        work = [(b, g, r) for b in blocks for g, r in pieces]
+    # Sums of a piece's blocks so far: the state is read and written once for all of them.
+    sums: dict[tuple[int, int], tuple[jax.Array, jax.Array]] = {}
+
+    def issue(b: int, g: int, r: int) -> jax.Array:
+        k, _ = _keys(refs, slot, first_block + b)
+        s, mask = scores(k, refs.q[g, r : r + piece]), masks[b]
+        return s if mask is None else mask(s, first_block + b, slice(r, r + piece))
+
+    def finish(b: int, g: int, r: int, s: jax.Array) -> None:
+        rows = slice(r, r + piece)
+        p = jnp.exp2(s - refs.m[g, :, rows])
+        _, vt = _keys(refs, slot, first_block + b)
+        out, total = dot(vt, p.astype(vt.dtype), 1, 0), sum8(p)
+        if b:
+            out, total = sums[g, r][0] + out, sums[g, r][1] + total
+        sums[g, r] = out, total
+        if b == blocks[-1]:
+            refs.acc[g, :, rows] += out
+            refs.total[g, :, rows] += total
+
+    return [Stage(functools.partial(issue, *w), functools.partial(finish, *w)) for w in work]
+
+
+# Edges
+
+
+def _edge(refs: Refs, slot: jax.Array, use: Use, span_of: Callable[..., Span]) -> None:
+    """The blocks that are neither whole nor tail, a part of the tile's rows at a time.
+
+    A part goes through the blocks up to the last that one of its rows sees.
+    """
+    whole = use.last_full - use.first_full
+    rows = refs.blocks.block_q // edge_parts(refs.blocks)
+
+    def part(i: jax.Array, _: None) -> None:
+        first_row = pl.multiple_of(refs.first_row + i * rows, W)
+        mask = _mask_of(refs, span_of(refs, use, first_row, rows))
+        last_row = jnp.minimum(first_row + rows, use.last_row) - 1
+        window = jnp.maximum((last_row & -W) - W, jnp.where(use.own == 1, 0, refs.first_row))
+        causal = (use.own == 1) | (last_row < use.first_item_row)
+        end = jnp.where(causal, jnp.minimum(window - use.base, use.last_key), use.last_key)
+        last_block = jnp.minimum(pl.cdiv(end, refs.blocks.block_kv), use.last_block - use.tail)
+        some = (last_row >= jnp.maximum(first_row, use.first_row)) & (end > use.first_key)
+
+        def one(j: jax.Array, _: None) -> None:
+            # The whole blocks, which are done, lie somewhere among the others.
+            block = jnp.where(use.first_block + j < use.first_full, j, j + whole)
+            _edge_block(refs, slot, use.first_block + block, mask, i * rows, rows)
+
+        # Whole blocks lie before the end of every part that has rows.
+        count = last_block - use.first_block - whole
+        lax.fori_loop(0, jnp.where(some, count, 0), one, None)
+
+    lax.fori_loop(0, edge_parts(refs.blocks), part, None)
+
+
+def _edge_block(
+    refs: Refs, slot: jax.Array, block: jax.Array, mask: Mask, first: jax.Array, rows: int
+) -> None:
+    """One block against `rows` rows of the tile from `first` on."""
+    k, vt = _keys(refs, slot, block)
+    piece = min(PIECE, rows)
+    work = [(g, r) for r in range(0, rows, piece) for g in refs.heads]
+
+    def issue(g: int, r: int) -> jax.Array:
+        at = pl.ds(pl.multiple_of(first + r, W), piece)
+        return mask(scores(k, refs.q[g, at]), block, slice(r, r + piece))
+
+    def finish(g: int, r: int, s: jax.Array) -> None:
+        at = pl.ds(pl.multiple_of(first + r, W), piece)
+        p = jnp.exp2(s - refs.m[g, :, at])
+        refs.acc[g, :, at] += dot(vt, p.astype(vt.dtype), 1, 0)
+        refs.total[g, :, at] += sum8(p)
+
+    stages = [Stage(functools.partial(issue, *w), functools.partial(finish, *w)) for w in work]
+    pipeline(stages, EDGE_AHEAD)
+
+
+# The slow way
+
+
+def use_chunk_online(refs: Refs, use: Use, slot: jax.Array) -> None:
+    """One use with an online maximum, every block masked: good for any scores."""
+    rows = refs.blocks.block_q
+    own = own_span(refs, use, refs.first_row, rows)
+    prefix = prefix_span(refs, use, refs.first_row, rows)
+    first, count = (jnp.where(use.own == 1, *pair) for pair in zip(own, prefix, strict=True))
+    mask = _mask_of(refs, (first, count))
+
+    def block(b: jax.Array, _: None) -> None:
+        def head(g: jax.Array, _: None) -> None:
+            k, vt = _keys(refs, slot, b)
+            s = mask(scores(k, refs.q[g]), b)
+            m = jnp.maximum(refs.m[g], jnp.max(s, axis=0, keepdims=True))
+            p, keep = jnp.exp2(s - m), jnp.exp2(refs.m[g] - m)
+            refs.acc[g] = refs.acc[g] * keep + dot(vt, p.astype(vt.dtype), 1, 0)
+            refs.total[g] = refs.total[g] * keep + sum8(p)
+            refs.m[g] = m
+
+        lax.fori_loop(0, refs.shape.group_size, head, None)
+
+    lax.fori_loop(use.first_block, use.last_block, block, None)
