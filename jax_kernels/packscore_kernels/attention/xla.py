@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -12,6 +14,24 @@ from packscore_kernels.hardware import LANES
 
 MASKED = -1e30
 State = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def _start(queries: jax.Array) -> State:
+    """Maximum, sum and output of an online softmax that has seen nothing yet."""
+    shape = (*queries.shape[:-1], 1)
+    return (
+        jnp.full(shape, MASKED, jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+        jnp.zeros(queries.shape, jnp.float32),
+    )
+
+
+def _scores(queries: jax.Array, keys: jax.Array, sm_scale: float) -> jax.Array:
+    """Scores [kv heads, group, rows, keys] in float32."""
+    s = jnp.einsum(
+        "hgqd,hkd->hgqk", queries, keys, precision="highest", preferred_element_type=jnp.float32
+    )
+    return s * sm_scale
 
 
 def _fold(state: State, s: jax.Array, seen: jax.Array, v: jax.Array) -> State:
@@ -33,6 +53,81 @@ def _fold(state: State, s: jax.Array, seen: jax.Array, v: jax.Array) -> State:
     poison = jnp.einsum("qk,hkd->hqd", seen.astype(jnp.float32), bad.astype(jnp.float32))
     out = jnp.where(poison[:, None] > 0, jnp.nan, out)
     return new_m, total * keep + p.sum(axis=-1, keepdims=True), acc * keep + out
+
+
+class _Keys(NamedTuple):
+    """Where keys and values come from."""
+
+    # [num_kv_heads, num_tokens, head_dim], with one lane group of room in front for the first
+    # window, and one chunk behind for the last chunk
+    k: jax.Array
+    v: jax.Array
+    pages: jax.Array | None  # [num_pages, num_kv_heads, 2, page_size, head_dim]
+    page_indices: jax.Array  # i32[max_pages]
+
+
+def _read_chunk(keys: _Keys, load: Load, chunk: int) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of one load, [num_kv_heads, chunk, head_dim]; beyond its end, anything."""
+    start = jnp.where(load.paged == 1, 0, load.start) + LANES
+    packed = [lax.dynamic_slice_in_dim(x, start, chunk, axis=1) for x in (keys.k, keys.v)]
+    if keys.pages is None:
+        return packed[0], packed[1]
+    _, num_kv_heads, _, page_size, head_dim = keys.pages.shape
+    entry = load.start + jnp.arange(chunk // page_size)
+    entry = jnp.minimum(entry, len(keys.page_indices) - 1)
+    cached = keys.pages[keys.page_indices[entry]].transpose(2, 1, 0, 3, 4)
+    cached = cached.reshape(2, num_kv_heads, chunk, head_dim)
+    return (
+        jnp.where(load.paged == 1, cached[0], packed[0]),
+        jnp.where(load.paged == 1, cached[1], packed[1]),
+    )
+
+
+def _seen_in_chunk(
+    use: Use,
+    row: jax.Array,  # i32[rows, 1]: storage indices of a q tile
+    window: jax.Array,  # i32[rows, 1]: first key of the row's local window
+    far: jax.Array,  # i32[rows, 1]: first own key of rows that reach further back than it
+    chunk: int,
+) -> jax.Array:
+    """Which keys of a chunk the rows of a q tile see, bool[rows, chunk]."""
+    key = jnp.arange(chunk)
+    causal = jnp.minimum(jnp.maximum(window, row[0]) - use.base, use.last_key)
+    end = jnp.where(row < use.first_item_row, causal, use.last_key)
+    prefix = (key >= use.first_key) & (key < end)
+    prefix &= (row >= use.first_row) & (row < use.last_row)
+    own = (key >= far - use.base) & (key < window - use.base)
+    return jnp.where(use.own == 1, own, prefix)
+
+
+def _attend_tile(
+    t: jax.Array, grouped: jax.Array, keys: _Keys, schedule: SegmentSchedule, sm_scale: float
+) -> jax.Array:
+    """Rows of q tile t, float32[num_kv_heads, group_size, block_q, head_dim]."""
+    bq, chunk = schedule.block_sizes.block_q, schedule.block_sizes.chunk_kv
+    uses = jnp.reshape(schedule.uses, (-1, USE_FIELDS))
+    loads = jnp.reshape(schedule.loads, (-1, LOAD_FIELDS))
+    first_row = t * bq
+    queries = lax.dynamic_slice_in_dim(grouped, first_row, bq, axis=2)
+    own, far = lax.dynamic_slice_in_dim(jnp.asarray(schedule.rows), first_row, bq, axis=1)
+    own, far = own[:, None], far[:, None]
+    row = (first_row + jnp.arange(bq))[:, None]
+    window = row // LANES * LANES - LANES
+
+    key = first_row - LANES + jnp.arange(bq + LANES)
+    k, v = (lax.dynamic_slice_in_dim(x, first_row, bq + LANES, axis=1) for x in (keys.k, keys.v))
+    seen = (key >= jnp.maximum(own, window)) & (key <= row)
+    state = _fold(_start(queries), _scores(queries, k, sm_scale), seen, v)
+
+    def one(i: jax.Array, state: State) -> State:
+        use = Use(*uses[i])
+        k, v = _read_chunk(keys, Load(*loads[use.load]), chunk)
+        seen = _seen_in_chunk(use, row, window, far, chunk)
+        return _fold(state, _scores(queries, k, sm_scale), seen, v)
+
+    starts = jnp.asarray(schedule.use_starts)
+    _, total, acc = lax.fori_loop(starts[t], starts[t + 1], one, state)
+    return jnp.where(row < schedule.counts[0], acc / total, 0.0)
 
 
 def segment_attention_xla(
@@ -57,84 +152,23 @@ def segment_attention_xla(
     Returns:
       [num_q_heads, num_tokens, head_dim] in the dtype of q.
     """
-    blocks, page = schedule.block_sizes, schedule.page_size
     num_q_heads, num_tokens, head_dim = q.shape
     num_kv_heads = k.shape[0]
-    bq, chunk = blocks.block_q, blocks.chunk_kv
-    num_tiles = schedule.num_q_tiles
-    tail = max(num_tiles * bq - num_tokens, 0)
+    num_rows = schedule.num_q_tiles * schedule.block_sizes.block_q
+    tail = max(num_rows - num_tokens, 0)
     grouped = jnp.pad(q, ((0, 0), (0, tail), (0, 0))).reshape(
         num_kv_heads, num_q_heads // num_kv_heads, -1, head_dim
     )
-    # One lane group of room in front for the first window, one chunk behind for the last chunk.
-    room = ((0, 0), (LANES, tail + chunk), (0, 0))
-    k, v = jnp.pad(k, room), jnp.pad(v, room)
-    uses = jnp.reshape(schedule.uses, (-1, USE_FIELDS))
-    loads = jnp.reshape(schedule.loads, (-1, LOAD_FIELDS))
+    room = ((0, 0), (LANES, tail + schedule.block_sizes.chunk_kv), (0, 0))
     page_indices = jnp.asarray(schedule.page_indices)
-    rows = jnp.asarray(schedule.rows)
-    starts = jnp.asarray(schedule.use_starts)
-
-    def scores(queries: jax.Array, keys: jax.Array) -> jax.Array:
-        s = jnp.einsum(
-            "hgqd,hkd->hgqk",
-            queries,
-            keys,
-            precision="highest",
-            preferred_element_type=jnp.float32,
-        )
-        return s * sm_scale
-
-    def read(load: Load) -> tuple[jax.Array, jax.Array]:
-        start = jnp.where(load.paged == 1, 0, load.start) + LANES
-        packed = [lax.dynamic_slice_in_dim(x, start, chunk, axis=1) for x in (k, v)]
-        if kv_pages is None:
-            return packed[0], packed[1]
-        entry = jnp.minimum(load.start + jnp.arange(chunk // page), len(page_indices) - 1)
-        cached = kv_pages[page_indices[entry]].transpose(2, 1, 0, 3, 4)
-        cached = cached.reshape(2, num_kv_heads, chunk, head_dim)
-        return (
-            jnp.where(load.paged == 1, cached[0], packed[0]),
-            jnp.where(load.paged == 1, cached[1], packed[1]),
-        )
+    keys = _Keys(jnp.pad(k, room), jnp.pad(v, room), kv_pages, page_indices)
 
     def tile(t: jax.Array) -> jax.Array:
-        first_row = t * bq
-        queries = lax.dynamic_slice_in_dim(grouped, first_row, bq, axis=2)
-        own, far = lax.dynamic_slice_in_dim(rows, first_row, bq, axis=1)
-        row = (first_row + jnp.arange(bq))[:, None]
-        window = row // LANES * LANES - LANES
-        own, far = own[:, None], far[:, None]
+        return _attend_tile(t, grouped, keys, schedule, sm_scale).astype(q.dtype)
 
-        key = first_row - LANES + jnp.arange(bq + LANES)
-        keys = lax.dynamic_slice_in_dim(k, first_row, bq + LANES, axis=1)
-        values = lax.dynamic_slice_in_dim(v, first_row, bq + LANES, axis=1)
-        shape = (*queries.shape[:3], 1)
-        state = (
-            jnp.full(shape, MASKED, jnp.float32),
-            jnp.zeros(shape, jnp.float32),
-            jnp.zeros(queries.shape, jnp.float32),
-        )
-        seen = (key >= jnp.maximum(own, window)) & (key <= row)
-        state = _fold(state, scores(queries, keys), seen, values)
-
-        def one(i: jax.Array, state: State) -> State:
-            use = Use(*uses[i])
-            keys, values = read(Load(*loads[use.load]))
-            key = jnp.arange(chunk)
-            causal = jnp.minimum(jnp.maximum(window, first_row) - use.base, use.last_key)
-            end = jnp.where(row < use.first_item_row, causal, use.last_key)
-            prefix = (key >= use.first_key) & (key < end)
-            prefix &= (row >= use.first_row) & (row < use.last_row)
-            own_far = (key >= far - use.base) & (key < window - use.base)
-            seen = jnp.where(use.own == 1, own_far, prefix)
-            return _fold(state, scores(queries, keys), seen, values)
-
-        _, total, acc = lax.fori_loop(starts[t], starts[t + 1], one, state)
-        return jnp.where(row < schedule.counts[0], acc / total, 0.0).astype(q.dtype)
-
-    tiles = lax.map(tile, jnp.arange(num_tiles))  # [tiles, kv heads, group, block_q, head_dim]
-    out: jax.Array = jnp.moveaxis(tiles, 0, 2).reshape(num_q_heads, num_tiles * bq, head_dim)
+    tiles = lax.map(tile, jnp.arange(schedule.num_q_tiles))
+    # [tiles, kv heads, group, block_q, head_dim] -> [q heads, tokens, head_dim]
+    out: jax.Array = jnp.moveaxis(tiles, 0, 2).reshape(num_q_heads, num_rows, head_dim)
     return out[:, : schedule.num_tokens]
 
 
@@ -195,16 +229,7 @@ def segment_attention_dense(
         k, v = jnp.concatenate([pool[0], k], axis=1), jnp.concatenate([pool[1], v], axis=1)
     mask = dense_mask(schedule)
     grouped = q.reshape(num_kv_heads, -1, num_tokens, head_dim)
-    s = jnp.einsum(
-        "hgqd,hkd->hgqk", grouped, k, precision="highest", preferred_element_type=jnp.float32
-    )
-    shape = (*grouped.shape[:3], 1)
-    state = (
-        jnp.full(shape, MASKED, jnp.float32),
-        jnp.zeros(shape, jnp.float32),
-        jnp.zeros(grouped.shape, jnp.float32),
-    )
-    _, total, acc = _fold(state, s * sm_scale, mask, v)
+    _, total, acc = _fold(_start(grouped), _scores(grouped, k, sm_scale), mask, v)
     real = jnp.asarray(schedule.group_ids)[:, None] >= 0
     out = jnp.where(real, acc / jnp.where(real, total, 1.0), 0.0)
     return out.reshape(num_q_heads, num_tokens, head_dim).astype(q.dtype)
