@@ -73,6 +73,21 @@ def test_a_bucket_that_is_no_multiple_of_a_block(num_tokens):
         assert_close(got, want, "float32")
 
 
+@pytest.mark.parametrize("block_q", [384, 1152])
+def test_tiles_whose_rows_are_cut_into_pieces_of_two_sizes(block_q: int) -> None:
+    # 3 or 5 q heads a kv head, or a bucket of 640 tokens, get such tiles. The first is the
+    # prefix's, the second begins with window and whole blocks in one, the third has a long item.
+    num_tokens = 3 * block_q
+    items = [20] * ((2 * block_q - 300) // 20) + [300]
+    layout = SegmentLayout.single(300, items, num_tokens)
+    q, k, v = (draw(i, 1, num_tokens, 64) for i in range(3))
+    got = segment_paged_attention(
+        q, k, v, None, layout, sm_scale=0.125, block_sizes=BlockSizes(block_q, 128, 512),
+        implementation="pallas_interpret",
+    )  # fmt: skip
+    assert_close(got, attention(q, k, v, layout, 0.125), "float32")
+
+
 GROWING = SegmentLayout.single(256, [20] * 6 + [130], 512)
 SMALL = BlockSizes(128, 128, 256)
 

@@ -25,6 +25,7 @@ from packscore_kernels.attention.loads import finish_load, slot_of, start_load
 from packscore_kernels.attention.pieces import (
     MASKED,
     Stage,
+    cut,
     dot,
     lanes,
     pipeline,
@@ -175,30 +176,27 @@ def block_stages(
       by_rows: small stages, all blocks of the first rows first, so that stages of the window, which
         go row by row, can go between them; else large ones, block by block.
     """
-    piece = min(PIECE if by_rows else BIG_PIECE, refs.blocks.block_q)
-    pieces = [(g, r) for g in refs.heads for r in range(0, refs.blocks.block_q, piece)]
+    pieces = cut(refs.blocks.block_q, PIECE if by_rows else BIG_PIECE)
     blocks = range(len(masks))
     if by_rows:
-        pieces.sort(key=lambda p: p[1])
-        work = [(b, g, r) for g, r in pieces for b in blocks]
+        work = [(b, g, rows) for rows in pieces for g in refs.heads for b in blocks]
     else:
-        work = [(b, g, r) for b in blocks for g, r in pieces]
+        work = [(b, g, rows) for b in blocks for g in refs.heads for rows in pieces]
     # Sums of a piece's blocks so far: the state is read and written once for all of them.
     sums: dict[tuple[int, int], tuple[jax.Array, jax.Array]] = {}
 
-    def issue(b: int, g: int, r: int) -> jax.Array:
+    def issue(b: int, g: int, rows: slice) -> jax.Array:
         k, _ = _keys(refs, slot, first_block + b)
-        s, mask = scores(k, refs.q[g, r : r + piece]), masks[b]
-        return s if mask is None else mask(s, first_block + b, slice(r, r + piece))
+        s, mask = scores(k, refs.q[g, rows]), masks[b]
+        return s if mask is None else mask(s, first_block + b, rows)
 
-    def finish(b: int, g: int, r: int, s: jax.Array) -> None:
-        rows = slice(r, r + piece)
+    def finish(b: int, g: int, rows: slice, s: jax.Array) -> None:
         p = jnp.exp2(s - refs.m[g, :, rows])
         _, vt = _keys(refs, slot, first_block + b)
         out, total = dot(vt, p.astype(vt.dtype), 1, 0), sum8(p)
         if b:
-            out, total = sums[g, r][0] + out, sums[g, r][1] + total
-        sums[g, r] = out, total
+            out, total = (x + y for x, y in zip(sums[g, rows.start], (out, total), strict=True))
+        sums[g, rows.start] = out, total
         if b == blocks[-1]:
             refs.acc[g, :, rows] += out
             refs.total[g, :, rows] += total
@@ -244,15 +242,16 @@ def _edge_block(
 ) -> None:
     """One block against `rows` rows of the tile from `first` on."""
     k, vt = _keys(refs, slot, block)
-    piece = min(PIECE, rows)
-    work = [(g, r) for r in range(0, rows, piece) for g in refs.heads]
+    work = [(g, part) for part in cut(rows, PIECE) for g in refs.heads]
 
-    def issue(g: int, r: int) -> jax.Array:
-        at = pl.ds(pl.multiple_of(first + r, W), piece)
-        return mask(scores(k, refs.q[g, at]), block, slice(r, r + piece))
+    def in_tile(part: slice) -> Any:
+        return pl.ds(pl.multiple_of(first + part.start, W), part.stop - part.start)
 
-    def finish(g: int, r: int, s: jax.Array) -> None:
-        at = pl.ds(pl.multiple_of(first + r, W), piece)
+    def issue(g: int, part: slice) -> jax.Array:
+        return mask(scores(k, refs.q[g, in_tile(part)]), block, part)
+
+    def finish(g: int, part: slice, s: jax.Array) -> None:
+        at = in_tile(part)
         p = jnp.exp2(s - refs.m[g, :, at])
         refs.acc[g, :, at] += dot(vt, p.astype(vt.dtype), 1, 0)
         refs.total[g, :, at] += sum8(p)

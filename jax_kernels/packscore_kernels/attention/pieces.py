@@ -29,6 +29,11 @@ def pipeline(stages: Sequence[Stage], ahead: int) -> None:
         stage.finish(issued.pop(0))
 
 
+def cut(size: int, piece: int) -> list[slice]:
+    """`size` rows, a `piece` at a time; the last takes what is left."""
+    return [slice(start, min(start + piece, size)) for start in range(0, size, piece)]
+
+
 def dot(x: jax.Array, y: jax.Array, x_dim: int, y_dim: int) -> jax.Array:
     """Contraction of one dimension of each, summed in float32."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
