@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from packscore_kernels.errors import ArgumentError
 from packscore_kernels.hardware import LANES, cdiv
 
 
@@ -16,7 +17,7 @@ class BlockSizes:
     """The kernel's tiles, in tokens.
 
     Raises:
-      ValueError: sizes that do not divide each other.
+      ArgumentError: sizes that do not divide each other.
     """
 
     block_q: int  # rows of one q head in a q tile
@@ -26,13 +27,13 @@ class BlockSizes:
 
     def __post_init__(self) -> None:
         if self.block_q <= 0 or self.block_q % LANES:
-            raise ValueError(f"{self.block_q=} must be a multiple of {LANES}")
+            raise ArgumentError(f"{self.block_q=} must be a multiple of {LANES}")
         if self.block_kv <= 0 or self.block_kv % LANES:
-            raise ValueError(f"{self.block_kv=} must be a multiple of {LANES}")
+            raise ArgumentError(f"{self.block_kv=} must be a multiple of {LANES}")
         if self.chunk_kv <= 0 or self.chunk_kv % self.block_kv:
-            raise ValueError(f"{self.chunk_kv=} must be a multiple of {self.block_kv=}")
+            raise ArgumentError(f"{self.chunk_kv=} must be a multiple of {self.block_kv=}")
         if self.num_slots < 2:
-            raise ValueError(f"{self.num_slots=} must be at least 2")
+            raise ArgumentError(f"{self.num_slots=} must be at least 2")
 
 
 @partial(
