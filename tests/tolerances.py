@@ -21,6 +21,20 @@ KERNEL_FLOAT32 = 2e-5
 # 2**-9 relative each. Values are N(0, 1), and a row that sees one key returns it whole.
 KERNEL_BFLOAT16_MAX = 0.04
 KERNEL_BFLOAT16_MEAN = 0.004
+# The same rows twice, their sums in another order: some ten roundings, 6e-8 each, of outputs of 2.
+KERNEL_REORDERED_FLOAT32 = 1e-6
+# A score of size h is summed from 64 products, known to some 16 eps h, and so is its exponential.
+KERNEL_SCORE_FLOAT32 = 1e-6
+# Projections and MLP, as a share of 1 + the row's largest output. float32: sums of up to 1 024
+# products in any order, 6e-8 * 1 024 ** 0.5, and as much again for what comes before and behind.
+LAYER_FLOAT32 = 4e-6
+# bfloat16: the rows are rounded before a product and the result behind it, by 2 ** -9 each at most;
+# so are what the head's norm or the gate makes of it, and its sum with the residual.
+LAYER_BFLOAT16 = 2 * 2**-8
+# Sums of 384 products of N(0, 1) inputs come to 90: 6e-8 * 384 ** 0.5 of that. In bfloat16 the
+# product is rounded and its sum with the residual, 2 ** -9 of the largest output each.
+PROJECT_OUT_FLOAT32 = 1e-4
+PROJECT_OUT_BFLOAT16 = 2**-8
 
 
 def assert_close(got: Any, want: np.ndarray, dtype: str) -> None:
@@ -32,3 +46,10 @@ def assert_close(got: Any, want: np.ndarray, dtype: str) -> None:
     else:
         assert error.max() <= KERNEL_BFLOAT16_MAX, error.max()
         assert error.mean() <= KERNEL_BFLOAT16_MEAN, error.mean()
+
+
+def assert_rows_close(got: Any, want: np.ndarray, dtype: str) -> None:
+    """Every row of a projection or MLP within the band of a dtype, as a share of its size."""
+    share = LAYER_FLOAT32 if dtype == "float32" else LAYER_BFLOAT16
+    error = np.abs(np.asarray(got, np.float64) - want) / (1 + np.abs(want).max(-1, keepdims=True))
+    assert error.max() <= share, error.max()

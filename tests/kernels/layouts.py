@@ -1,5 +1,9 @@
 """Layouts that put every boundary on, before and behind the edge of a block."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 
 from packscore_kernels import Group, SegmentLayout
@@ -10,14 +14,14 @@ MAX_PAGES = 40
 NUM_PAGES = 64
 
 
-def pages_of(cached_len, page_size, free):
+def pages_of(cached_len: int, page_size: int, free: list[int]) -> np.ndarray:
     """Takes pages from `free`, a shuffled list with gaps."""
     count = -(-cached_len // page_size)
     taken = [free.pop() for _ in range(count)]
     return np.asarray(taken, np.int32)
 
 
-def fill(lens, room):
+def fill(lens: Sequence[int], room: int) -> np.ndarray:
     """As many of the lengths as there is room for."""
     kept = []
     for length in lens:
@@ -27,12 +31,18 @@ def fill(lens, room):
     return np.asarray(kept, np.int32)
 
 
-def group(prefix_len, item_lens, cached_len=0, page_size=0, free=None):
+def group(
+    prefix_len: int,
+    item_lens: Sequence[int] | np.ndarray,
+    cached_len: int = 0,
+    page_size: int = 0,
+    free: list[int] | None = None,
+) -> Group:
     pages = pages_of(cached_len, page_size, free) if cached_len else np.zeros(0, np.int32)
     return Group(prefix_len, np.asarray(item_lens, np.int32), cached_len, pages)
 
 
-def edges(page_size):
+def edges(page_size: int) -> Iterator[tuple[str, SegmentLayout]]:
     """(id, layout): prefix ends and item ends around block edges, long items, empty things."""
     for base in (0, 128, 256):
         for step in (-1, 0, 1):
@@ -60,7 +70,7 @@ def edges(page_size):
             yield f"cached{cached}-P{p}", SegmentLayout((one,), TOKENS)
 
 
-def drawn(seed, page_size):
+def drawn(seed: int, page_size: int) -> SegmentLayout:
     """A layout with several groups, each with its own mix of cached and packed prefix and items."""
     rng = np.random.default_rng(seed)
     free = rng.permutation(NUM_PAGES).tolist()

@@ -1,9 +1,16 @@
 """Attention in float64 numpy, row by row from the groups' lengths; shares no code."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
 import numpy as np
 
+from packscore_kernels import Group, SegmentLayout
 
-def rows(layout):
+
+def rows(layout: SegmentLayout) -> Iterator[tuple[int, Group, list[int]]]:
     """(row, group, keys): storage index, group and own packed keys of every real token."""
     start = 0
     for group in layout.groups:
@@ -18,7 +25,14 @@ def rows(layout):
         start = first
 
 
-def attention(q, k, v, layout, sm_scale, kv_pages=None):
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    layout: SegmentLayout,
+    sm_scale: float,
+    kv_pages: jax.Array | None = None,
+) -> np.ndarray:
     """float64[num_q_heads, num_tokens, head_dim]; padding rows are zeros."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     pages = None if kv_pages is None else np.asarray(kv_pages, np.float64)

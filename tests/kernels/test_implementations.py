@@ -1,6 +1,9 @@
 """Every implementation against the float64 oracle, on layouts that are data to one program."""
 
+from __future__ import annotations
+
 import functools
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,13 @@ import pytest
 from layouts import MAX_GROUPS, MAX_PAGES, NUM_PAGES, TOKENS, drawn, edges
 from oracle import attention
 
-from packscore_kernels import BlockSizes, build_schedule, segment_paged_attention
+from packscore_kernels import (
+    BlockSizes,
+    SegmentLayout,
+    SegmentSchedule,
+    build_schedule,
+    segment_paged_attention,
+)
 from tolerances import assert_close
 
 BLOCKS = BlockSizes(block_q=256, block_kv=128, chunk_kv=256, num_slots=2)
@@ -18,8 +27,16 @@ SCALE = D**-0.5
 DRAWN = 160
 
 
-def arrays(rng, dtype, num_q_heads, num_kv_heads, head_dim, num_tokens, page_size):
-    def draw(*shape):
+def arrays(
+    rng: np.random.Generator,
+    dtype: jnp.dtype,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    num_tokens: int,
+    page_size: int,
+) -> tuple[jax.Array, ...]:
+    def draw(*shape: int) -> jax.Array:
         return jnp.asarray(rng.standard_normal(shape), dtype)
 
     q = draw(num_q_heads, num_tokens, head_dim)
@@ -27,7 +44,9 @@ def arrays(rng, dtype, num_q_heads, num_kv_heads, head_dim, num_tokens, page_siz
     return q, k, v, draw(NUM_PAGES, num_kv_heads, 2, page_size, head_dim)
 
 
-def poisoned(layout, k, v, pages, page_size):
+def poisoned(
+    layout: SegmentLayout, k: jax.Array, v: jax.Array, pages: jax.Array, page_size: int
+) -> tuple[jax.Array, ...]:
     """NaN wherever nobody may look: padding, unused pages, the rest of partly filled pages."""
     real = (np.arange(k.shape[1]) < layout.num_real_tokens)[:, None]
     used = np.zeros((NUM_PAGES, page_size), bool)
@@ -40,8 +59,10 @@ def poisoned(layout, k, v, pages, page_size):
 
 
 @functools.cache
-def program(implementation, num_q_heads):
-    def op(q, k, v, pages, schedule):
+def program(implementation: str, num_q_heads: int) -> Callable[..., jax.Array]:
+    def op(
+        q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, schedule: SegmentSchedule
+    ) -> jax.Array:
         return segment_paged_attention(
             q, k, v, pages, schedule, sm_scale=SCALE, implementation=implementation
         )
@@ -49,7 +70,13 @@ def program(implementation, num_q_heads):
     return jax.jit(op)
 
 
-def schedule_of(layout, page_size, blocks=BLOCKS, max_groups=MAX_GROUPS, max_pages=MAX_PAGES):
+def schedule_of(
+    layout: SegmentLayout,
+    page_size: int,
+    blocks: BlockSizes = BLOCKS,
+    max_groups: int = MAX_GROUPS,
+    max_pages: int = MAX_PAGES,
+) -> SegmentSchedule:
     return build_schedule(
         layout,
         block_sizes=blocks,
@@ -60,7 +87,12 @@ def schedule_of(layout, page_size, blocks=BLOCKS, max_groups=MAX_GROUPS, max_pag
     )
 
 
-def check(layouts, implementation, page_size, num_q_heads):
+def check(
+    layouts: Iterable[tuple[str, SegmentLayout]],
+    implementation: str,
+    page_size: int,
+    num_q_heads: int,
+) -> int:
     rng = np.random.default_rng(1)
     q, k, v, pages = arrays(rng, jnp.float32, num_q_heads, 1, D, TOKENS, page_size)
     run = program(implementation, num_q_heads)
@@ -83,11 +115,11 @@ WANT: dict[str, np.ndarray] = {}
 
 
 @pytest.mark.parametrize("implementation", ["dense", "xla", "pallas_interpret"])
-def test_boundaries_on_every_side_of_a_block_edge(implementation):
+def test_boundaries_on_every_side_of_a_block_edge(implementation: str) -> None:
     assert check(edges(16), implementation, 16, num_q_heads=1) >= 143
 
 
 @pytest.mark.parametrize("implementation", ["dense", "xla", "pallas_interpret"])
-def test_drawn_layouts_of_several_groups(implementation):
+def test_drawn_layouts_of_several_groups(implementation: str) -> None:
     layouts = [(f"seed {seed}", drawn(seed, 16)) for seed in range(DRAWN)]
     assert check(layouts, implementation, 16, num_q_heads=2) == DRAWN

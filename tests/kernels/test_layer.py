@@ -17,6 +17,7 @@ from packscore_kernels import (
 )
 from packscore_kernels.layer import mlp, tiles
 from packscore_kernels.layer.projections import HEADS
+from tolerances import PROJECT_OUT_BFLOAT16, PROJECT_OUT_FLOAT32, assert_rows_close
 
 EPS = 1e-6
 LAYER = 1  # of two: nobody may look at the other's weights
@@ -79,13 +80,10 @@ def by_hand(
 def test_qkv(shape: tuple[int, int, int, int], dtype: str, implementation: str) -> None:
     given = arrays(shape, dtype)
     found = project_qkv(*given, LAYER, eps=EPS, implementation=implementation)
-    # the rows are rounded once before the product, and the result once behind it
-    bound = 2e-5 if dtype == "float32" else 2 * 2**-8
     for got, want in zip(found, by_hand(*given), strict=True):
         assert got.shape == want.shape
         assert got.dtype == dtype
-        error = np.abs(np.asarray(got, np.float64) - want)
-        assert (error <= bound * (1 + np.abs(want).max(-1, keepdims=True))).all()
+        assert_rows_close(got, want, dtype)
 
 
 @pytest.mark.parametrize("implementation", ["pallas_interpret", "xla"])
@@ -100,7 +98,7 @@ def test_out(num_tokens: int, dtype: str, implementation: str) -> None:
     found = project_out(attended, stack(weight), x, LAYER, implementation=implementation)
     a, w, r = (np.asarray(value.astype(jnp.float32), np.float64) for value in (attended, weight, x))
     want = r + np.concatenate(list(a), 1) @ w.T
-    bound = 1e-4 if dtype == "float32" else 2**-8 * np.abs(want).max()
+    bound = PROJECT_OUT_FLOAT32 if dtype == "float32" else PROJECT_OUT_BFLOAT16 * np.abs(want).max()
     assert np.abs(np.asarray(found, np.float64) - want).max() <= bound
 
 
@@ -160,9 +158,7 @@ def test_mlp(
     gated = normed @ gate.T
     want = rows + (gated / (1 + np.exp(-gated)) * (normed @ up.T)) @ down.T
     assert found.dtype == dtype
-    bound = 2e-5 if dtype == "float32" else 2 * 2**-8
-    error = np.abs(np.asarray(found, np.float64) - want)
-    assert (error <= bound * (1 + np.abs(want).max(-1, keepdims=True))).all()
+    assert_rows_close(found, want, dtype)
 
 
 def test_mlps_that_do_not_fit() -> None:

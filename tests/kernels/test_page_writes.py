@@ -1,5 +1,7 @@
 """The page writer: exactly the asked slots change, and what it wrote reads back as the prefix."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,18 +17,19 @@ from packscore_kernels import (
     segment_paged_attention,
     write_kv_pages,
 )
+from tolerances import KERNEL_REORDERED_FLOAT32
 
 IMPLEMENTATIONS = ["xla", "pallas_interpret"]
 NO_ITEMS = np.zeros(0, np.int32)
 
 
-def pages(*numbers):
+def pages(*numbers: int) -> np.ndarray:
     return np.asarray(numbers, np.int32)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_only_the_slots_of_packed_prefix_tokens_change(implementation, dtype):
+def test_only_the_slots_of_packed_prefix_tokens_change(implementation: str, dtype: str) -> None:
     rng = np.random.default_rng(0)
     layout = SegmentLayout(
         (
@@ -58,7 +61,9 @@ def test_only_the_slots_of_packed_prefix_tokens_change(implementation, dtype):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_attention_from_the_written_pages_equals_attention_over_the_packed_prefix(implementation):
+def test_attention_from_the_written_pages_equals_attention_over_the_packed_prefix(
+    implementation: str,
+) -> None:
     rng = np.random.default_rng(1)
     items = pages(20, 7, 33)
     whole = SegmentLayout.single(100, items, 256)
@@ -72,10 +77,10 @@ def test_attention_from_the_written_pages_equals_attention_over_the_packed_prefi
     rest = [jnp.roll(x, -100, axis=1) for x in (q, k, v)]
     extend = SegmentLayout((Group(0, items, 100, table),), 256)
     two = segment_paged_attention(*rest, pool, extend, sm_scale=0.125, block_sizes=blocks)
-    np.testing.assert_allclose(two[:, :60], one[:, 100:160], atol=1e-6)
+    assert np.abs(two[:, :60] - one[:, 100:160]).max() <= KERNEL_REORDERED_FLOAT32
 
 
-def test_the_pool_is_changed_in_place_when_donated():
+def test_the_pool_is_changed_in_place_when_donated() -> None:
     layout = SegmentLayout.single(32, [4], 48)
     plan = build_page_writes(layout, [pages(0, 1)], page_size=16, num_pages=4)
     pool, kv = jnp.zeros((4, 1, 2, 16, 64)), jnp.ones((1, 48, 64))
@@ -92,12 +97,12 @@ def test_the_pool_is_changed_in_place_when_donated():
         ([], r"must be the number of groups, 1"),
     ],
 )
-def test_wrong_tables_are_refused(tables, message):
+def test_wrong_tables_are_refused(tables: list[np.ndarray], message: str) -> None:
     with pytest.raises(LayoutError, match=message):
         build_page_writes(SegmentLayout.single(20, [3]), tables, page_size=16, num_pages=4)
 
 
-def test_a_page_of_two_groups_is_refused():
+def test_a_page_of_two_groups_is_refused() -> None:
     layout = SegmentLayout((Group(16, NO_ITEMS), Group(16, NO_ITEMS)), 32)
     with pytest.raises(LayoutError, match="page 2 is written by groups 0 and 1"):
         build_page_writes(layout, [pages(2), pages(2)], page_size=16, num_pages=4)
@@ -110,7 +115,9 @@ def test_a_page_of_two_groups_is_refused():
         ([pages(0, 2), pages(1, 3)], [None, 0], "page 0 is copied, and written by group 0"),
     ],
 )
-def test_a_page_that_is_written_twice_or_copied_too_is_refused(tables, copied, message):
+def test_a_page_that_is_written_twice_or_copied_too_is_refused(
+    tables: list[np.ndarray], copied: list[int | None], message: str
+) -> None:
     second = Group(20 - 4, NO_ITEMS, 4, pages(1)) if copied[1] is not None else Group(16, NO_ITEMS)
     layout = SegmentLayout((Group(32, NO_ITEMS), second), 48)
     with pytest.raises(LayoutError, match=message):
@@ -118,7 +125,7 @@ def test_a_page_that_is_written_twice_or_copied_too_is_refused(tables, copied, m
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_copied_page_keeps_its_first_slots_beside_whole_pages(implementation):
+def test_a_copied_page_keeps_its_first_slots_beside_whole_pages(implementation: str) -> None:
     rng = np.random.default_rng(3)
     pool = jnp.asarray(rng.standard_normal((8, 2, 2, 16, 64)), jnp.float32)
     k, v = (jnp.asarray(rng.standard_normal((2, 64, 64)), jnp.float32) for _ in range(2))
@@ -137,7 +144,7 @@ def test_a_copied_page_keeps_its_first_slots_beside_whole_pages(implementation):
     np.testing.assert_array_equal(got, want)
 
 
-def test_shapes_that_do_not_fit_are_refused():
+def test_shapes_that_do_not_fit_are_refused() -> None:
     plan = build_page_writes(SegmentLayout.single(5, []), [pages(0)], page_size=16, num_pages=4)
     k = jnp.zeros((2, 16, 64))
     with pytest.raises(ArgumentError, match="must end in"):

@@ -1,5 +1,7 @@
 """Who sees whom, without a tolerance."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +14,13 @@ from packscore_kernels import (
     BlockSizes,
     Group,
     SegmentLayout,
+    SegmentSchedule,
     build_schedule,
     segment_paged_attention,
 )
 from packscore_kernels.attention.reference import visible
 from packscore_kernels.attention.xla import dense_mask
+from tolerances import KERNEL_REORDERED_FLOAT32
 
 BLOCKS = BlockSizes(128, 128, 256)
 LAYOUTS = {
@@ -34,7 +38,9 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("implementation", ["xla", "dense", "pallas_interpret"])
-def test_a_row_changes_exactly_when_a_key_it_sees_does(layout, implementation):
+def test_a_row_changes_exactly_when_a_key_it_sees_does(
+    layout: SegmentLayout, implementation: str
+) -> None:
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((1, 384, 64)), jnp.float32) for _ in range(3))
     paged = any(group.cached_len for group in layout.groups)
@@ -68,7 +74,7 @@ def test_a_row_changes_exactly_when_a_key_it_sees_does(layout, implementation):
             np.testing.assert_array_equal(changed, (layout.group_ids == group) & real)
 
 
-def test_plain_causal_attention_would_fail_this():
+def test_plain_causal_attention_would_fail_this() -> None:
     layout = LAYOUTS["P100-items"]
     causal = np.tril(np.ones((384, 384), bool))
     assert not np.array_equal(np.asarray(visible(layout)), causal)
@@ -77,12 +83,12 @@ def test_plain_causal_attention_would_fail_this():
 
 
 @pytest.mark.parametrize("implementation", ["xla", "dense", "reference", "pallas_interpret"])
-def test_nan_in_one_item_reaches_nobody_else(implementation):
+def test_nan_in_one_item_reaches_nobody_else(implementation: str) -> None:
     layout = LAYOUTS["P100-items"]
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((1, 384, 64)), jnp.float32) for _ in range(3))
 
-    def run(k, v):
+    def run(k: jax.Array, v: jax.Array) -> np.ndarray:
         out = segment_paged_attention(
             q, k, v, None, layout, sm_scale=0.125, block_sizes=BLOCKS, implementation=implementation
         )
@@ -93,11 +99,12 @@ def test_nan_in_one_item_reaches_nobody_else(implementation):
     for bad_k, bad_v in ((jnp.nan, 0.0), (0.0, jnp.nan), (jnp.nan, jnp.nan)):
         out = run(k.at[:, item].add(bad_k), v.at[:, item].add(bad_v))
         others = np.r_[0:127, 267:384]
-        np.testing.assert_allclose(out[:, others], clean[:, others], atol=2e-6)
+        # the kernel does the tiles of the item again, with an online maximum
+        assert np.abs(out[:, others] - clean[:, others]).max() <= KERNEL_REORDERED_FLOAT32
         assert np.isnan(out[:, item]).any(axis=2).all()
 
 
-def loop_mask(layout, schedule):
+def loop_mask(layout: SegmentLayout, schedule: SegmentSchedule) -> np.ndarray:
     """The mask by a loop over tokens."""
     entries = len(schedule.page_indices) * schedule.page_size
     mask = np.zeros((layout.num_tokens, entries + layout.num_tokens), bool)
@@ -115,7 +122,7 @@ def loop_mask(layout, schedule):
 
 
 @pytest.mark.parametrize("block_q", [128, 256])
-def test_the_metadata_rebuilds_the_mask(block_q):
+def test_the_metadata_rebuilds_the_mask(block_q: int) -> None:
     blocks = BlockSizes(block_q, 128, 256)
     layouts = [layout for _, layout in edges(16)] + [drawn(seed, 16) for seed in range(40)]
     for layout in layouts:
@@ -129,7 +136,9 @@ def test_the_metadata_rebuilds_the_mask(block_q):
     ids=["items-17-19", "item-79"],
 )
 @pytest.mark.parametrize("packed", [True, False])
-def test_flashinfer_s_multi_item_rule(prefix, token_pos, num_kv, packed):
+def test_flashinfer_s_multi_item_rule(
+    prefix: int, token_pos: list[int], num_kv: int, packed: bool
+) -> None:
     # FlashInfer: a token at position p of its item sees the prefix and the last p + 1 keys.
     num_q = len(token_pos)
     assert prefix + num_q == num_kv
