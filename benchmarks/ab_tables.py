@@ -16,11 +16,7 @@ its charts.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -28,13 +24,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import provenance
+from workloads import REFERENCE
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "ab_tables.json"
 CHIPS = ("v6e", "v5e")
 MASKS, FLOWS = ("dense", "segment"), ("packed", "prefill + extend")
 # The launches of a flow, one after the other.
 PROGRAMS = {"packed": ("packed",), "prefill + extend": ("prefill", "extend")}
-REQUEST = {"prefix_len": 2000, "num_items": 500, "item_len": 20}
+REQUEST = REFERENCE._asdict()
+PACKAGES = ("torch", "transformers", "jax", "torchax", "libtpu", "packscore")
 
 # What others measured or reckoned for this request and Qwen3-0.6B on one v6e chip.
 PUBLISHED = [
@@ -61,38 +61,14 @@ Results = dict[str, Any]
 
 def made(argv: Sequence[str]) -> dict[str, Any]:
     """Commit, date, versions, machine and command of a part."""
-
-    def git(*command: str) -> str:
-        done = subprocess.run(
-            ["git", *command], cwd=HERE, capture_output=True, text=True, check=False
-        )
-        return done.stdout.strip()
-
-    packages = ("torch", "transformers", "jax", "torchax", "libtpu", "packscore")
-    installed = {d.metadata["Name"].lower() for d in importlib.metadata.distributions()}
-    cpu = [x for x in _lines("/proc/cpuinfo") if x.startswith("model name")]
-    return {
-        "date": datetime.date.today().isoformat(),
-        "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--short") else ""),
-        "command": shlex.join(["python", "benchmarks/ab_tables.py", *argv]),
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in packages if name in installed},
-        "machine": {
-            "cpu": cpu[0].partition(":")[2].strip() if cpu else platform.processor(),
-            "cores": len(os.sched_getaffinity(0)),
-            "load_at_start": [round(x, 1) for x in os.getloadavg()],
-        },
-    }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
+    command = shlex.join(["python", "benchmarks/ab_tables.py", *argv])
+    return provenance.made(command, *PACKAGES)
 
 
 def predict(chip: str, mask: str, program: str) -> dict[str, Any]:
     """One program's prediction, made in a process of its own."""
-    sizes = ["--prefix", REQUEST["prefix_len"], "--items", REQUEST["num_items"]]
-    sizes += ["--item-len", REQUEST["item_len"]]
+    sizes = ["--prefix", REFERENCE.prefix_len, "--items", REFERENCE.num_items]
+    sizes += ["--item-len", REFERENCE.item_len]
     script = [
         HERE / "predict_tpu.py",
         "--json",
@@ -133,10 +109,10 @@ def predicted_rows(programs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 {
                     **row,
                     **sums,
-                    "items_per_s": 1e3 * REQUEST["num_items"] / sums["ms"],
+                    "items_per_s": 1e3 * REFERENCE.num_items / sums["ms"],
                     "parts_ms": parts,
                     "last_launch_ms": last,
-                    "last_launch_items_per_s": 1e3 * REQUEST["num_items"] / last,
+                    "last_launch_items_per_s": 1e3 * REFERENCE.num_items / last,
                     "temporary_bytes": max(one["temporary_bytes"] for one in launches),
                 }
             )
@@ -149,12 +125,13 @@ def measure(rounds: int, names: Sequence[str]) -> list[dict[str, Any]]:
 
     from ab_measure import measure as timed
     from ab_measure import systems_of
-    from cpu_peers import MAX_DIFFERENCE, Workload, make_model
+    from cpu_peers import MAX_DIFFERENCE, Workload
+    from workloads import make_model
 
     torch.set_num_threads(1)  # whose time is taken
     workloads = [
         Workload("reduced", 500, (20,) * 100, 10),
-        Workload("reference", 2000, (20,) * 500, 3),
+        Workload("reference", REFERENCE.prefix_len, REFERENCE.item_lens, 3),
     ]
     systems = systems_of(make_model(torch.float32))
     results = []

@@ -15,22 +15,20 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import json
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import transformers
-from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+from transformers import DynamicCache, Qwen3ForCausalLM
 
-import packscore
+import provenance
 from packscore import MultiItemScorer, patch_model
+from workloads import PEERS_VOCAB_SIZE, REFERENCE, make_model
 
 LABELS = [3, 5]
 MAX_DIFFERENCE = {torch.float32: 1e-5, torch.bfloat16: 0.02}
@@ -54,7 +52,7 @@ class Workload:
 
 WORKLOADS = [
     Workload("rerank-short", 128, (24,) * 50, 50),
-    Workload("rerank-reference", 2000, (20,) * 500, 6),
+    Workload("rerank-reference", REFERENCE.prefix_len, REFERENCE.item_lens, 6),
     Workload("many-tiny", 64, (8,) * 200, 50),
     Workload("mixed-lengths", 200, tuple(5 + 59 * k % 296 for k in range(40)), 20),
     Workload("one-item", 128, (24,), 1),
@@ -62,22 +60,6 @@ WORKLOADS = [
 
 Ids = list[int]
 System = Callable[[Ids, list[Ids]], torch.Tensor]
-
-
-def make_model(dtype: torch.dtype) -> Qwen3ForCausalLM:
-    """Four layers of Qwen3-0.6B's shape; the vocabulary is cut, as only labels are read."""
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=4096,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=4,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        initializer_range=0.03,
-    )
-    return Qwen3ForCausalLM(config).to(dtype).eval()
 
 
 class HuggingFace:
@@ -159,7 +141,7 @@ def packed(model: Qwen3ForCausalLM, mask_impl: str) -> System:
 def random_ids(count: int, seed: int) -> Ids:
     """`count` token ids."""
     generator = torch.Generator().manual_seed(seed)
-    ids: Ids = torch.randint(8, 4096, (count,), generator=generator).tolist()
+    ids: Ids = torch.randint(8, PEERS_VOCAB_SIZE, (count,), generator=generator).tolist()
     return ids
 
 
@@ -237,29 +219,13 @@ def print_table(result: dict[str, object]) -> None:
 
 def environment() -> dict[str, object]:
     """Where and on what this was measured."""
-    here = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=here,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    cpu = Path("/proc/cpuinfo")
-    names = (
-        [line for line in cpu.read_text().splitlines() if "model name" in line]
-        if cpu.exists()
-        else []
-    )
     return {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip(),
-        "cpu": names[0].partition(":")[2].strip() if names else platform.processor(),
+        "date": provenance.today(),
+        "commit": provenance.commit(),
+        "cpu": provenance.cpu(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "packscore": packscore.__version__,
+        **provenance.versions("torch", "transformers", "packscore"),
     }
 
 

@@ -1,6 +1,9 @@
 """What the host does for one request beside the device, in milliseconds on one core.
 
 python benchmarks/host_work.py            query 2 000, 500 items x 20, token ids given
+
+Everything from token ids to scores is in it, but that the weights are looked at for changes before
+each run, and that arrays travel to the device and back.
 """
 
 from __future__ import annotations
@@ -10,11 +13,11 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from packscore.core import ScoringCore
 from packscore.encoded import EncodedRequest
@@ -23,20 +26,15 @@ from packscore.flows.engine import Limits, Readout, RowLogits
 from packscore.flows.packing import PackedBatch, Share, pack
 from packscore.flows.page_pool import PAGE_SIZE, PREFIX_CACHE_BYTES, PagePool
 from packscore.flows.runner import Runner
-from packscore.programs.engine import ProgramEngine
 from packscore.programs.launch_inputs import block_sizes_for, program_inputs
 from packscore.programs.pages import pages_within
 from packscore.programs.program import Launched
 from packscore.programs.sizes import MAX_GROUPS, NAMED_PAGES, ProgramKey, program_key, token_bucket
 from packscore.results import MaskImpl
 from packscore_kernels import BlockSizes, SegmentLayout, build_schedule
+from workloads import add_request_arguments, config_of
 
-
-class Config:
-    """The shape of Qwen3-0.6B's attention."""
-
-    num_attention_heads, num_key_value_heads, head_dim, hidden_size = 16, 8, 128, 1024
-    num_hidden_layers, intermediate_size = 28, 3072
+CONFIG = config_of("0.6B")
 
 
 class Host:
@@ -45,33 +43,31 @@ class Host:
     mask_impl: MaskImpl = "segment"
 
     def __init__(self, chip: str) -> None:
-        self.num_pages = pages_within(Config, "bfloat16", PREFIX_CACHE_BYTES)
+        self.num_pages = pages_within(CONFIG, "bfloat16", PREFIX_CACHE_BYTES)
         self.pool: PagePool | None = PagePool(self.num_pages)
-        self.costs = tpu_cost_model(Config, chip, 2, token_bucket)
+        self.costs = tpu_cost_model(CONFIG, chip, 2, token_bucket)
         self.limits = Limits(16_384, 16_384, MAX_GROUPS, NAMED_PAGES)
         self._chip = chip
 
     def refresh(self) -> None:
-        """Nothing changes."""
+        """No weights that could have changed."""
 
     def launch(self, batch: PackedBatch, readout: Readout) -> Launched:
         """Every array of the program, and results as the device would give them."""
         num_items, num_tokens = len(batch.layout.scored_rows), len(batch.token_ids)
         label_ids, over_vocabulary = readout.label_ids, readout.over_vocabulary
         key = program_key(num_tokens, num_items, len(label_ids), over_vocabulary, self.num_pages)
-        blocks = block_sizes_for(Config, "bfloat16", key.num_tokens, self._chip, PAGE_SIZE)
+        blocks = block_sizes_for(CONFIG, "bfloat16", key.num_tokens, self._chip, PAGE_SIZE)
         leases = [share.lease for share in batch.shares]
         program_inputs(key, blocks, batch.layout, batch.token_ids, label_ids, leases=leases)
         logits: Any = np.zeros((key.num_items, key.num_labels), np.float32)
         return Launched(logits, None, num_items, len(label_ids))
 
-    def read(self, launched: Any) -> RowLogits:
-        """As the engine of the programs reads them."""
-        return ProgramEngine.read(self, launched)  # type: ignore[arg-type]
-
-    @contextmanager
-    def _recovering(self) -> Iterator[None]:
-        yield
+    def read(self, launched: Sequence[Launched]) -> RowLogits:
+        """What the device has already answered."""
+        found = [one.read() for one in launched]
+        logits, normalizer = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return torch.from_numpy(logits), torch.from_numpy(normalizer)
 
 
 def median_ms(run: Callable[[], Any], rounds: int) -> float:
@@ -88,9 +84,7 @@ def median_ms(run: Callable[[], Any], rounds: int) -> float:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--prefix", type=int, default=2000)
-    parser.add_argument("--items", type=int, default=500)
-    parser.add_argument("--item-len", type=int, default=20)
+    add_request_arguments(parser)
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -104,7 +98,7 @@ def main() -> None:
 
     packed = batch()
     key: ProgramKey = program_key(len(packed.token_ids), args.items, 2, False)
-    blocks: BlockSizes = block_sizes_for(Config, "bfloat16", key.num_tokens, "v6e")
+    blocks: BlockSizes = block_sizes_for(CONFIG, "bfloat16", key.num_tokens, "v6e")
 
     def layout() -> SegmentLayout:
         return SegmentLayout(packed.layout.groups, key.num_tokens)  # derives everything anew

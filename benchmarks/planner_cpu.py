@@ -13,22 +13,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
-import transformers
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
+import provenance
 from packscore import InputError, MultiItemScorer, patch_model
+from packscore.core import ScoringCore
+from packscore.flows.engine import Engine, Readout
+from packscore.flows.planner import Plan, Planner, Workload
+from packscore.flows.runner import Runner
+from packscore.results import Flow
+from workloads import slice_of
 
 VOCAB_SIZE = 1000
+READOUT = Readout((1, 2), over_vocabulary=True)
 # (query tokens, of which in pages, items, tokens of an item: least and most)
 WORKLOADS = [
     (0, 0, 40, (5, 30)),
@@ -47,25 +50,40 @@ WORKLOADS = [
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.02}
 
 
-def slice_of(dtype: str) -> Any:
-    """One layer of Qwen3-0.6B's shape."""
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=1,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-    )
-    return patch_model(Qwen3ForCausalLM(config).to(getattr(torch, dtype)).eval())
-
-
 def ids(rng: np.random.Generator, count: int) -> list[int]:
     """Random tokens."""
     found: list[int] = rng.integers(0, VOCAB_SIZE, count).tolist()
     return found
+
+
+def engine_of(scorer: MultiItemScorer) -> Engine:
+    """What runs the scorer's launches now."""
+    return scorer._core.engine
+
+
+class OneFlowPlanner(Planner):
+    """Leaves no choice but one flow, in its best division into launches."""
+
+    def __init__(self, planner: Planner, flow: Flow) -> None:
+        super().__init__(planner.costs, planner.limits)
+        self._flow = flow
+
+    def choose(self, work: Workload, flow: Flow | None = None) -> Plan:
+        """The one flow's plan."""
+        return super().choose(work, self._flow)
+
+
+class OneFlowRunner(Runner):
+    """Runs one flow as if it had been chosen: by name it might leave the pages alone."""
+
+    def __init__(self, engine: Engine, flow: Flow) -> None:
+        super().__init__(engine)
+        self._flow = flow
+
+    @property
+    def planner(self) -> Planner:
+        """Of the one flow."""
+        return OneFlowPlanner(super().planner, self._flow)
 
 
 class Timed:
@@ -84,27 +102,23 @@ class Timed:
         if self.cached_len:
             self.scorer.prefix(self.prefix[: self.cached_len]).release()
 
-    def run(self, flow: Any) -> tuple[float, np.ndarray]:
+    def run(self, flow: Flow) -> tuple[float, np.ndarray]:
         """(milliseconds, scores), by the division that the planner has for this flow."""
         self.prepare()
-        runner = self.scorer._core.runner
-        planner = type(runner.planner)
-        choose = planner.choose
-        # by name "packed" and "plain" would leave the pages alone; as plans they need not
-        planner.choose = lambda self, work, _=None: choose(self, work, flow)  # type: ignore[method-assign]
-        try:
-            start = time.process_time()
-            scores = self.scorer.score(self.prefix, self.items)
-            return 1e3 * (time.process_time() - start), np.array(scores)
-        finally:
-            planner.choose = choose  # type: ignore[method-assign]
+        start = time.process_time()
+        request = self.scorer.encode(self.prefix, self.items)
+        (found,) = OneFlowRunner(engine_of(self.scorer), flow).run([request], READOUT)
+        if isinstance(found, Exception):
+            raise found
+        scores = ScoringCore.probabilities(found)
+        return 1e3 * (time.process_time() - start), np.array(scores)
 
 
 def measure(timed: Timed, rounds: int, tolerance: float) -> dict[str, Any]:
     """Time every flow, in an order that turns around."""
     timed.prepare()
     request = timed.scorer.encode(timed.prefix, timed.items)
-    found = timed.scorer._core.runner.explain(request)
+    found = Runner(engine_of(timed.scorer)).explain(request)
     plans: dict[str, Any] = {}
     for plan in found.plans:  # the chosen one first
         if not any(
@@ -152,11 +166,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    scorer = MultiItemScorer(slice_of(args.dtype), label_token_ids=[1, 2])
-    load = os.getloadavg()[0]
+    model = patch_model(slice_of(1, VOCAB_SIZE, getattr(torch, args.dtype)))
+    scorer = MultiItemScorer(model, label_token_ids=READOUT.label_ids)
+    load, *_ = provenance.load()
     with mock.patch("packscore.flows.runner.time.perf_counter", time.process_time):
         scorer.calibrate(seconds=20)
-    costs = scorer._core.runner.engine.costs
+    costs = engine_of(scorer).costs
     print(costs)
     print(
         f"{'query':>6} {'cached':>6} {'items':>5} {'tokens':>6}  ratio  flow: least (predicted) ms"
@@ -179,14 +194,15 @@ def main() -> None:
             flush=True,
         )
     worst = max(row["ratio"] for row in rows)
-    print(f"worst ratio {worst:.3f}; load {load:.1f} before, {os.getloadavg()[0]:.1f} after")
+    after, *_ = provenance.load()
+    print(f"worst ratio {worst:.3f}; load {load:.1f} before, {after:.1f} after")
     result = {
         "what": f"planner on a CPU, one layer of Qwen3-0.6B's shape, {args.dtype}, one thread",
         "command": f"python benchmarks/planner_cpu.py --dtype {args.dtype}",
-        "date": date.today().isoformat(),
-        "cpu": platform.processor() or platform.machine(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "load": [round(load, 1), round(os.getloadavg()[0], 1)],
+        "date": provenance.today(),
+        "cpu": provenance.cpu(),
+        "versions": provenance.versions("torch", "transformers"),
+        "load": [load, after],
         "worst_ratio": worst,
         "rows": rows,
     }

@@ -4,11 +4,11 @@
     python benchmarks/predict_tpu.py --chip v5e --json     one object
     python benchmarks/predict_tpu.py --chip v6e --mask dense --flow extend
 
-The program is the one that runs on a TPU, compiled without one; `program_cycles.py` says how it is
-counted, attention piece by piece as in `kernel_cycles.py`. With `--mask dense` its layers call
-`dense_attention` in place of the kernel, and everything else stays. Flows: `packed`, which leaves
-the query in pages too where the mask is segment; `prefill`, the query alone, into pages; `extend`,
-the items behind the query's pages.
+The program is the one that runs on a TPU, compiled without one; `tpu_compiler/program.py` says how
+it is counted, attention piece by piece as in `kernel_cycles.py`. With `--mask dense` its layers
+call `dense_attention` in place of the kernel, and everything else stays. Flows: `packed`, which
+leaves the query in pages too where the mask is segment; `prefill`, the query alone, into pages;
+`extend`, the items behind the query's pages.
 
 Assumptions: one bundle issues a cycle; an instruction takes its cycles or the time of its bytes at
 the HBM's bandwidth, whichever is longer; page writes take both, and so do the weights that a kernel
@@ -19,44 +19,21 @@ chip's published one; the host's work overlaps the device's.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import tempfile
-import time
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import program_cycles
-import tpu_schedule
-from kernel_cycles import TOPOLOGIES, Job, count, read_costs
+import numpy as np
 
-MODELS = {
-    "0.6B": {"hidden": 1024, "intermediate": 3072, "layers": 28, "heads": 16, "tied": True},
-    "4B": {"hidden": 2560, "intermediate": 9728, "layers": 36, "heads": 32, "tied": True},
-    "8B": {"hidden": 4096, "intermediate": 12288, "layers": 36, "heads": 32, "tied": False},
-}
-KV_HEADS, HEAD_DIM, VOCAB_SIZE = 8, 128, 151_936
-# A piece of a kernel's schedule of so many bundles stands behind a guard; what every step of a grid
-# runs is shorter.
-LONG_PIECE = 180
-
-
-def config_of(model: str) -> Any:
-    """The configuration of one of the models."""
-    from transformers import Qwen3Config
-
-    shape = MODELS[model]
-    return Qwen3Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=shape["hidden"],
-        intermediate_size=shape["intermediate"],
-        num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        max_position_embeddings=40_960,
-        tie_word_embeddings=shape["tied"],
-        dtype="bfloat16",
-    )
+from packscore_kernels import Group, SegmentLayout
+from packscore_kernels.hardware import CHIPS, cdiv
+from tpu_compiler import program
+from tpu_compiler.kernel import Job
+from tpu_compiler.our_kernels import costs_of_kernels
+from tpu_compiler.schedule import configure, find
+from workloads import HEAD_DIM, KV_HEADS, MODELS, add_request_arguments, config_of
 
 
 def dense_attention(
@@ -68,10 +45,12 @@ def dense_attention(
     *,
     sm_scale: float,
     implementation: str | None = None,
+    num_pages: int | None = None,
 ) -> Any:
     """What XLA makes of a dense mask, as cheap as it can be written: scores in the inputs' dtype.
 
-    `implementation="dense"` of the op is float32 throughout, and keeps NaN where it belongs.
+    `implementation="dense"` of the op is float32 throughout, and keeps NaN where it belongs. The
+    mask has a column for every token of the page table, or of its first `num_pages`.
 
     Returns:
       [num_q_heads, num_tokens, head_dim]; padding rows hold numbers that nobody reads.
@@ -81,7 +60,9 @@ def dense_attention(
 
     from packscore_kernels.attention.xla import dense_mask
 
-    with jax.named_scope(program_cycles.DENSE_SCOPE):
+    if num_pages is not None:
+        schedule = replace(schedule, page_indices=schedule.page_indices[:num_pages])
+    with jax.named_scope(program.DENSE_SCOPE):
         if kv_pages is not None:
             pool = kv_pages[jnp.asarray(schedule.page_indices)].transpose(2, 1, 0, 3, 4)
             pool = pool.reshape(2, k.shape[0], -1, k.shape[2])
@@ -93,12 +74,8 @@ def dense_attention(
         return jnp.einsum("hgqk,hkd->hgqd", weights, v).reshape(q.shape)
 
 
-def layout_of(job: Job, flow: str) -> Any:
+def layout_of(job: Job, flow: str) -> SegmentLayout:
     """The packed tokens of one launch."""
-    import numpy as np
-
-    from packscore_kernels import Group, SegmentLayout
-
     items = np.full(job.num_items, job.item_len, np.int32)
     if flow == "extend":
         pages = np.arange(-(-job.prefix_len // job.page_size), dtype=np.int32)
@@ -106,39 +83,6 @@ def layout_of(job: Job, flow: str) -> Any:
     else:
         group = Group(job.prefix_len, items[:0] if flow == "prefill" else items)
     return SegmentLayout((group,), group.num_tokens)
-
-
-def program_and_inputs(
-    config: Any, job: Job, chip: str, mask: str, flow: str
-) -> tuple[Any, tuple[Any, ...]]:
-    """The program's key and its arguments beside the weights."""
-    import jax.numpy as jnp
-    import numpy as np
-
-    from packscore.flows.page_pool import PAGE_SIZE, PREFIX_CACHE_BYTES, PagePool
-    from packscore.programs.launch_inputs import block_sizes_for, program_inputs
-    from packscore.programs.pages import pages_within, pool_struct
-    from packscore.programs.sizes import program_key
-
-    dtype = jnp.dtype(job.dtype)
-    layout = layout_of(job, flow)
-    has_pages = mask == "segment" or flow != "packed"
-    num_pages = pages_within(config, dtype, PREFIX_CACHE_BYTES) if has_pages else 0
-    key = program_key(layout.num_tokens, len(layout.scored_rows), 2, False, num_pages)
-    page_size = PAGE_SIZE if has_pages else 0
-    blocks = block_sizes_for(config, dtype, key.num_tokens, chip, page_size=page_size)
-    leases = []
-    if has_pages and flow != "extend":
-        leases = [PagePool(num_pages).acquire(np.arange(job.prefix_len))]
-    ids = np.zeros(layout.num_tokens, np.int64)
-    inputs = program_inputs(key, blocks, layout, ids, [0, 1], leases=leases)
-    if not has_pages:
-        return key, inputs
-    if mask == "dense":
-        # a table of just this query's pages: the mask has a column for every token of the table
-        pages = inputs[2].page_indices[: -(-job.prefix_len // PAGE_SIZE)]
-        inputs = (*inputs[:2], dataclasses.replace(inputs[2], page_indices=pages), *inputs[3:])
-    return key, (pool_struct(config, dtype, num_pages), *inputs)
 
 
 def floor_ms(shape: dict[str, Any], job: Job, peak_flops: float) -> float:
@@ -153,139 +97,53 @@ def floor_ms(shape: dict[str, Any], job: Job, peak_flops: float) -> float:
     return 1e3 * flops / peak_flops
 
 
-def steps_of(path: str) -> int:
-    """Steps of a kernel's grid: its loop, the last one, is left at that many and two."""
-    exits = [region.exits[0] for region in tpu_schedule.regions(path) if region.exits]
-    return int(exits[-1]) - 2 if exits else 1
-
-
-def guarded_cycles(path: str, live: int, steps: int) -> int:
-    """Cycles of a kernel whose long pieces run `live` times, behind a guard."""
-    found = [region.bundles for region in tpu_schedule.regions(path) if region.depth]
-    long = sum(bundles for bundles in found if bundles >= LONG_PIECE)
-    return live * long + steps * (sum(found) - long)
-
-
-def mlp_cycles(path: str, chunks: int) -> tuple[float, int]:
-    """Cycles of the MLP's kernel, and its tiles of tokens, each of which reads all weights.
-
-    Its long pieces: the first chunk of a tile, the other ones, and what ends a tile.
-    """
-    steps = steps_of(path)
-    tiles, cycles = steps // chunks, 0.0
-    times = [tiles, steps - tiles] if chunks > 1 else [tiles]
-    for region in tpu_schedule.regions(path):
-        if region.has("vmatmul"):
-            cycles += region.bundles * times.pop(0)
-        elif region.depth:
-            cycles += region.bundles * (tiles if region.bundles >= LONG_PIECE else steps)
-    return cycles, tiles
-
-
-def costs_of_kernels(
-    config: Any, job: Job, inputs: tuple[Any, ...], clock_hz: float, bandwidth: float
-) -> Any:
-    """What (instruction, its schedule) of our kernels takes: (cycles, bytes of HBM or None)."""
-    import numpy as np
-
-    from packscore_kernels import PageWrites, SegmentSchedule
-    from packscore_kernels.attention.kernel import TURN
-    from packscore_kernels.layer.mlp import mlp_tiles
-    from packscore_kernels.layer.projections import num_passes
-    from packscore_kernels.page_writes import ALIGNMENT, FIELDS, takes_whole
-
-    (schedule,) = (x for x in inputs if isinstance(x, SegmentSchedule))
-    writes = [x for x in inputs if isinstance(x, PageWrites)]
-    head = 2 * job.head_dim  # bytes of a head's weights, by the hidden size
-
-    def fetched(count: float) -> float:
-        """Cycles for which the chip waits for so many bytes of HBM."""
-        return count / bandwidth * clock_hz
-
-    def cost(name: str, path: str) -> tuple[float, float | None] | None:
-        if name.startswith("segment_paged_attention"):
-            got = count(job, read_costs(path), schedule, TURN)
-            return got["cycles"], got["hbm_bytes"]
-        if name.startswith("project_qkv"):
-            steps = steps_of(path)
-            tiles = steps // (num_passes(job.num_q_heads, job.num_kv_heads) + 1)
-            weights = config.hidden_size * (job.num_q_heads + 2 * job.num_kv_heads) * head
-            return guarded_cycles(path, tiles, steps) + fetched(weights), None
-        if name.startswith("project_out"):
-            weights = config.hidden_size * job.num_q_heads * head
-            return tpu_schedule.pipelined_cycles(path) + fetched(weights), None
-        if name.startswith("gated_mlp"):
-            hidden, width = config.hidden_size, config.intermediate_size
-            tiled = mlp_tiles(inputs[-5 - len(writes)].shape[0], hidden, width, 2)
-            cycles, tiles = mlp_cycles(path, width // tiled.width)
-            weights = 2 * 3 * hidden * width
-            # the first chunk arrives before anything runs, the others beside the products
-            first = fetched(weights * tiled.width / width)
-            return max(cycles, fetched(tiles * weights)) + first, None
-        if name.startswith("write_kv_pages"):
-            # whole pages are copied together; each other one waits for its keys, values and old
-            # slots, is merged, and waits for its way back
-            fields = np.reshape(writes[0].writes, (-1, FIELDS))[: int(writes[0].count[0])]
-            _, _, token, low, high = fields.T
-            size = writes[0].page_size
-            whole = int(takes_whole(token, low, high, size).sum())
-            merged = len(fields) - whole
-            slot = 2 * 2 * job.num_kv_heads * job.head_dim
-            moved = slot * (2 * whole * size + merged * (3 * size + ALIGNMENT))
-            cycles = guarded_cycles(path, merged, len(fields))
-            return cycles + fetched(moved), moved
-        return None
-
-    return cost
-
-
 def predict(
     chip: str, model: str, job: Job, dump: str, mask: str = "segment", flow: str = "packed"
 ) -> dict[str, Any]:
     """Compile one program for a chip and count it; a refusal of the compiler is a result."""
-    tpu_schedule.configure(TOPOLOGIES[chip], dump)
+    facts = CHIPS[chip]
+    configure(facts.topology, dump)
     import jax
-    import jax.numpy as jnp
-    from jax.experimental import topologies
-    from transformers import Qwen3ForCausalLM
 
+    from packscore.flows.page_pool import PAGE_SIZE, PREFIX_CACHE_BYTES, PagePool
     from packscore.programs import traced_ops
-    from packscore.programs.ahead import bytes_of
-    from packscore.programs.compiling import compile_program
-    from packscore.programs.traced_model import TracedModel
-    from packscore_kernels.hardware import CHIPS
+    from packscore.programs.ahead import compile_ahead
+    from packscore.programs.pages import pages_within
+    from packscore.programs.sizes import token_bucket
+    from packscore_kernels import PageWrites, SegmentSchedule
 
-    facts, config = CHIPS[chip], config_of(model)
+    config, layout, leases = config_of(model), layout_of(job, flow), []
+    cache_bytes = PREFIX_CACHE_BYTES if mask == "segment" or flow != "packed" else 0
+    if cache_bytes and flow != "extend":
+        pool = PagePool(pages_within(config, job.dtype, cache_bytes))
+        leases = [pool.acquire(np.arange(job.prefix_len))]
     if mask == "dense":
-        traced_ops.segment_paged_attention = dense_attention
-    key, inputs = program_and_inputs(config, job, chip, mask, flow)
-    (device, *_) = topologies.get_topology_desc(
-        platform="tpu", topology_name=facts.topology, chips_per_host_bounds=(1, 1, 1)
-    ).devices
-    traced = TracedModel(Qwen3ForCausalLM, config)
-    weights = traced.weight_shapes(jnp.bfloat16)
+        # of the table just this query's pages
+        pages = cdiv(job.prefix_len, PAGE_SIZE)
+        traced_ops.segment_paged_attention = partial(dense_attention, num_pages=pages)
     row: dict[str, Any] = {
         "chip": chip,
         "model": model,
         "mask": mask,
         "flow": flow,
         **{name: getattr(job, name) for name in ("prefix_len", "num_items", "item_len")},
-        "num_tokens": key.num_tokens,
+        "num_tokens": token_bucket(layout.num_tokens),
         "predicted": True,
     }
-    start = time.process_time()
     try:
-        compiled = compile_program(traced, weights, key, inputs, device, "pallas")
+        ahead = compile_ahead(
+            config, layout, chip=chip, prefix_cache_bytes=cache_bytes, leases=leases
+        )
     except jax.errors.JaxRuntimeError as error:
         return {**row, "refused": str(error).partition("\n\n")[0][:2000]}
-    seconds = time.process_time() - start
-    found = program_cycles.instructions(
-        compiled.as_text(),
-        tpu_schedule.find(dump),
-        costs_of_kernels(config, job, inputs, facts.clock_hz, facts.hbm_bytes_per_s),
+    (schedule,) = (x for x in ahead.inputs if isinstance(x, SegmentSchedule))
+    writes = next((x for x in ahead.inputs if isinstance(x, PageWrites)), None)
+    found = program.instructions(
+        ahead.compiled.as_text(),
+        find(dump),
+        costs_of_kernels(config, job, ahead.num_tokens, schedule, writes, facts),
     )
-    counted = program_cycles.summary(found, facts.clock_hz, facts.hbm_bytes_per_s)
-    memory = compiled.memory_analysis()
+    counted = program.summary(found, facts.clock_hz, facts.hbm_bytes_per_s)
     floor = floor_ms(MODELS[model], job, facts.peak_flops)
     return {
         **row,
@@ -294,12 +152,12 @@ def predict(
         "items_per_s": 1e3 * job.num_items / counted["ms"],
         "floor_ms": floor,
         "share_of_floor": floor / counted["ms"],
-        "weights_hbm_ms": 1e3 * bytes_of(weights) / facts.hbm_bytes_per_s,
-        "weight_bytes": bytes_of(weights),
-        "pool_bytes": bytes_of(inputs[0]) if key.num_pages else 0,
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "code_bytes": memory.generated_code_size_in_bytes,
-        "compile_cpu_seconds": round(seconds, 1),
+        "weights_hbm_ms": 1e3 * ahead.weight_bytes / facts.hbm_bytes_per_s,
+        "weight_bytes": ahead.weight_bytes,
+        "pool_bytes": ahead.pool_bytes,
+        "temporary_bytes": ahead.temporary_bytes,
+        "code_bytes": ahead.code_bytes,
+        "compile_cpu_seconds": round(ahead.compile_cpu_seconds, 1),
     }
 
 
@@ -333,13 +191,11 @@ def show(got: dict[str, Any]) -> None:
 def main() -> None:
     """Predict and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--chip", choices=sorted(TOPOLOGIES), default="v6e")
+    parser.add_argument("--chip", choices=sorted(CHIPS), default="v6e")
     parser.add_argument("--model", choices=sorted(MODELS), default="0.6B")
     parser.add_argument("--mask", choices=["segment", "dense"], default="segment")
     parser.add_argument("--flow", choices=["packed", "prefill", "extend"], default="packed")
-    parser.add_argument("--prefix", type=int, default=2000)
-    parser.add_argument("--items", type=int, default=500)
-    parser.add_argument("--item-len", type=int, default=20)
+    add_request_arguments(parser)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     job = Job(

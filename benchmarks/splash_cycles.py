@@ -5,15 +5,17 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
-import tpu_schedule
+from packscore_kernels.hardware import CHIPS
+from tpu_compiler.kernel import Job
+from tpu_compiler.schedule import compile_for_tpu, configure, find, regions
 
 BLOCK, COMPUTE = 1024, 512  # the best of 17 choices on v6e
 
 
-def measure(job: Any, topology: str) -> dict[str, Any]:
+def measure(job: Job, chip: str) -> dict[str, Any]:
     """Predicted cycles of one layer of a packed job; splash takes one kv head a q head."""
     dump = tempfile.mkdtemp(prefix="splash_")
-    tpu_schedule.configure(topology, dump)
+    configure(CHIPS[chip].topology, dump)
     import jax
     import numpy as np
     from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -38,12 +40,12 @@ def measure(job: Any, topology: str) -> dict[str, Any]:
         ),
     )
     x = jax.ShapeDtypeStruct((job.num_q_heads, tokens, job.head_dim), job.dtype)
-    tpu_schedule.compile_for_tpu(lambda q, k, v: kernel(q, k, v), [x, x, x])
-    (path,) = tpu_schedule.find(dump, "splash")
+    compile_for_tpu(lambda q, k, v: kernel(q, k, v), [x, x, x])
+    (path,) = find(dump, "splash")
     size = tokens // BLOCK
     live = mask.reshape(size, BLOCK, size, BLOCK).any((1, 3))
     grid = size * int(live.sum(1).max())
-    found = [r for r in tpu_schedule.regions(path) if r.depth]
+    found = [r for r in regions(path) if r.depth]
     body = [r for r in found if r.has("vmatmul")]
     # Clearing the state, and dividing by the sums: once a q tile.
     ends = [r for r in found if r not in body and r.bundles > 100 and not r.has("dma")]

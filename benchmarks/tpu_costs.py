@@ -12,31 +12,29 @@ the points which a test compares with the fit. Predictions, not measurements.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import subprocess
 import sys
-from datetime import date
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+import provenance
 from packscore.model.sizes import ModelSizes
 from packscore_kernels.hardware import CHIPS
-from predict_tpu import HEAD_DIM, KV_HEADS, MODELS
+from workloads import REFERENCE, config_of
 
 HERE = Path(__file__).parent
 TABLES = HERE.parent / "plugin" / "packscore" / "tpu_costs"
-ITEM_LEN = 20
-# (model, query tokens, items of 20)
+ITEM_LEN = REFERENCE.item_len
+# (model, query tokens, items of so many)
 POINTS = (
     ("0.6B", 100, 7),
     ("0.6B", 300, 36),
     ("0.6B", 4000, 4),
     ("4B", 1000, 150),
-    ("0.6B", 2000, 500),
+    ("0.6B", REFERENCE.prefix_len, REFERENCE.num_items),
 )
 
 
@@ -52,20 +50,6 @@ def figures(chip: str) -> list[dict[str, Any]]:
     return found
 
 
-def shape_of_model(model: str) -> ModelSizes:
-    """The sizes of one of the models that are predicted."""
-    sizes = MODELS[model]
-    config = SimpleNamespace(
-        num_attention_heads=sizes["heads"],
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        hidden_size=sizes["hidden"],
-        intermediate_size=sizes["intermediate"],
-        num_hidden_layers=sizes["layers"],
-    )
-    return ModelSizes.of(config)
-
-
 def fit(points: list[dict[str, Any]], clock_hz: float, peak_flops: float) -> dict[str, float]:
     """Coefficients of small errors relative to each point's whole program.
 
@@ -77,7 +61,7 @@ def fit(points: list[dict[str, Any]], clock_hz: float, peak_flops: float) -> dic
         for part in points[0]["parts_ms"]
     }
     total = sum(cycles.values())
-    shapes = [shape_of_model(point["model"]) for point in points]
+    shapes = [ModelSizes.of(config_of(point["model"])) for point in points]
     tokens = np.array([point["num_tokens"] for point in points], float)
     layers = np.array([shape.layers for shape in shapes], float)
     heads = layers * [shape.heads for shape in shapes]
@@ -125,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--chip", choices=sorted(CHIPS), required=True)
     parser.add_argument("--figures", type=Path, help="lines of predict_tpu.py --json")
-    parser.add_argument("--date", default=date.today().isoformat(), help="of the figures")
+    parser.add_argument("--date", default=provenance.today(), help="of the figures")
     args = parser.parse_args()
     if args.figures:
         points = [json.loads(line) for line in args.figures.read_text().splitlines()]
@@ -138,7 +122,7 @@ def main() -> None:
         "chip": args.chip,
         "kind": "fitted to the compiler's schedules: predicted, not measured",
         "date": args.date,
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+        "versions": provenance.versions("jax", "libtpu"),
         "command": f"python benchmarks/tpu_costs.py --chip {args.chip}",
         "cycles": {name: float(f"{value:.4g}") for name, value in cycles.items()},
         "points": [{name: point[name] for name in names} for point in points],

@@ -10,15 +10,17 @@ flow by `kernel_cycles.py`: predictions of the compiler's schedule, not measurem
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import provenance
+from packscore_kernels.hardware import CHIPS
+from workloads import REFERENCE
+
 HERE = Path(__file__).parent
-PACKAGE = HERE.parent / "jax_kernels" / "packscore_kernels" / "segment_paged_attention"
+PACKAGE = HERE.parent / "jax_kernels" / "packscore_kernels" / "attention"
 # block_q x q heads a kv head: the rows of a tile.
 ROWS = (1024, 2048, 4096)
 BLOCK_KV = (256, 512)
@@ -54,7 +56,7 @@ def cycles(args: argparse.Namespace, sizes: tuple[int, ...]) -> float | None:
 def main() -> None:
     """Sweep, and write the best row."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--chip", required=True, choices=["v4", "v5e", "v5p", "v6e", "tpu7x"])
+    parser.add_argument("--chip", required=True, choices=sorted(CHIPS))
     parser.add_argument("--heads", type=int, nargs=2, default=(16, 8), help="q heads, kv heads")
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
@@ -75,10 +77,11 @@ def main() -> None:
         "dtype": args.dtype,
         "block_sizes": dict(zip(names, best, strict=True)),
         "predicted_cycles": round(counted[best]),
-        "job": f"{args.heads[0]} q heads, {args.heads[1]} kv heads, prefix 2000, 500 items of 20",
+        "job": f"{args.heads[0]} q heads, {args.heads[1]} kv heads, prefix {REFERENCE.prefix_len}, "
+        f"{REFERENCE.num_items} items of {REFERENCE.item_len}",
         "chip": args.chip,
-        "compiler": "libtpu " + importlib.metadata.version("libtpu"),
-        "date": datetime.date.today().isoformat(),
+        "compiler": "libtpu " + provenance.versions("libtpu")["libtpu"],
+        "date": provenance.today(),
     }
     print(json.dumps(row))
     if args.dry_run:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,41 +12,22 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+import ab_measure
+import ab_pictures
+import ab_tables
+import cpu_peers
 from packscore_kernels import Group, SegmentLayout, build_schedule, segment_paged_attention
 from packscore_kernels.attention.types import BlockSizes
+from predict_tpu import dense_attention
 from tolerances import KERNEL_FLOAT32, PROBABILITY_MAX_FLOAT32
+from tpu_compiler.program import instructions
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def benchmarks() -> Iterator[SimpleNamespace]:
-    """The scripts as modules; they import each other by their bare names."""
-    folders = [str(ROOT / "benchmarks"), str(ROOT / "docs")]
-    sys.path[:0] = folders
-    import ab_pictures
-
-    import ab_measure
-    import ab_tables
-    import cpu_peers
-    import predict_tpu
-    import program_cycles
-
-    yield SimpleNamespace(
-        tables=ab_tables,
-        measure=ab_measure,
-        predict=predict_tpu,
-        cycles=program_cycles,
-        peers=cpu_peers,
-        pictures=ab_pictures,
-    )
-    for folder in folders:
-        sys.path.remove(folder)
-
-
-@pytest.fixture(scope="module")
-def results(benchmarks: SimpleNamespace) -> dict[str, Any]:
-    found: dict[str, Any] = benchmarks.tables.load()
+def results() -> dict[str, Any]:
+    found: dict[str, Any] = ab_tables.load()
     return found
 
 
@@ -64,12 +42,11 @@ def test_every_part_says_where_it_comes_from(results: dict[str, Any]) -> None:
         assert {"torch", "transformers", "jax", "libtpu", "torchax"} <= set(made["versions"])
 
 
-def test_no_row_is_missing(benchmarks: SimpleNamespace, results: dict[str, Any]) -> None:
-    tables = benchmarks.tables
-    assert set(results["predicted"]) == set(tables.CHIPS)
+def test_no_row_is_missing(results: dict[str, Any]) -> None:
+    assert set(results["predicted"]) == set(ab_tables.CHIPS)
     for chip, part in results["predicted"].items():
         rows = [(row["mask"], row["flow"]) for row in part["rows"]]
-        assert rows == [(mask, flow) for mask in tables.MASKS for flow in tables.FLOWS]
+        assert rows == [(mask, flow) for mask in ab_tables.MASKS for flow in ab_tables.FLOWS]
         for one in part["programs"]:
             assert one["chip"] == chip
             assert one.get("refused") or one["ms"] > 0
@@ -85,11 +62,9 @@ def test_no_row_is_missing(benchmarks: SimpleNamespace, results: dict[str, Any])
         ]
 
 
-def test_derived_numbers_follow_from_the_others(
-    benchmarks: SimpleNamespace, results: dict[str, Any]
-) -> None:
+def test_derived_numbers_follow_from_the_others(results: dict[str, Any]) -> None:
     for part in results["predicted"].values():
-        assert benchmarks.tables.predicted_rows(part["programs"]) == part["rows"]
+        assert ab_tables.predicted_rows(part["programs"]) == part["rows"]
         for one in part["programs"]:
             if "ms" in one:
                 assert sum(one["parts_ms"].values()) == pytest.approx(one["ms"])
@@ -105,24 +80,22 @@ def test_derived_numbers_follow_from_the_others(
             assert row["max_difference"] <= PROBABILITY_MAX_FLOAT32
 
 
-def test_the_page_shows_the_results(benchmarks: SimpleNamespace, results: dict[str, Any]) -> None:
+def test_the_page_shows_the_results(results: dict[str, Any]) -> None:
     text = (ROOT / "docs/ab.md").read_text()
-    assert benchmarks.pictures.page(text, results) == text
-    for name in benchmarks.tables.tables(results):
+    assert ab_pictures.page(text, results) == text
+    for name in ab_tables.tables(results):
         assert f"<!-- table: {name} -->\n" in text, f"docs/ab.md has no place for {name!r}"
     # and would not, were a number another
     results = {**results, "published": [{**results["published"][0], "items_per_s": 53}]}
-    assert benchmarks.pictures.page(text, results) != text
+    assert ab_pictures.page(text, results) != text
 
 
-def test_the_charts_show_the_results(
-    benchmarks: SimpleNamespace, results: dict[str, Any], tmp_path: Path
-) -> None:
+def test_the_charts_show_the_results(results: dict[str, Any], tmp_path: Path) -> None:
     # matplotlib notes each text it draws as a comment
     def texts(path: Path) -> list[str]:
         return re.findall(r"<!-- (.+?) -->", path.read_text())
 
-    for name, figure in benchmarks.pictures.pictures(results).items():
+    for name, figure in ab_pictures.pictures(results).items():
         figure.savefig(tmp_path / name)
         assert texts(tmp_path / name) == texts(ROOT / "docs/pictures" / name)
         assert f"(pictures/{name})" in (ROOT / "docs/ab.md").read_text()
@@ -145,15 +118,13 @@ def tiny() -> Qwen3ForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def workload(benchmarks: SimpleNamespace) -> Any:
-    return benchmarks.peers.Workload("tiny", 20, (5, 3, 7), 2)
+def workload() -> Any:
+    return cpu_peers.Workload("tiny", 20, (5, 3, 7), 2)
 
 
-def test_a_tiny_model_is_measured(
-    benchmarks: SimpleNamespace, tiny: Qwen3ForCausalLM, workload: Any
-) -> None:
-    systems = benchmarks.measure.systems_of(tiny)
-    rows = benchmarks.measure.measure(systems, workload, 2, PROBABILITY_MAX_FLOAT32)
+def test_a_tiny_model_is_measured(tiny: Qwen3ForCausalLM, workload: Any) -> None:
+    systems = ab_measure.systems_of(tiny)
+    rows = ab_measure.measure(systems, workload, 2, PROBABILITY_MAX_FLOAT32)
     assert [row["system"] for row in rows] == list(systems)
     base = rows[0]
     assert (base["scaled_from_items"], base["times_one_by_one"]) == (2, 1.0)
@@ -162,10 +133,8 @@ def test_a_tiny_model_is_measured(
 
 
 @pytest.mark.parametrize("error", [1e-3, float("nan")], ids=["off", "nan"])
-def test_wrong_scores_are_not_timed(
-    benchmarks: SimpleNamespace, tiny: Qwen3ForCausalLM, workload: Any, error: float
-) -> None:
-    systems = benchmarks.measure.systems_of(tiny)
+def test_wrong_scores_are_not_timed(tiny: Qwen3ForCausalLM, workload: Any, error: float) -> None:
+    systems = ab_measure.systems_of(tiny)
     right = systems["segment packed"]
     calls: list[Any] = []
 
@@ -174,18 +143,18 @@ def test_wrong_scores_are_not_timed(
         return right(prefix, items) + error
 
     few = {"one by one": systems["one by one"], "wrong": wrong}
-    with pytest.raises(benchmarks.measure.WrongScoresError, match=r"wrong is .* off one-by-one"):
-        benchmarks.measure.measure(few, workload, 2, PROBABILITY_MAX_FLOAT32)
+    with pytest.raises(ab_measure.WrongScoresError, match=r"wrong is .* off one-by-one"):
+        ab_measure.measure(few, workload, 2, PROBABILITY_MAX_FLOAT32)
     assert len(calls) == 1  # the round before the timed ones
 
 
-def test_no_query_is_seen_twice(benchmarks: SimpleNamespace, workload: Any) -> None:
-    rounds = [benchmarks.measure.inputs_of(workload, number) for number in range(5)]
+def test_no_query_is_seen_twice(workload: Any) -> None:
+    rounds = [ab_measure.inputs_of(workload, number) for number in range(5)]
     assert len({tuple(prefix) for prefix, _ in rounds}) == 5
     assert len({tuple(item) for _, items in rounds for item in items}) == 15
 
 
-def test_dense_attention_of_the_prediction_computes_the_same(benchmarks: SimpleNamespace) -> None:
+def test_dense_attention_of_the_prediction_computes_the_same() -> None:
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> Any:
@@ -197,15 +166,19 @@ def test_dense_attention_of_the_prediction_computes_the_same(benchmarks: SimpleN
     for group, page_size in ((Group(33, items), 0), (cached, 16)):
         layout = SegmentLayout((group,), 128)
         schedule = build_schedule(
-            layout, block_sizes=BlockSizes(128, 128, 128), page_size=page_size
+            layout,
+            block_sizes=BlockSizes(128, 128, 128),
+            page_size=page_size,
+            max_pages=8 if page_size else 0,
         )
         pages = normal(3, 2, 2, 16, 16) if page_size else None
         want = segment_paged_attention(
             q, k, v, pages, layout, sm_scale=0.25, implementation="reference"
         )
-        got = benchmarks.predict.dense_attention(q, k, v, pages, schedule, sm_scale=0.25)
         real = layout.num_real_tokens
-        assert float(jnp.abs(got - want)[:, :real].max()) <= KERNEL_FLOAT32
+        for num_pages in (None, len(group.page_indices)):  # the whole table, and what is used
+            got = dense_attention(q, k, v, pages, schedule, sm_scale=0.25, num_pages=num_pages)
+            assert float(jnp.abs(got - want)[:, :real].max()) <= KERNEL_FLOAT32
 
 
 HLO = """HloModule program
@@ -226,12 +199,12 @@ ENTRY %main (a: bf16[8,64]) -> f32[8] {
 """
 
 
-def test_a_program_is_counted_by_its_text(benchmarks: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_program_is_counted_by_its_text(tmp_path: Path) -> None:
     files = []
     for name in ("fusion.7", "fusion.9", "fusion.70"):
         files.append(tmp_path / f"1-{name}-01-packed-bundles-post-ra.txt")
         files[-1].write_text("")
-    found = benchmarks.cycles.instructions(
+    found = instructions(
         HLO,
         list(map(str, files)),
         cost_of=lambda name, path: (1000.0, 5.0) if name == "fusion.9" else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +112,25 @@ def build_page_writes(
 def takes_whole(token: Any, low: Any, high: Any, page_size: int) -> Any:
     """Whether a page takes a token in every slot, from where a copy may begin: no need to merge."""
     return (token & (ALIGNMENT - 1) == 0) & (low == 0) & (high == page_size)
+
+
+class WriteRuns(NamedTuple):
+    """What one launch of the kernel writes, and the tokens that it moves to and from memory."""
+
+    whole: int  # pages that are copied together
+    merged: int  # pages that are merged with what they held, one after the other
+    moved_tokens: int  # of keys and values
+
+
+def write_runs(plan: PageWrites) -> WriteRuns:
+    """How often the kernel takes each way for a plan of numpy arrays."""
+    count = int(plan.count[0])
+    _, _, token, low, high = np.reshape(plan.writes, (-1, FIELDS))[:count].T
+    whole = int(takes_whole(token, low, high, plan.page_size).sum())
+    merged = count - whole
+    # to merge: a window of new tokens and the page as it was, and the page again on its way back
+    moved = whole * 2 * plan.page_size + merged * (3 * plan.page_size + ALIGNMENT)
+    return WriteRuns(whole, merged, moved)
 
 
 def _write_xla(

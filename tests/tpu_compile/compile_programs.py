@@ -7,17 +7,14 @@ import json
 import re
 import sys
 from math import prod
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import tpu_schedule
-from kernel_cycles import TOPOLOGIES
+from packscore_kernels.hardware import CHIPS
+from tpu_compiler.schedule import configure
+from workloads import REFERENCE, VOCAB_SIZE, config_of
 
 KERNEL = r"%(\w+)\.\d+ = .*? custom-call\(.*?custom_call_target=\"tpu_custom_call\""
-# A query of 2 000 tokens and items of 20; of the 8B fewer, for the number of tokens of the bucket
-# must not be that of its intermediate size.
-NUM_ITEMS = {"0.6B": 500, "4B": 500, "8B": 450}
+# Of the 8B fewer, for the number of tokens of the bucket must not be that of its intermediate size.
+NUM_ITEMS = {"0.6B": REFERENCE.num_items, "4B": REFERENCE.num_items, "8B": 450}
 
 
 def shapes(text):
@@ -30,13 +27,12 @@ def shapes(text):
 
 
 def main(chip, model, over_vocabulary):
-    tpu_schedule.configure(TOPOLOGIES[chip])
+    configure(CHIPS[chip].topology)
     from packscore.programs.ahead import compile_ahead
     from packscore_kernels import SegmentLayout
-    from predict_tpu import VOCAB_SIZE, config_of
 
-    items = [20] * NUM_ITEMS[model]
-    config, layout = config_of(model), SegmentLayout.single(2000, items)
+    items = [REFERENCE.item_len] * NUM_ITEMS[model]
+    config, layout = config_of(model), SegmentLayout.single(REFERENCE.prefix_len, items)
     ahead = compile_ahead(config, layout, chip=chip, over_vocabulary=over_vocabulary)
     text, tokens = ahead.compiled.as_text(), ahead.num_tokens
     found = {"squares": [], "logits": [], "constants": []}

@@ -4,19 +4,10 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from packscore_kernels.hardware import CHIPS
+from tpu_compiler.schedule import compile_for_tpu, configure
 
-import tpu_schedule
-
-TOPOLOGIES = {
-    "v4": "v4:1x1x1",
-    "v5e": "v5e:1x1",
-    "v5p": "v5p:1x1x1",
-    "v6e": "v6e:1x1",
-    "tpu7x": "tpu7x:1x1x1",
-}
 # (dtype, head_dim, num_q_heads, num_kv_heads, page_size, groups, tiles): 0 is without pages.
 # Every dtype, head size, GQA ratio and page size, one and many groups; `tiles` None is what the
 # table or the heuristic picks, which is what users run; small ones compile in a few seconds.
@@ -88,7 +79,7 @@ def attention(variant, chip):
             q, k, v, pages, schedule, sm_scale=0.1, implementation="pallas"
         )
 
-    tpu_schedule.compile_for_tpu(op, args)
+    compile_for_tpu(op, args)
     return str(blocks)
 
 
@@ -107,7 +98,7 @@ def page_writer(dtype, head_dim, page_size):
     def op(pool, k, v):
         return write_kv_pages(pool, k, v, jax.tree.map(jnp.asarray, plan), implementation="pallas")
 
-    tpu_schedule.compile_for_tpu(op, [pool, kv, kv])
+    compile_for_tpu(op, [pool, kv, kv])
 
 
 def vector_gather():
@@ -125,7 +116,7 @@ def vector_gather():
         )
 
     index = jax.ShapeDtypeStruct((8,), jnp.int32)
-    tpu_schedule.compile_for_tpu(op, [index, jax.ShapeDtypeStruct((64, 128), jnp.float32)])
+    compile_for_tpu(op, [index, jax.ShapeDtypeStruct((64, 128), jnp.float32)])
 
 
 def attempt(name, call, *args):
@@ -140,7 +131,7 @@ def attempt(name, call, *args):
 
 
 def main(chip, only=None):
-    tpu_schedule.configure(TOPOLOGIES[chip])
+    configure(CHIPS[chip].topology)
     os.environ["TPU_STDERR_LOG_LEVEL"] = "3"
     for i, variant in enumerate(VARIANTS):
         if only is None or i == int(only):

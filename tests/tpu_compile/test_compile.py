@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from compile_programs import shapes
+from packscore_kernels.hardware import CHIPS
+
 PROGRAMS = Path(__file__).with_name("compile_programs.py")
 SCRIPT = Path(__file__).with_name("compile_variants.py")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -22,8 +25,8 @@ needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installe
 
 
 COMMANDS = {
-    **{chip: (SCRIPT, chip) for chip in ("v4", "v5e", "v5p", "v6e", "tpu7x")},
-    "calibrate": (BENCHMARKS / "tpu_schedule.py", "calibrate"),
+    **{chip: (SCRIPT, chip) for chip in sorted(CHIPS)},
+    "calibrate": (BENCHMARKS / "tpu_compiler" / "schedule.py", "calibrate"),
     "v6e 0.6B": (PROGRAMS, "v6e", "0.6B"),
     "v5e 0.6B": (PROGRAMS, "v5e", "0.6B", "--over-vocabulary"),
     "v6e 4B": (PROGRAMS, "v6e", "4B"),
@@ -37,6 +40,8 @@ COMMANDS = {
 
 def run(name):
     environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    paths = [str(BENCHMARKS), *filter(None, [environment.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
     command = [sys.executable, *map(str, COMMANDS[name])]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
@@ -61,7 +66,7 @@ def output(request):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("name", ["v4", "v5e", "v5p", "v6e", "tpu7x"])
+@pytest.mark.parametrize("name", sorted(CHIPS))
 def test_every_variant_compiles(name, output):
     results = [json.loads(line) for line in output(name).splitlines()]
     gather = results.pop()
@@ -112,9 +117,6 @@ def test_whole_models_compile(name, hbm_bytes, output):
 
 
 def test_the_reader_of_programs_sees_what_must_not_be_there():
-    sys.path.insert(0, str(PROGRAMS.parent))
-    from compile_programs import shapes
-
     line = "  %scores = bf16[16,12288,12288]{2,1,0:T(8,128)} fusion(%q), kind=kLoop"
     argument = "  %w = bf16[151936,1024]{1,0} parameter(0)"
     assert [sizes for sizes, _ in shapes(f"{line}\n{argument}")] == [[16, 12288, 12288]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from jax.experimental import topologies
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from packscore.errors import InputError
-from packscore.flows.page_pool import PAGE_SIZE, PREFIX_CACHE_BYTES
+from packscore.flows.page_pool import PAGE_SIZE, PREFIX_CACHE_BYTES, PrefixLease
 from packscore.programs.compiling import compile_program
 from packscore.programs.launch_inputs import block_sizes_for, program_inputs
 from packscore.programs.pages import pages_within, pool_struct
@@ -41,6 +42,7 @@ class AheadOfTime:
     weight_bytes: int
     pool_bytes: int  # pages of prefixes
     temporary_bytes: int
+    inputs: tuple[Any, ...]  # what it takes beside the weights and the pool, as numpy arrays
 
 
 def compile_ahead(
@@ -52,6 +54,8 @@ def compile_ahead(
     over_vocabulary: bool = False,
     dtype: Any = jnp.bfloat16,
     prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
+    leases: Sequence[PrefixLease | None] = (),
+    implementation: str = "pallas",
 ) -> AheadOfTime:
     """Compile the program that would score `layout` with a model of this configuration.
 
@@ -68,6 +72,8 @@ def compile_ahead(
       over_vocabulary: with the log-sum-exp over the whole vocabulary.
       dtype: of the weights.
       prefix_cache_bytes: what the pages of prefixes may take, as in `MultiItemScorer`; 0: none.
+      leases: of the pages that the request's prefixes go to; data too.
+      implementation: of the kernels, as `segment_paged_attention` names them.
 
     Returns:
       The compiled program with its sizes in bytes.
@@ -90,11 +96,12 @@ def compile_ahead(
     )
     blocks = block_sizes_for(config, dtype, key.num_tokens, chip, PAGE_SIZE if num_pages else 0)
     token_ids = np.zeros(layout.num_real_tokens, np.int64)
-    inputs = program_inputs(key, blocks, layout, token_ids, list(range(num_labels)))
+    labels = list(range(num_labels))
+    inputs = program_inputs(key, blocks, layout, token_ids, labels, leases=leases)
     pool = [pool_struct(config, dtype, num_pages)] if num_pages else []
     weights = traced.weight_shapes(dtype)
     start = time.process_time()
-    compiled = compile_program(traced, weights, key, (*pool, *inputs), device, "pallas")
+    compiled = compile_program(traced, weights, key, (*pool, *inputs), device, implementation)
     seconds = time.process_time() - start
     memory = compiled.memory_analysis()
     return AheadOfTime(
@@ -106,4 +113,5 @@ def compile_ahead(
         bytes_of(weights),
         bytes_of(pool),
         memory.temp_size_in_bytes,
+        inputs,
     )

@@ -4,8 +4,8 @@ libtpu compiles ahead of time for a named topology ("v6e:1x1", "v5e:1x1", "tpu7x
 x86-64 Linux host, and dumps the VLIW schedule of every HLO instruction. The core is in-order and
 issues one bundle a cycle, so scheduled bundles x trip counts is the cycle count less DMA stalls.
 
-    python benchmarks/tpu_schedule.py calibrate                     the check that this holds
-    python benchmarks/tpu_schedule.py outline DUMP_DIR [NAME]       regions: bundles, use, branches
+    python benchmarks/tpu_compiler/schedule.py calibrate                  the check that this holds
+    python benchmarks/tpu_compiler/schedule.py outline DUMP_DIR [NAME]    regions and their bundles
 
 The schedule is read before the delay converter. The final bundles leave out the empty ones, because
 the hardware interlocks on the matrix and transpose units: for q k' of 512x128x512 on v5e they are

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import tpu_schedule
+from tpu_compiler.schedule import pipelined_cycles, regions
 
 KERNEL, DENSE_SCOPE = "segment_paged_attention", "dense_attention"  # names in a program's text
 COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
@@ -147,12 +147,12 @@ def instructions(
                 operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
                 arrays = [shape, *(shapes.get(operand, "") for operand in dict.fromkeys(operands))]
                 cost = cost_of(own, path)
-                cycles, moved = cost or (tpu_schedule.pipelined_cycles(path), None)
+                cycles, moved = cost or (pipelined_cycles(path), None)
                 if moved is None:
                     moved = sum(array_bytes(array, turns) for array in arrays)
                     if "gather" in own:  # reads the rows it gives, not the whole table
                         moved = 2 * array_bytes(shape, turns)
-                multiplies = any(r.has("vmatmul") for r in tpu_schedule.regions(path))
+                multiplies = any(r.has("vmatmul") for r in regions(path))
                 is_attention = own.startswith(KERNEL) or DENSE_SCOPE in line
                 found.append(Instruction(own, times, cycles, moved, multiplies, is_attention))
 
