@@ -32,7 +32,7 @@ def test_import_loads_nothing_and_changes_no_environment() -> None:
 
 
 def test_every_module_leaves_the_process_as_it_was() -> None:
-    """Environment, torch defaults and Hugging Face registries, and no jax, torchax or device."""
+    """Environment, torch defaults and Hugging Face registries; none but programs brings jax."""
     run_fresh(
         """
         import importlib, os, pkgutil, sys, threading, warnings
@@ -62,29 +62,29 @@ def test_every_module_leaves_the_process_as_it_was() -> None:
 
         before = state()
         import packscore
-        modules = ["packscore"]
-        # extend classes of packages that change warnings and the environment when imported
-        adapters = {
-            f"packscore.integrations.{name}" for name in ("langchain", "llama_index", "rerankers")
-        }
-        extras = {"packscore.integrations.cross_encoder", "packscore.plot"}
-        for module in pkgutil.walk_packages(packscore.__path__, "packscore."):
-            if module.name.startswith("packscore.programs."):  # by patch_model(..., device=...)
-                continue
-            if module.name in extras or module.name in adapters:
-                continue
-            importlib.import_module(module.name)
-            modules.append(module.name)
+        # programs are for patch_model(..., device=...); the others extend classes of packages that
+        # change warnings and the environment when imported
+        programs = "packscore.programs"
+        adapters = ("cross_encoder", "langchain", "llama_index", "rerankers")
+        extending = {"packscore.plot", *(f"packscore.integrations.{name}" for name in adapters)}
+        found = {module.name for module in pkgutil.walk_packages(packscore.__path__, "packscore.")}
+        assert extending < found
+        modules = {name for name in found if not name.startswith(programs)}
+        for name in sorted(modules - extending):
+            importlib.import_module(name)
         for name in packscore.__all__:
-            if packscore._HOME_OF[name] not in extras:
+            if packscore._HOME_OF[name] in modules - extending:
                 getattr(packscore, name)
-        assert len(modules) > 10
         after = state()
         for key in before:
             assert before[key] == after[key], key
-        assert "jax" not in sys.modules
-        assert "torchax" not in sys.modules
         assert not torch.cuda.is_initialized()
+        for name in sorted(extending):
+            importlib.import_module(name)
+        assert not {"jax", "jaxlib", "torchax"} & set(sys.modules)
+        from packscore import ModelProgram
+        assert ModelProgram.__module__.startswith(programs)
+        assert "jax" in sys.modules
         """
     )
 

@@ -21,15 +21,20 @@ RIGHT = """
     from transformers import AutoTokenizer, PreTrainedModel
 
     from packscore import (
+        EncodedRequest,
+        Explanation,
         InputError,
+        ModelProgram,
         MultiItemScorer,
         ParityReport,
+        Prefix,
         PromptSpec,
         RankedDocument,
         ScoreResult,
         ScoringError,
         patch_model,
         patched,
+        program_of,
         register_pipelines,
         unpatch_model,
         verify_parity,
@@ -50,11 +55,22 @@ RIGHT = """
         first = each[0].scores[0]
         for row in scorer.score_stream(query, iter(documents)):
             first = row
-        with scorer.prefix(query) as held:
+        with hold(scorer, query) as held:
             first = held.score(documents)[0]
             saved = held.score(documents, return_usage=True).usage.prefix_tokens_saved
-        print(saved, pairs.mean(), scores, first, scorer.explain(query, documents).chosen.flow)
+        explanation: Explanation = scorer.explain(query, documents)
+        request: EncodedRequest = scorer.encode(query, documents)
+        print(saved, pairs.mean(), scores, first, explanation.chosen.flow, len(request.prefix))
         return [documents[entry["corpus_id"]] for entry in ranked if entry["score"] > 0.5]
+
+
+    def hold(scorer: MultiItemScorer, query: str) -> Prefix:
+        return scorer.prefix(query)
+
+
+    def warm(model: PreTrainedModel) -> int:
+        program: ModelProgram | None = program_of(model)
+        return 0 if program is None else program.warmup(max_tokens=1024)
 
 
     def check(model: PreTrainedModel) -> ParityReport:
@@ -107,15 +123,11 @@ def test_a_users_program_is_typed(tmp_path: Path) -> None:
         '"Usage" has no attribute "tokens_saved"',
     ],
 )
-def test_a_wrong_one_is_not(
-    tmp_path_factory: pytest.TempPathFactory, expected: str, found: list[str]
-) -> None:
-    if not found:
-        found += strict(tmp_path_factory.mktemp("wrong"), WRONG)
-    assert any(expected in line for line in found)
+def test_a_wrong_one_is_not(complaints: list[str], expected: str) -> None:
+    assert any(expected in line for line in complaints)
 
 
 @pytest.fixture(scope="module")
-def found() -> list[str]:
-    """What mypy said, once for all."""
-    return []
+def complaints(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What mypy says of the wrong program, asked once."""
+    return strict(tmp_path_factory.mktemp("wrong"), WRONG)

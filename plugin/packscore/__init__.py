@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from packscore.calls import program_of as program_of
+    from packscore.encoded import EncodedRequest as EncodedRequest
     from packscore.errors import InputError as InputError
     from packscore.errors import InputTypeError as InputTypeError
     from packscore.errors import MaskTooLargeError as MaskTooLargeError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from packscore.errors import StalePrefixError as StalePrefixError
     from packscore.errors import UnexpectedCompileError as UnexpectedCompileError
     from packscore.errors import UnsupportedModelError as UnsupportedModelError
+    from packscore.flows.planner import Explanation as Explanation
     from packscore.integrations.cross_encoder import CrossEncoder as CrossEncoder
     from packscore.integrations.pipeline import MultiItemScoringPipeline as MultiItemScoringPipeline
     from packscore.integrations.pipeline import register_pipelines as register_pipelines
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from packscore.patching import patch_model as patch_model
     from packscore.patching import patched as patched
     from packscore.patching import unpatch_model as unpatch_model
+    from packscore.prefixes import Prefix as Prefix
+    from packscore.programs.program import ModelProgram as ModelProgram
     from packscore.results import RankedDocument as RankedDocument
     from packscore.results import ScoreResult as ScoreResult
     from packscore.results import Usage as Usage
@@ -44,15 +48,19 @@ __version__ = "0.1.0"
 # compares the two.
 _HOMES = {
     "calls": ("program_of",),
+    "encoded": ("EncodedRequest",),
     "errors": (
         *("InputError", "InputTypeError", "MaskTooLargeError", "MissingPackageError"),
         *("NotPatchedError", "PackscoreError", "ScoringError", "StalePrefixError"),
         *("UnexpectedCompileError", "UnsupportedModelError"),
     ),
+    "flows.planner": ("Explanation",),
     "integrations.cross_encoder": ("CrossEncoder",),
     "integrations.pipeline": ("MultiItemScoringPipeline", "register_pipelines"),
     "model.family": ("is_patched",),
     "patching": ("patch_model", "patched", "unpatch_model"),
+    "prefixes": ("Prefix",),
+    "programs.program": ("ModelProgram",),
     "results": ("RankedDocument", "ScoreResult", "Usage"),
     "scoring": ("MultiItemScorer",),
     "shipped": ("shipped_model_path",),
