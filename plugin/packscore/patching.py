@@ -61,7 +61,7 @@ def patch_model(
     check_supported(model)
     if not is_patched(model):
         _register()
-        _switch(model, REGISTERED_NAMES[base_model(model).config._attn_implementation])
+        switch_attention(model, REGISTERED_NAMES[base_model(model).config._attn_implementation])
     if device is not None:
         _compile(model, device, None if compile_cache is None else Path(compile_cache))
     return model
@@ -89,7 +89,7 @@ def unpatch_model(model: ModelT) -> ModelT:
       The same object; its logits are bit-identical to before it was patched.
     """
     if is_patched(model):
-        _switch(model, BASES[base_model(model).config._attn_implementation])
+        switch_attention(model, BASES[base_model(model).config._attn_implementation])
         leave(base_model(model))
     return model
 
@@ -105,14 +105,26 @@ def patched(model: ModelT) -> Iterator[ModelT]:
             unpatch_model(model)
 
 
-def _switch(model: nn.Module, implementation: str) -> None:
-    shared = base_model(model).config
-    own = copy.deepcopy(shared)
+def switch_attention(model: nn.Module, implementation: str) -> Callable[[], None]:
+    """Name another attention in a configuration of the model's own.
+
+    Every module that shared the old configuration gets the new one, and no other model does.
+
+    Returns:
+      What gives those modules the old one back.
+    """
+    found = base_model(model).config
+    own = copy.deepcopy(found)
     own._attn_implementation_internal = implementation
-    module: Any
-    for module in model.modules():
-        if module.__dict__.get("config") is shared:
-            module.config = own
+    holders = [module for module in model.modules() if module.__dict__.get("config") is found]
+
+    def give(config: Any) -> None:
+        module: Any
+        for module in holders:
+            module.config = config
+
+    give(own)
+    return lambda: give(found)
 
 
 def _register() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from packscore.encoded import EncodedRequest
 from packscore.errors import InputError
 from packscore.inputs import Text, as_list, as_pairs
 from packscore.model.family import base_model, is_classifier
-from packscore.patching import patched
+from packscore.patching import patched, switch_attention
 from packscore.results import MaskChoice
 from packscore.scoring import MultiItemScorer
 from packscore.text.labels import LabelIds, Labels
@@ -280,15 +279,8 @@ def unpatched_eager(model: nn.Module) -> Iterator[None]:
     Modules get a configuration of their own for the block, so that compiled programs and other
     models that share the configuration notice nothing.
     """
-    found = base_model(model).config
-    eager = copy.deepcopy(found)
-    eager._attn_implementation_internal = "eager"
-    module: Any
-    holders = [module for module in model.modules() if module.__dict__.get("config") is found]
+    take_back = switch_attention(model, "eager")
     try:
-        for module in holders:
-            module.config = eager
         yield
     finally:
-        for module in holders:
-            module.config = found
+        take_back()

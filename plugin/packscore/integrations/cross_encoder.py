@@ -18,6 +18,7 @@ from packscore.errors import (
 )
 from packscore.inputs import short
 from packscore.integrations.chat_template import PROBES, spec_of_chat_template
+from packscore.integrations.loading import kept_scorer
 from packscore.patching import patch_model
 from packscore.scoring import MultiItemScorer
 from packscore.text.encoding import group_by_query
@@ -33,8 +34,6 @@ except ImportError as error:
 
 # What sentence-transformers itself keeps from the template's variables.
 NOT_TEMPLATE_VARIABLES = {"padding", "truncation", "max_length", "return_tensors", "restore_suffix"}
-# Scorers of different prompts kept at a time: each may hold keys and values of its queries.
-KEPT_SCORERS = 2
 SUPPORTED_MODULES = (
     "Transformer and LogitScore (yes/no), or Transformer of the task 'sequence-classification'"
 )
@@ -210,11 +209,7 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
         """The scorer of a prompt; made again when what sentence-transformers reads changed."""
         variables = self._template_variables()
         key = repr((prompt, self.max_seq_length, self._chat_template(), variables))
-        if key not in self._scorers:
-            while len(self._scorers) >= KEPT_SCORERS:
-                del self._scorers[next(iter(self._scorers))]
-            self._scorers[key] = self._make_scorer(prompt)
-        return self._scorers[key]
+        return kept_scorer(self._scorers, key, lambda: self._make_scorer(prompt))
 
     def _make_scorer(self, prompt: str | None) -> MultiItemScorer:
         limit = int(self._first.model.config.max_position_embeddings)

@@ -1,8 +1,8 @@
-"""What every adapter ranks with: a scorer that is there, or one made from a model's name."""
+"""What adapters score with: a scorer that is there, one of a model's name, one kept since."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -11,6 +11,9 @@ from packscore.errors import InputTypeError
 from packscore.patching import patch_model
 from packscore.scoring import MultiItemScorer
 from packscore.text.prompts import PromptSpec
+
+# Scorers of different prompts kept at a time: each may hold keys and values of its queries.
+KEPT_SCORERS = 2
 
 
 def load_scorer(
@@ -30,6 +33,17 @@ def load_scorer(
     model: Any = AutoModelForCausalLM.from_pretrained(model_name_or_path, **options)
     tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
     return MultiItemScorer(patch_model(model.eval()), tokenizer, prompt=prompt)
+
+
+def kept_scorer(
+    scorers: dict[str, MultiItemScorer], key: str, make: Callable[[], MultiItemScorer]
+) -> MultiItemScorer:
+    """The scorer of a key; a new one takes the place of the oldest."""
+    if key not in scorers:
+        while len(scorers) >= KEPT_SCORERS:
+            del scorers[next(iter(scorers))]
+        scorers[key] = make()
+    return scorers[key]
 
 
 class Ranking:

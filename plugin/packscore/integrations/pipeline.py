@@ -14,6 +14,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from packscore.errors import InputError, InputTypeError
 from packscore.inputs import Text, as_list, check_count, short
+from packscore.integrations.loading import kept_scorer
 from packscore.model.family import base_model, class_count
 from packscore.patching import patch_model
 from packscore.scoring import MultiItemScorer
@@ -25,8 +26,6 @@ SCORER_OPTIONS = (
     *("prompt", "instruction", "mask_impl", "max_tokens", "on_long", "split_special_tokens"),
     "prefix_cache_bytes",
 )
-# Scorers of different prompts kept at a time: each may hold keys and values of its queries.
-KEPT_SCORERS = 2
 LABEL_OPTIONS = ("labels", "label_token_ids")
 OUTPUT_OPTIONS = ("apply_softmax", "top_k", "return_items", "show_progress_bar")
 OPTIONS = (*SCORER_OPTIONS, *LABEL_OPTIONS, *OUTPUT_OPTIONS)
@@ -261,11 +260,9 @@ class MultiItemScoringPipeline(Pipeline):
         """The scorer of a prompt and its options, made once."""
         own = {name: options[name] for name in SCORER_OPTIONS if name in options}
         key = repr(sorted(own.items()))
-        if key not in self._scorers:
-            while len(self._scorers) >= KEPT_SCORERS:
-                del self._scorers[next(iter(self._scorers))]
-            self._scorers[key] = MultiItemScorer(self.model, self.tokenizer, **own)
-        return self._scorers[key]
+        return kept_scorer(
+            self._scorers, key, lambda: MultiItemScorer(self.model, self.tokenizer, **own)
+        )
 
 
 def _score_requests(
