@@ -7,9 +7,21 @@ import numpy as np
 # The contract on probabilities against the unpacked eager model. In float32 the difference is the
 # order of summation: 1e-7 relative a step, over a few hundred keys and six layers.
 PROBABILITY_MAX_FLOAT32 = 1e-5
+# Two packed runs of one model in float32, whose sums another flow, launch or batch adds in another
+# order. A logit of up to 8 is known to 2 ** -22: two logits of two runs move the log-odds by 1e-6
+# and a probability by a quarter of that; the rest is what the hidden states carry.
+PROBABILITY_REORDERED = 1e-6
+# 1e-6 of a probability of 0.9, whose slope over the log-odds is 0.09.
+LOG_ODDS_REORDERED = 1e-5
+# Log-odds, and log-probabilities of labels of several tokens, against the unpacked model: 1e-5 of a
+# probability of a half is 4e-5 of its log-odds; the errors of five tokens, independent, twice that.
+LOG_ODDS_FLOAT32 = 1e-4
 # In bfloat16 a logit of 8 is known to 0.03; two of them move a probability by 0.25 * 0.06 at most.
 PROBABILITY_MAX_BFLOAT16 = 0.02
 PROBABILITY_MEAN_BFLOAT16 = 0.01
+# Of a label of two tokens, relative to it: 0.03 of a logit is 0.03 of a token's probability, and
+# two of them, independent, are 0.03 * 2 ** 0.5.
+LABEL_RELATIVE_BFLOAT16 = 0.05
 # Attention outputs of N(0, 1) inputs are about 1: float32 sums of some hundred terms, reordered.
 ATTENTION_FLOAT32 = 5e-6
 # One rounding to bfloat16 of each part before they are merged: 2 ** -8 of values up to about 4.
@@ -35,6 +47,11 @@ LAYER_BFLOAT16 = 2 * 2**-8
 # product is rounded and its sum with the residual, 2 ** -9 of the largest output each.
 PROJECT_OUT_FLOAT32 = 1e-4
 PROJECT_OUT_BFLOAT16 = 2**-8
+# Relative to a launch's cost. Calibration tells what a launch costs by itself from the smallest and
+# the largest it times, so up to 32 / 4096 of it goes to the tokens: at 20 000 of them 0.04 of it.
+COST_CALIBRATED = 0.05
+# Six numbers stand for all programs of two models that the TPU compiler was asked about.
+COST_FITTED = 0.1
 
 
 def assert_close(got: Any, want: np.ndarray, dtype: str) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cli_helpers import MODEL, RECORDS, Cli
 from packscore import MultiItemScorer, patch_model, shipped_model_path
+from tolerances import LABEL_RELATIVE_BFLOAT16
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_labels_of_several_tokens(cli: Cli, scorer: MultiItemScorer) -> None:
         expected: list[list[float]] = []
         for record in RECORDS:
             expected += scorer.score(record["query"], record["items"], **labels)
-        assert found == [pytest.approx(row, rel=0.05) for row in expected]  # in bfloat16
+        assert found == [pytest.approx(row, rel=LABEL_RELATIVE_BFLOAT16) for row in expected]
     done = cli("verify", path, *MODEL, "--labels", "no.,yes.", "--dtype", "float32")
     assert done.code == 0, done.err
     done = cli("score", path, "-o", "b.csv", *MODEL, "--label-token-ids", "5 x,3")

@@ -21,6 +21,7 @@ from packscore import CrossEncoder, InputError, InputTypeError, MultiItemScorer,
 from packscore.integrations.langchain import PackscoreReranker
 from packscore.integrations.llama_index import PackscoreRerank
 from packscore.integrations.rerankers import PackscoreRanker
+from tolerances import PROBABILITY_MAX_FLOAT32, PROBABILITY_REORDERED
 
 QUERY = "shuffle a list"
 TEXTS = ["Rename a file.", "Shuffle list x in place.", "", "Return a shuffled list of files.", "x"]
@@ -74,7 +75,7 @@ def test_langchain_async_calls_run_at_the_same_time(scorer: Any) -> None:
         # which call computes a query and which finds it in the cache changes the order of sums
         assert [d.page_content for d in got] == [d.page_content for d in want]
         scores = [[d.metadata["relevance_score"] for d in found] for found in (got, want)]
-        assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+        assert scores[0] == pytest.approx(scores[1], abs=PROBABILITY_REORDERED)
 
 
 def test_langchain_from_a_name_and_from_a_cross_encoder(ranked: Any) -> None:
@@ -84,7 +85,9 @@ def test_langchain_from_a_name_and_from_a_cross_encoder(ranked: Any) -> None:
         found = compressor.compress_documents(lc_documents(), QUERY)
         assert [d.metadata["source"] for d in found] == [i for i, _ in ranked[:2]]
         for document, (_, score) in zip(found, ranked[:2], strict=True):
-            assert document.metadata["relevance_score"] == pytest.approx(score, abs=1e-5)
+            assert document.metadata["relevance_score"] == pytest.approx(
+                score, abs=PROBABILITY_MAX_FLOAT32
+            )
 
 
 def nodes() -> list[NodeWithScore]:
@@ -142,7 +145,9 @@ def test_rerankers_ranks_texts_and_documents(scorer: Any, ranked: Any) -> None:
     assert [r.doc_id for r in ranker.rank(QUERY, documents)] == [f"d{i}" for i, _ in ranked]
     assert ranker.rank(QUERY, TEXTS, doc_ids=list("abcde"))[0].doc_id == "abcde"[ranked[0][0]]
     assert ranker.rank(QUERY, []).results == []
-    assert ranker.score(QUERY, TEXTS[1]) == pytest.approx(dict(ranked)[1], abs=1e-6)
+    assert ranker.score(QUERY, TEXTS[1]) == pytest.approx(
+        dict(ranked)[1], abs=PROBABILITY_REORDERED
+    )
     asynchronous = asyncio.run(ranker.rank_async(QUERY, TEXTS))
     assert [r.score for r in asynchronous] == [score for _, score in ranked]
     by_name = PackscoreRanker(MODEL, **FLOAT32).rank(QUERY, TEXTS)

@@ -26,8 +26,8 @@ from packscore import (
     shipped_model_path,
 )
 from packscore.integrations.pipeline import TASK, MultiItemScoringPipeline
+from tolerances import PROBABILITY_MAX_FLOAT32, PROBABILITY_REORDERED
 
-SAME = 1e-6  # float32 probabilities, whose sums another flow adds in another order
 LABELS = [" file", " list", " time"]
 CLASSIFY = PromptSpec(prefix="A sentence.", item=" {item}", suffix=" It is about a")
 REQUESTS: list[dict[str, Any]] = [
@@ -121,7 +121,7 @@ def test_batches_change_no_score(
 
 
 def near(values: Any) -> Any:
-    return pytest.approx(values, abs=SAME)
+    return pytest.approx(values, abs=PROBABILITY_REORDERED)
 
 
 def assert_same(found: Any, expected: list[list[dict[str, Any]]]) -> None:
@@ -130,7 +130,7 @@ def assert_same(found: Any, expected: list[list[dict[str, Any]]]) -> None:
         assert [entry["index"] for entry in entries] == [entry["index"] for entry in wanted]
         for entry, want in zip(entries, wanted, strict=True):
             assert entry.keys() == want.keys()
-            assert entry["score"] == pytest.approx(want["score"], abs=SAME)
+            assert entry["score"] == pytest.approx(want["score"], abs=PROBABILITY_REORDERED)
 
 
 class TorchRequests(Dataset[dict[str, Any]]):
@@ -242,7 +242,7 @@ def test_sequences_with_candidate_labels(
         assert entry["sequence"] == text
         assert entry["scores"] == sorted(entry["scores"], reverse=True)
         for label, score in zip(entry["labels"], entry["scores"], strict=True):
-            assert score == pytest.approx(row[LABELS.index(label)], abs=1e-5)
+            assert score == pytest.approx(row[LABELS.index(label)], abs=PROBABILITY_MAX_FLOAT32)
     one = made({"sequence": texts[1], "candidate_labels": LABELS}, top_k=2)
     assert one["labels"] == found[1]["labels"][:2]
     comma = made({"sequence": texts[1], "candidate_labels": "file, list"})
@@ -259,7 +259,9 @@ def test_labels_of_several_tokens(scorer: MultiItemScorer, pipe: Any, tokenizer:
         found = pipe({**request, **labels})
         first, second = names
         for entry, row in zip(found, expected, strict=True):
-            assert entry["scores"] == pytest.approx({first: row[0], second: row[1]}, abs=SAME)
+            assert entry["scores"] == pytest.approx(
+                {first: row[0], second: row[1]}, abs=PROBABILITY_REORDERED
+            )
             assert entry["label"] == (first if row[0] > row[1] else second)
 
 
@@ -295,7 +297,7 @@ def test_dense_leaves_the_model_unpatched(
     made = pipeline(TASK, model=fresh, tokenizer=tokenizer, **options)
     assert not is_patched(fresh)
     for entry, want in zip(made(REQUESTS[0]), expected[0], strict=True):
-        assert entry["score"] == pytest.approx(want["score"], abs=1e-5)
+        assert entry["score"] == pytest.approx(want["score"], abs=PROBABILITY_MAX_FLOAT32)
 
 
 def test_progress_counts_requests(pipe: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,7 @@ from tolerances import (
     PROBABILITY_MAX_BFLOAT16,
     PROBABILITY_MAX_FLOAT32,
     PROBABILITY_MEAN_BFLOAT16,
+    PROBABILITY_REORDERED,
 )
 
 pytestmark = pytest.mark.usefixtures("quick_programs")
@@ -108,7 +109,7 @@ def test_a_prompt_asks_a_classifier_for_its_classes(tokenizer: Any) -> None:
     question = "shuffle a list", ["Shuffle list x in place."]
     (scores,) = scorer.score(*question, flow="packed")
     assert len(scores) == 3
-    assert sum(scores) == pytest.approx(1, abs=1e-6)
+    assert sum(scores) == pytest.approx(1, abs=PROBABILITY_REORDERED)
     (good,) = scorer.score(*question, labels=["good"], flow="packed")
     assert good == [scores[2]]
 

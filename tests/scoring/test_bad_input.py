@@ -23,6 +23,7 @@ from packscore import (
     UnsupportedModelError,
     patch_model,
 )
+from tolerances import PROBABILITY_REORDERED
 
 Call = Callable[[MultiItemScorer], Any]
 
@@ -411,7 +412,7 @@ def test_the_models_own_limit_is_the_default_budget() -> None:
     scorer = MultiItemScorer(model, label_token_ids=[1, 2])
     result = scorer.score([1] * 4, [[2] * 8, [2] * 9], return_usage=True)
     assert result.usage.truncated_items == (1,)
-    assert result.scores[0] == pytest.approx(result.scores[1], abs=1e-6)
+    assert result.scores[0] == pytest.approx(result.scores[1], abs=PROBABILITY_REORDERED)
 
 
 @pytest.mark.usefixtures("no_forward")

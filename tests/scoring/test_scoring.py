@@ -14,9 +14,11 @@ from packscore import MultiItemScorer, PromptSpec, ScoringError, Usage, patch_mo
 from packscore.flows.packing import PackedBatch
 from packscore.torch_engine.engine import TorchEngine
 from tolerances import (
+    LOG_ODDS_REORDERED,
     PROBABILITY_MAX_BFLOAT16,
     PROBABILITY_MAX_FLOAT32,
     PROBABILITY_MEAN_BFLOAT16,
+    PROBABILITY_REORDERED,
 )
 
 QUERY = "shuffle a list"
@@ -67,7 +69,9 @@ def test_rank_sorts_best_first_with_ties_by_position(scorer: MultiItemScorer) ->
         (entry["score"] for entry in ranked), reverse=True
     )
     for entry in ranked:
-        assert entry["score"] == pytest.approx(probabilities[entry["corpus_id"]], abs=1e-6)
+        assert entry["score"] == pytest.approx(
+            probabilities[entry["corpus_id"]], abs=PROBABILITY_REORDERED
+        )
         assert set(entry) == {"corpus_id", "score"}
     # the two equal documents have one score, and the first of them comes first
     assert [entry["corpus_id"] for entry in ranked[:2]] == [1, 3]
@@ -106,9 +110,9 @@ def test_predict_log_odds_and_own_activation(scorer: MultiItemScorer) -> None:
     pairs = [(QUERY, document) for document in DOCUMENTS]
     log_odds = scorer.predict(pairs, activation_fn=torch.nn.Identity())
     probabilities = scorer.predict(pairs)
-    assert np.allclose(1 / (1 + np.exp(-log_odds)), probabilities, atol=1e-6)
+    assert np.allclose(1 / (1 + np.exp(-log_odds)), probabilities, atol=PROBABILITY_REORDERED)
     ranked = scorer.rank(QUERY, DOCUMENTS, activation_fn=torch.nn.Identity())
-    assert ranked[0]["score"] == pytest.approx(log_odds[1], abs=1e-5)
+    assert ranked[0]["score"] == pytest.approx(log_odds[1], abs=LOG_ODDS_REORDERED)
 
 
 def test_predict_shows_progress_when_asked(
@@ -217,8 +221,8 @@ def test_scores_over_the_vocabulary_sum_to_one(shipped: PreTrainedModel) -> None
     scorer = MultiItemScorer(shipped)
     (total,) = scorer.score(random_ids(9, seed=1), [[4]], label_token_ids=labels[:200])
     logits = one_by_one(shipped, random_ids(9, seed=1), [[4]], labels)
-    assert logits.sum() == pytest.approx(1.0, abs=1e-5)
-    assert sum(total) == pytest.approx(float(logits[0, :200].sum()), abs=1e-5)
+    assert logits.sum() == pytest.approx(1.0, abs=PROBABILITY_MAX_FLOAT32)
+    assert sum(total) == pytest.approx(float(logits[0, :200].sum()), abs=PROBABILITY_MAX_FLOAT32)
 
 
 def test_own_prompt_with_own_labels(shipped: PreTrainedModel, tokenizer: Any) -> None:

@@ -15,6 +15,7 @@ from packscore import InputError, MultiItemScorer, patch_model, program_of, veri
 from packscore.flows.page_pool import PAGE_SIZE
 from packscore.text.labels import Labels
 from tolerances import (
+    LOG_ODDS_FLOAT32,
     PROBABILITY_MAX_BFLOAT16,
     PROBABILITY_MAX_FLOAT32,
     PROBABILITY_MEAN_BFLOAT16,
@@ -65,7 +66,7 @@ def assert_parity(
     scores = torch.tensor(found, dtype=torch.float64)
     assert (scores - expected.exp()).abs().max() <= PROBABILITY_MAX_FLOAT32
     # a product of four probabilities is small: its logarithm has to be right as well
-    assert (scores.log() - expected).abs().max() <= 1e-4
+    assert (scores.log() - expected).abs().max() <= LOG_ODDS_FLOAT32
     assert expected.std(0).min() > 0.5
     expected = log_probs(reference, prefix, items, EQUALLY_LONG).softmax(-1)
     options |= {"label_token_ids": EQUALLY_LONG, "apply_softmax": True}
@@ -219,7 +220,7 @@ def test_rank_and_predict_compare_sums(served: tuple[Any, Any]) -> None:
     log_odds = (expected[:, 1] - expected[:, 0]).numpy()
     pairs = [(prefix, item) for item in ITEMS]
     found = scorer.predict(pairs, activation_fn=torch.nn.Identity())
-    np.testing.assert_allclose(found, log_odds, atol=1e-4)
+    np.testing.assert_allclose(found, log_odds, atol=LOG_ODDS_FLOAT32)
     ranked = scorer.rank(prefix, ITEMS)
     assert [entry["corpus_id"] for entry in ranked] == np.argsort(-log_odds).tolist()
     best = 1 / (1 + np.exp(-log_odds.max()))
