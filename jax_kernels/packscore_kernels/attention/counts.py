@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from packscore_kernels.attention.kernel import TURN
+from packscore_kernels.attention.chunks import TURN
 from packscore_kernels.attention.schedule import (
     LOAD_FIELDS,
     USE_FIELDS,
