@@ -53,7 +53,7 @@ def read_use(refs: Refs, i: jax.Array) -> Use:
 
 
 def use_chunk(refs: Refs, i: jax.Array, done: jax.Array) -> None:
-    """Use i of the work list, without its first `done` whole blocks."""
+    """Use i of the work list, from after its first `done` whole blocks."""
     use = read_use(refs, i)
     slot = slot_of(refs, use.load)
 
@@ -72,11 +72,11 @@ def use_chunk(refs: Refs, i: jax.Array, done: jax.Array) -> None:
 
     @pl.when(edge & (use.own == 0))
     def edge_of_prefix() -> None:
-        _edge(refs, slot, use, prefix_span)
+        _edge(refs, slot, use, _prefix_span)
 
     @pl.when(edge & (use.own == 1))
     def edge_of_items() -> None:
-        _edge(refs, slot, use, own_span)
+        _edge(refs, slot, use, _own_span)
 
     if refs.shape.count_visits:
         refs.visits[refs.head, refs.tile] += use.last_block - use.first_block
@@ -85,7 +85,7 @@ def use_chunk(refs: Refs, i: jax.Array, done: jax.Array) -> None:
 # Who sees what of a chunk
 
 
-def prefix_span(refs: Refs, use: Use, first_row: jax.Array, rows: int) -> Span:
+def _prefix_span(refs: Refs, use: Use, first_row: jax.Array, rows: int) -> Span:
     """What each row sees of a prefix's chunk: all of it; prefix rows, up to their window."""
     row = first_row + lanes(rows)
     window = jnp.maximum((row & -W) - W, refs.first_row) - use.base
@@ -94,7 +94,7 @@ def prefix_span(refs: Refs, use: Use, first_row: jax.Array, rows: int) -> Span:
     return use.first_key, jnp.where(in_group, jnp.maximum(causal - use.first_key, 0), 0)
 
 
-def own_span(refs: Refs, use: Use, first_row: jax.Array, rows: int) -> Span:
+def _own_span(refs: Refs, use: Use, first_row: jax.Array, rows: int) -> Span:
     """What each row sees of a chunk of items: its own item, up to its window."""
     row = first_row + lanes(rows)
     at = pl.ds(pl.multiple_of(first_row - refs.first_row, W), rows)
@@ -195,7 +195,8 @@ def block_stages(
         _, vt = _keys(refs, slot, first_block + b)
         out, total = dot(vt, p.astype(vt.dtype), 1, 0), sum8(p)
         if b:
-            out, total = (x + y for x, y in zip(sums[g, rows.start], (out, total), strict=True))
+            so_far = sums[g, rows.start]
+            out, total = so_far[0] + out, so_far[1] + total
         sums[g, rows.start] = out, total
         if b == blocks[-1]:
             refs.acc[g, :, rows] += out
@@ -219,14 +220,12 @@ def _edge(refs: Refs, slot: jax.Array, use: Use, span_of: Callable[..., Span]) -
         first_row = pl.multiple_of(refs.first_row + i * rows, W)
         mask = _mask_of(refs, span_of(refs, use, first_row, rows))
         last_row = jnp.minimum(first_row + rows, use.last_row) - 1
-        window = jnp.maximum((last_row & -W) - W, jnp.where(use.own == 1, 0, refs.first_row))
-        causal = (use.own == 1) | (last_row < use.first_item_row)
-        end = jnp.where(causal, jnp.minimum(window - use.base, use.last_key), use.last_key)
+        end = _end_for(refs, use, last_row)
         last_block = jnp.minimum(pl.cdiv(end, refs.blocks.block_kv), use.last_block - use.tail)
         some = (last_row >= jnp.maximum(first_row, use.first_row)) & (end > use.first_key)
 
         def one(j: jax.Array, _: None) -> None:
-            # The whole blocks, which are done, lie somewhere among the others.
+            # Over the whole blocks, which are done.
             block = jnp.where(use.first_block + j < use.first_full, j, j + whole)
             _edge_block(refs, slot, use.first_block + block, mask, i * rows, rows)
 
@@ -235,6 +234,13 @@ def _edge(refs: Refs, slot: jax.Array, use: Use, span_of: Callable[..., Span]) -
         lax.fori_loop(0, jnp.where(some, count, 0), one, None)
 
     lax.fori_loop(0, edge_parts(refs.blocks), part, None)
+
+
+def _end_for(refs: Refs, use: Use, last_row: jax.Array) -> jax.Array:
+    """How far into the chunk the rows up to `last_row` see; the last sees furthest."""
+    window = jnp.maximum((last_row & -W) - W, jnp.where(use.own == 1, 0, refs.first_row))
+    causal = (use.own == 1) | (last_row < use.first_item_row)
+    return jnp.where(causal, jnp.minimum(window - use.base, use.last_key), use.last_key)
 
 
 def _edge_block(
@@ -266,8 +272,8 @@ def _edge_block(
 def use_chunk_online(refs: Refs, use: Use, slot: jax.Array) -> None:
     """One use with an online maximum, every block masked: good for any scores."""
     rows = refs.blocks.block_q
-    own = own_span(refs, use, refs.first_row, rows)
-    prefix = prefix_span(refs, use, refs.first_row, rows)
+    own = _own_span(refs, use, refs.first_row, rows)
+    prefix = _prefix_span(refs, use, refs.first_row, rows)
     first, count = (jnp.where(use.own == 1, *pair) for pair in zip(own, prefix, strict=True))
     mask = _mask_of(refs, (first, count))
 

@@ -16,7 +16,7 @@ from packscore_kernels.attention.tuning import vmem_bytes
 from packscore_kernels.attention.types import SegmentSchedule
 from packscore_kernels.hardware import shape_of, vmem_limit
 
-LOG2E = 1.4426950408889634
+LOG2E = 1.4426950408889634  # the kernel's exponentials are powers of two
 
 
 def segment_attention_pallas(
