@@ -24,8 +24,9 @@ from packscore.encoded import EncodedRequest
 from packscore.flows.costs import tpu_cost_model
 from packscore.flows.engine import Limits, Readout, RowLogits
 from packscore.flows.packing import PackedBatch, Share, pack
-from packscore.flows.page_pool import PAGE_SIZE, PREFIX_CACHE_BYTES, PagePool
+from packscore.flows.page_pool import PREFIX_CACHE_BYTES, PagePool
 from packscore.flows.runner import Runner
+from packscore.model.sizes import ModelSizes
 from packscore.programs.launch_inputs import block_sizes_for, program_inputs
 from packscore.programs.pages import pages_within
 from packscore.programs.program import Launched
@@ -34,7 +35,7 @@ from packscore.results import MaskImpl
 from packscore_kernels import BlockSizes, SegmentLayout, build_schedule
 from workloads import add_request_arguments, config_of
 
-CONFIG = config_of("0.6B")
+SIZES = ModelSizes.of(config_of("0.6B"))
 
 
 class Host:
@@ -43,9 +44,9 @@ class Host:
     mask_impl: MaskImpl = "segment"
 
     def __init__(self, chip: str) -> None:
-        self.num_pages = pages_within(CONFIG, "bfloat16", PREFIX_CACHE_BYTES)
+        self.num_pages = pages_within(SIZES, "bfloat16", PREFIX_CACHE_BYTES)
         self.pool: PagePool | None = PagePool(self.num_pages)
-        self.costs = tpu_cost_model(CONFIG, chip, 2, token_bucket)
+        self.costs = tpu_cost_model(SIZES, chip, 2, token_bucket)
         self.limits = Limits(16_384, 16_384, MAX_GROUPS, NAMED_PAGES)
         self._chip = chip
 
@@ -57,7 +58,7 @@ class Host:
         num_items, num_tokens = len(batch.layout.scored_rows), len(batch.token_ids)
         label_ids, over_vocabulary = readout.label_ids, readout.over_vocabulary
         key = program_key(num_tokens, num_items, len(label_ids), over_vocabulary, self.num_pages)
-        blocks = block_sizes_for(CONFIG, "bfloat16", key.num_tokens, self._chip, PAGE_SIZE)
+        blocks = block_sizes_for(SIZES, "bfloat16", key, self._chip)
         leases = [share.lease for share in batch.shares]
         program_inputs(key, blocks, batch.layout, batch.token_ids, label_ids, leases=leases)
         logits: Any = np.zeros((key.num_items, key.num_labels), np.float32)
@@ -98,7 +99,7 @@ def main() -> None:
 
     packed = batch()
     key: ProgramKey = program_key(len(packed.token_ids), args.items, 2, False)
-    blocks: BlockSizes = block_sizes_for(CONFIG, "bfloat16", key.num_tokens, "v6e")
+    blocks: BlockSizes = block_sizes_for(SIZES, "bfloat16", key, "v6e")
 
     def layout() -> SegmentLayout:
         return SegmentLayout(packed.layout.groups, key.num_tokens)  # derives everything anew

@@ -106,6 +106,7 @@ def predict(
     import jax
 
     from packscore.flows.page_pool import PAGE_SIZE, PREFIX_CACHE_BYTES, PagePool
+    from packscore.model.sizes import ModelSizes
     from packscore.programs import traced_ops
     from packscore.programs.ahead import compile_ahead
     from packscore.programs.pages import pages_within
@@ -115,7 +116,7 @@ def predict(
     config, layout, leases = config_of(model), layout_of(job, flow), []
     cache_bytes = PREFIX_CACHE_BYTES if mask == "segment" or flow != "packed" else 0
     if cache_bytes and flow != "extend":
-        pool = PagePool(pages_within(config, job.dtype, cache_bytes))
+        pool = PagePool(pages_within(ModelSizes.of(config), job.dtype, cache_bytes))
         leases = [pool.acquire(np.arange(job.prefix_len))]
     if mask == "dense":
         # of the table just this query's pages

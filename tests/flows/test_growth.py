@@ -14,6 +14,7 @@ from packscore.flows.costs import tpu_cost_model
 from packscore.flows.engine import Limits, Readout
 from packscore.flows.page_pool import PagePool
 from packscore.flows.runner import Runner
+from packscore.model.sizes import ModelSizes
 from packscore.programs.sizes import MAX_GROUPS, NAMED_PAGES, token_bucket
 from packscore_kernels import BlockSizes, build_schedule
 from packscore_kernels.attention.schedule import visited_blocks
@@ -31,7 +32,7 @@ class CountingEngine:
 
     def __init__(self) -> None:
         self.pool = PagePool(NUM_PAGES)
-        self.costs = tpu_cost_model(QWEN3, "v6e", 2, token_bucket)
+        self.costs = tpu_cost_model(ModelSizes.of(QWEN3), "v6e", 2, token_bucket)
         self.limits = Limits(MAX_TOKENS, MAX_TOKENS, MAX_GROUPS, NAMED_PAGES)
         self.tokens = self.tiles = self.launches = 0
 

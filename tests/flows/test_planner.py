@@ -26,8 +26,8 @@ from packscore_kernels.hardware import CHIPS
 from tolerances import COST_CALIBRATED, COST_FITTED, PROBABILITY_REORDERED
 
 COSTS = {
-    "v6e": tpu_cost_model(QWEN3, "v6e", 2, token_bucket),
-    "cpu": flops_cost_model(random_qwen3().config),
+    "v6e": tpu_cost_model(ModelSizes.of(QWEN3), "v6e", 2, token_bucket),
+    "cpu": flops_cost_model(ModelSizes.of(random_qwen3().config)),
     "buckets": CostModel("test", 0.2, (1, 16_384), (0.003, 40.0), 2e-7, token_bucket),
     "dear launches": CostModel("test", 50.0, (1,), (0.01,), 1e-6),
     "dear pairs": CostModel("test", 0.01, (1,), (0.001,), 1e-4),
@@ -195,9 +195,9 @@ def test_the_costs_of_a_tpu_are_those_of_its_schedules(chip: str) -> None:
         small = point["model"] == "0.6B"
         heads = 16 if small else 32
         shape = (
-            ModelSizes(28, 16, 2048, 1024, 1024, 3072, 3072)
+            ModelSizes(28, 16, 8, 128, 1024, 3072)
             if small
-            else ModelSizes(36, 32, 4096, 1024, 2560, 9728, 9728)
+            else ModelSizes(36, 32, 8, 128, 2560, 9728)
         )
         prefix, count, length = point["prefix_len"], point["num_items"], point["item_len"]
         pairs = prefix**2 / 2 + count * (length * prefix + length**2 / 2)
@@ -209,7 +209,7 @@ def test_the_costs_of_a_tpu_are_those_of_its_schedules(chip: str) -> None:
 
 
 def test_a_tpu_launch_costs_at_least_its_weights() -> None:
-    costs = tpu_cost_model(QWEN3, "v6e", 2, token_bucket)
+    costs = tpu_cost_model(ModelSizes.of(QWEN3), "v6e", 2, token_bucket)
     assert costs.source == "from the compiler's schedule for v6e, predicted"
     weights_ms = 1e3 * 2 * 28 * 15_728_640 / 1.64e12
     assert costs.launch(1, 0) - costs.launch_ms == pytest.approx(weights_ms)
@@ -221,7 +221,7 @@ def test_a_tpu_launch_costs_at_least_its_weights() -> None:
         2 * (costs.launch(12_288, 0) - costs.launch_ms)
     )
     # a chip that was never compiled for says so
-    other = tpu_cost_model(QWEN3, "v5p", 2, token_bucket)
+    other = tpu_cost_model(ModelSizes.of(QWEN3), "v5p", 2, token_bucket)
     assert other.source == (
         "from the compiler's schedule for v6e and the published peak of v5p, predicted"
     )

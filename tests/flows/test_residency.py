@@ -21,7 +21,7 @@ from packscore.flows.engine import Limits
 from packscore.flows.packing import Share, pack
 from packscore.flows.page_pool import PAGE_SIZE, PagePool
 from packscore.flows.planner import Planner, Workload
-from packscore.model.sizes import activation_bytes, page_bytes
+from packscore.model.sizes import ModelSizes
 from packscore.programs.launch_inputs import block_sizes_for, program_inputs
 from packscore.programs.sizes import MAX_PAGES, program_key
 from tolerances import PROBABILITY_MAX_FLOAT32
@@ -55,7 +55,7 @@ def scorer(request: pytest.FixtureRequest, models: dict[str, PreTrainedModel]) -
 
 
 def scorer_of(model: PreTrainedModel) -> MultiItemScorer:
-    cache_bytes = NUM_PAGES * page_bytes(model.config, torch.float32, PAGE_SIZE)
+    cache_bytes = NUM_PAGES * ModelSizes.of(model.config).page_bytes(PAGE_SIZE, 4)
     return MultiItemScorer(model, label_token_ids=LABELS, prefix_cache_bytes=cache_bytes)
 
 
@@ -182,7 +182,7 @@ def test_a_prefix_longer_than_a_launch_is_computed_in_pieces(
 
 def test_a_program_names_the_pages_of_the_longest_prefix() -> None:
     """40 960 tokens are 320 pages; what a launch of several requests names is bounded below."""
-    config = random_qwen3().config
+    sizes = ModelSizes.of(random_qwen3().config)
     pool = PagePool(MAX_PAGES)
     prefix = np.arange(40_960) % 300
     lease = pool.acquire(prefix)
@@ -190,11 +190,11 @@ def test_a_program_names_the_pages_of_the_longest_prefix() -> None:
     lease.commit()
     batch = pack([Share(0, prefix, [np.ones(7, np.int64)], np.arange(1), lease)])
     key = program_key(len(batch.token_ids), 1, 2, False, MAX_PAGES)
-    blocks = block_sizes_for(config, "float32", key.num_tokens, "v6e", PAGE_SIZE)
+    blocks = block_sizes_for(sizes, "float32", key, "v6e")
     inputs = program_inputs(key, blocks, batch.layout, batch.token_ids, [1, 2], leases=[lease])
     assert np.count_nonzero(np.diff(inputs[2].page_indices[:320]) == 1) == 319
     # and planned for 16 384 tokens a launch
-    planner = Planner(flops_cost_model(config), Limits(16_384, 16_384, 32))
+    planner = Planner(flops_cost_model(sizes), Limits(16_384, 16_384, 32))
     plan = planner.choose(Workload(40_960, 0, np.full(500, 20), True))
     assert plan.prefix_ends == (16_384, 32_768)
     assert plan.computed_tokens == 40_960 + 500 * 20
@@ -362,7 +362,7 @@ def test_launches_shrink_with_the_free_memory(
 
     monkeypatch.setattr(engine, "launch", counted)
     prefix, items = random_ids(100, seed=1), [*MORE, *ITEMS]
-    per_token = activation_bytes(models["torch"].config, torch.float32)
+    per_token = ModelSizes.of(models["torch"].config).activation_bytes(4)
     for free_tokens, most in ((10**9, 32_768), (1100, 512), (10, 256)):
         monkeypatch.setattr(
             "packscore.torch_engine.engine.free_bytes", lambda _, n=free_tokens: n * per_token

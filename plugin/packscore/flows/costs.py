@@ -62,20 +62,19 @@ class CostModel:
         )
 
 
-def flops_cost_model(config: Any, padded: Callable[[int], int] = int) -> CostModel:
+def flops_cost_model(sizes: ModelSizes, padded: Callable[[int], int] = int) -> CostModel:
     """A CPU's costs from the model's arithmetic, for want of a calibration.
 
     The ratios are those of the 0.6B's layers on one core of an AMD EPYC in bfloat16 (measured): a
     launch costs what some ten tokens do, and activations beyond its caches a fifth more a token.
     """
-    shape = ModelSizes.of(config)
-    token_ms = 2 * shape.layers * shape.weights / FLOPS_PER_MS
+    token_ms = 2 * sizes.layers * sizes.weights / FLOPS_PER_MS
     return CostModel(
         source="estimated from the model's shape",
-        launch_ms=shape.layers * LAYER_LAUNCH_MS + 8 * token_ms,
+        launch_ms=sizes.layers * LAYER_LAUNCH_MS + 8 * token_ms,
         tokens=(1, 4096, 12_288),
         tokens_ms=(token_ms, 4096 * token_ms, 12_288 * 1.2 * token_ms),
-        pair_ms=4 * shape.layers * shape.q / FLOPS_PER_MS,
+        pair_ms=4 * sizes.layers * sizes.q / FLOPS_PER_MS,
         padded=padded,
     )
 
@@ -135,15 +134,15 @@ class TpuCycles:
     head: float
     weight: float
 
-    def of_token(self, shape: ModelSizes, flops_per_cycle: float) -> float:
+    def of_token(self, sizes: ModelSizes, flops_per_cycle: float) -> float:
         """Cycles of one token in all layers, but for the keys it sees."""
-        layer = 2 * shape.weights / flops_per_cycle + self.column * shape.columns
-        layer += self.rotated * (shape.q + shape.kv) + self.row * shape.q / 128
-        return layer * shape.layers
+        layer = 2 * sizes.weights / flops_per_cycle + self.column * sizes.columns
+        layer += self.rotated * (sizes.q + sizes.kv) + self.row * sizes.q / 128
+        return layer * sizes.layers
 
-    def of_launch(self, shape: ModelSizes) -> float:
+    def of_launch(self, sizes: ModelSizes) -> float:
         """Cycles that a launch takes beside those of its tokens and pairs."""
-        return self.head * shape.layers * shape.q / 128 + self.weight * shape.all_weights
+        return self.head * sizes.layers * sizes.q / 128 + self.weight * sizes.all_weights
 
 
 @functools.cache
@@ -155,7 +154,7 @@ def tpu_table(chip: str) -> dict[str, Any]:
 
 
 def tpu_cost_model(
-    config: Any, chip: str, itemsize: int, padded: Callable[[int], int] = int
+    sizes: ModelSizes, chip: str, itemsize: int, padded: Callable[[int], int] = int
 ) -> CostModel:
     """A TPU's costs as its compiler schedules Qwen3's programs, scaled by arithmetic.
 
@@ -163,7 +162,7 @@ def tpu_cost_model(
     that of few. What the host does is not in it.
 
     Args:
-      config: of the model.
+      sizes: of the model.
       chip: a name in `hardware.CHIPS`; one without a table gets the v6e's, by its peak.
       itemsize: bytes of a weight.
       padded: the tokens that a launch of so many runs with.
@@ -174,15 +173,15 @@ def tpu_cost_model(
     scale = 1.0 if known else facts.peak_flops / CHIPS[chip].peak_flops
     source = f"from the compiler's schedule for {facts.name}"
     source += ", predicted" if known else f" and the published peak of {chip}, predicted"
-    shape, cycles = ModelSizes.of(config), TpuCycles(**table["cycles"])
+    cycles = TpuCycles(**table["cycles"])
     cycle_ms = 1e3 * scale / facts.clock_hz
-    token_ms = cycle_ms * cycles.of_token(shape, facts.peak_flops / facts.clock_hz)
-    weights_ms = 1e3 * shape.all_weights * itemsize / CHIPS[chip].hbm_bytes_per_s
+    token_ms = cycle_ms * cycles.of_token(sizes, facts.peak_flops / facts.clock_hz)
+    weights_ms = 1e3 * sizes.all_weights * itemsize / CHIPS[chip].hbm_bytes_per_s
     hidden_tokens = max(weights_ms / token_ms, 1.0)  # whose work takes as long as the weights
-    heads = shape.layers * shape.q / 128
+    heads = sizes.layers * sizes.q / 128
     return CostModel(
         source=source,
-        launch_ms=cycles.of_launch(shape) * cycle_ms,
+        launch_ms=cycles.of_launch(sizes) * cycle_ms,
         tokens=(1, hidden_tokens),
         tokens_ms=(hidden_tokens * token_ms, hidden_tokens * token_ms),
         pair_ms=cycles.pair * heads * cycle_ms,

@@ -15,7 +15,8 @@ from jax.experimental import topologies
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from packscore.errors import InputError
-from packscore.flows.page_pool import PAGE_SIZE, PREFIX_CACHE_BYTES, PrefixLease
+from packscore.flows.page_pool import PREFIX_CACHE_BYTES, PrefixLease
+from packscore.model.sizes import ModelSizes
 from packscore.programs.compiling import compile_program
 from packscore.programs.launch_inputs import block_sizes_for, program_inputs
 from packscore.programs.pages import pages_within, pool_struct
@@ -90,15 +91,16 @@ def compile_ahead(
     ).devices
     model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
     traced = TracedModel(model_class, config)
-    num_pages = pages_within(config, dtype, prefix_cache_bytes)
+    sizes = ModelSizes.of(config)
+    num_pages = pages_within(sizes, dtype, prefix_cache_bytes)
     key = program_key(
         layout.num_real_tokens, len(layout.scored_rows), num_labels, over_vocabulary, num_pages
     )
-    blocks = block_sizes_for(config, dtype, key.num_tokens, chip, PAGE_SIZE if num_pages else 0)
+    blocks = block_sizes_for(sizes, dtype, key, chip)
     token_ids = np.zeros(layout.num_real_tokens, np.int64)
     labels = list(range(num_labels))
     inputs = program_inputs(key, blocks, layout, token_ids, labels, leases=leases)
-    pool = [pool_struct(config, dtype, num_pages)] if num_pages else []
+    pool = [pool_struct(sizes, dtype, num_pages)] if num_pages else []
     weights = traced.weight_shapes(dtype)
     start = time.process_time()
     compiled = compile_program(traced, weights, key, (*pool, *inputs), device, implementation)

@@ -78,6 +78,6 @@ class ProgramEngine:
 def _costs(program: ModelProgram) -> CostModel:
     chip = chip_of(program.device)
     if chip is None:
-        return flops_cost_model(program.config, token_bucket)
+        return flops_cost_model(program.sizes, token_bucket)
     itemsize = program.model.dtype.itemsize
-    return tpu_cost_model(program.config, chip, itemsize, token_bucket)
+    return tpu_cost_model(program.sizes, chip, itemsize, token_bucket)

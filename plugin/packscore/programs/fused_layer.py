@@ -15,6 +15,7 @@ from torch import nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3MLP
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeMLP
 
+from packscore.model.sizes import ModelSizes
 from packscore.programs.traced_ops import LayerPages, attend
 from packscore_kernels import (
     SegmentSchedule,
@@ -34,13 +35,9 @@ def can_fuse(layer: nn.Module, implementation: Any, itemsize: int) -> bool:
     if type(layer) not in FUSED_LAYERS or implementation not in ("pallas", "pallas_interpret"):
         return False
     attention: Any = layer.self_attn
-    config = attention.config
+    sizes = ModelSizes.of(attention.config)
     return attention.q_proj.bias is None and can_project(
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        attention.head_dim,
-        config.hidden_size,
-        itemsize,
+        sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.hidden, itemsize
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from packscore.flows.page_pool import PAGE_SIZE, PrefixLease
+from packscore.model.sizes import ModelSizes
 from packscore.programs.sizes import MAX_GROUPS, NAMED_PAGES, ProgramKey
 from packscore_kernels import (
     BlockSizes,
@@ -23,17 +24,16 @@ from packscore_kernels.hardware import cdiv
 
 
 def block_sizes_for(
-    config: Any, dtype: Any, num_tokens: int, chip: str | None = None, page_size: int = 0
+    sizes: ModelSizes, dtype: Any, key: ProgramKey, chip: str | None = None
 ) -> BlockSizes:
-    """The attention's tiles for a model and a bucket."""
-    num_heads = config.num_attention_heads
+    """The attention's tiles in a program of a model."""
     return resolve_block_sizes(
-        num_q_heads=num_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+        num_q_heads=sizes.heads,
+        num_kv_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim,
         dtype=dtype,
-        num_tokens=num_tokens,
-        page_size=page_size,
+        num_tokens=key.num_tokens,
+        page_size=PAGE_SIZE if key.num_pages else 0,
         chip=chip,
     )
 

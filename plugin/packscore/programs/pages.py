@@ -10,22 +10,21 @@ import jax
 import jax.numpy as jnp
 
 from packscore.flows.page_pool import PAGE_SIZE, PrefixLease
-from packscore.model.sizes import page_bytes
+from packscore.model.sizes import ModelSizes
 from packscore.programs.sizes import MAX_PAGES
 from packscore_kernels.hardware import shape_of
 
 
-def pages_within(config: Any, dtype: Any, cache_bytes: int) -> int:
+def pages_within(sizes: ModelSizes, dtype: Any, cache_bytes: int) -> int:
     """Pages that so many bytes hold, and that a schedule can name."""
-    return min(cache_bytes // page_bytes(config, jnp.dtype(dtype), PAGE_SIZE), MAX_PAGES)
+    page_bytes = sizes.page_bytes(PAGE_SIZE, jnp.dtype(dtype).itemsize)
+    return min(cache_bytes // page_bytes, MAX_PAGES)
 
 
-def pool_struct(config: Any, dtype: Any, num_pages: int) -> jax.ShapeDtypeStruct:
+def pool_struct(sizes: ModelSizes, dtype: Any, num_pages: int) -> jax.ShapeDtypeStruct:
     """Shape and dtype of the pages of all layers of a model, as one array."""
-    head_dim = getattr(config, "head_dim", None)
-    head_dim = head_dim or config.hidden_size // config.num_attention_heads
-    page = (config.num_key_value_heads, 2, PAGE_SIZE, head_dim)
-    return shape_of((config.num_hidden_layers * num_pages, *page), dtype)
+    page = (sizes.kv_heads, 2, PAGE_SIZE, sizes.head_dim)
+    return shape_of((sizes.layers * num_pages, *page), dtype)
 
 
 class DevicePages:

@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 from packscore.errors import InputError, UnexpectedCompileError
 from packscore.flows.engine import Readout
 from packscore.flows.packing import PackedBatch
-from packscore.flows.page_pool import PAGE_SIZE, PREFIX_CACHE_BYTES
+from packscore.flows.page_pool import PREFIX_CACHE_BYTES
 from packscore.model.family import class_count
+from packscore.model.sizes import ModelSizes
 from packscore.model.weight_watch import WeightWatch
 from packscore.programs.compiling import compile_program, compiling_into
 from packscore.programs.launch_inputs import block_sizes_for, program_inputs
@@ -97,7 +98,7 @@ class ModelProgram:
         self.compile_cache: Path | None = None
         self._traced = TracedModel(type(model), model.config)
         self._model = weakref.ref(model)
-        self.config = model.config
+        self.sizes = ModelSizes.of(model.config)
         self._weights, self._watch = self._put(model)
         self.num_classes = class_count(model)
         self._executables: dict[ProgramKey | HeadKey, Callable[..., Any]] = {}
@@ -192,7 +193,7 @@ class ModelProgram:
     def device_pages(self, num_pages: int) -> DevicePages:
         """Pages for the keys and values of this model's prefixes."""
         dtype = self._weights["norm"]["weight"].dtype
-        return DevicePages(num_pages, pool_struct(self.config, dtype, num_pages), self.device)
+        return DevicePages(num_pages, pool_struct(self.sizes, dtype, num_pages), self.device)
 
     def logits(
         self,
@@ -282,12 +283,11 @@ class ModelProgram:
 
     def num_pages(self, cache_bytes: int) -> int:
         """Pages that so many bytes hold, and that a schedule can name."""
-        return pages_within(self.config, self._weights["norm"]["weight"].dtype, cache_bytes)
+        return pages_within(self.sizes, self._weights["norm"]["weight"].dtype, cache_bytes)
 
     def _block_sizes(self, key: ProgramKey) -> BlockSizes:
         dtype = self._weights["norm"]["weight"].dtype
-        page_size = PAGE_SIZE if key.num_pages else 0
-        return block_sizes_for(self.config, dtype, key.num_tokens, page_size=page_size)
+        return block_sizes_for(self.sizes, dtype, key)
 
     def _executable(
         self, key: ProgramKey | HeadKey, inputs: tuple[Any, ...], *, expected: bool = False

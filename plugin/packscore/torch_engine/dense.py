@@ -15,6 +15,7 @@ from packscore.flows.engine import Limits, Readout, RowLogits
 from packscore.flows.packing import PackedBatch
 from packscore.flows.page_pool import PagePool
 from packscore.model.label_head import LinearHead
+from packscore.model.sizes import ModelSizes
 from packscore.results import MaskImpl
 from packscore.torch_engine.forward import (
     ScoredRows,
@@ -43,7 +44,7 @@ class DenseEngine:
         self._head = head
         # one forward of everything is what dense means
         self.limits = Limits(2**62, 1, 1)
-        self.costs = flops_cost_model(model.config)
+        self.costs = flops_cost_model(ModelSizes.of(model.config))
 
     def refresh(self) -> None:
         """Nothing is kept."""

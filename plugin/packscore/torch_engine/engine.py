@@ -14,7 +14,7 @@ from packscore.flows.engine import Limits, Readout, RowLogits
 from packscore.flows.packing import PackedBatch
 from packscore.flows.page_pool import PAGE_SIZE, PagePool
 from packscore.model.label_head import LinearHead
-from packscore.model.sizes import activation_bytes, page_bytes
+from packscore.model.sizes import ModelSizes
 from packscore.model.weight_watch import WeightWatch
 from packscore.results import MaskImpl
 from packscore.torch_engine.attention import SegmentPlan
@@ -38,9 +38,9 @@ MEMORY_SHARE = 0.5
 LEAST_MAX_TOKENS = 256
 
 
-def pool_for(config: Any, dtype: torch.dtype, cache_bytes: int) -> PagePool | None:
+def pool_for(sizes: ModelSizes, dtype: torch.dtype, cache_bytes: int) -> PagePool | None:
     """Pages for so many bytes of prefix keys and values; None where not one fits."""
-    num_pages = cache_bytes // page_bytes(config, dtype, PAGE_SIZE)
+    num_pages = cache_bytes // sizes.page_bytes(PAGE_SIZE, dtype.itemsize)
     return PagePool(num_pages) if num_pages else None
 
 
@@ -58,12 +58,13 @@ class TorchEngine:
     def __init__(self, model: PreTrainedModel, head: LinearHead, cache_bytes: int) -> None:
         self._model = model
         self._head = head
-        self.pool = pool_for(model.config, model.dtype, cache_bytes)
+        self._sizes = ModelSizes.of(model.config)
+        self.pool = pool_for(self._sizes, model.dtype, cache_bytes)
         self._pages = KvPages(self.pool.num_pages, self.pool.page_size) if self.pool else None
         on_cpu = model.device.type in ("cpu", "meta")
         target = TARGET_TOKENS_CPU if on_cpu else MAX_TOKENS
         self.most = Limits(MAX_TOKENS, target, MAX_GROUPS)
-        self.costs = flops_cost_model(model.config)
+        self.costs = flops_cost_model(self._sizes)
         self._watch = WeightWatch(model, is_copied=True)
         self._fitting_tokens = self._fitting()
 
@@ -77,7 +78,7 @@ class TorchEngine:
 
     def _fitting(self) -> int:
         """A power of two, so that a little more or less memory changes no launch."""
-        per_token = activation_bytes(self._model.config, self._model.dtype)
+        per_token = self._sizes.activation_bytes(self._model.dtype.itemsize)
         tokens = int(MEMORY_SHARE * free_bytes(device_of(self._model))) // per_token
         return max(1 << max(tokens.bit_length() - 1, 0), LEAST_MAX_TOKENS)
 
