@@ -27,7 +27,7 @@ from packscore.flows.packing import PackedBatch, Share, pack
 from packscore.flows.page_pool import PREFIX_CACHE_BYTES, PagePool
 from packscore.flows.runner import Runner
 from packscore.model.sizes import ModelSizes
-from packscore.programs.launch_inputs import block_sizes_for, program_inputs
+from packscore.programs.launch_inputs import LaunchInputs, block_sizes_for
 from packscore.programs.pages import pages_within
 from packscore.programs.program import Launched
 from packscore.programs.sizes import MAX_GROUPS, NAMED_PAGES, ProgramKey, program_key, token_bucket
@@ -60,7 +60,7 @@ class Host:
         key = program_key(num_tokens, num_items, len(label_ids), over_vocabulary, self.num_pages)
         blocks = block_sizes_for(SIZES, "bfloat16", key, self._chip)
         leases = [share.lease for share in batch.shares]
-        program_inputs(key, blocks, batch.layout, batch.token_ids, label_ids, leases=leases)
+        LaunchInputs.of(key, blocks, batch.layout, batch.token_ids, label_ids, leases=leases)
         logits: Any = np.zeros((key.num_items, key.num_labels), np.float32)
         return Launched(logits, None, num_items, len(label_ids))
 
@@ -106,7 +106,7 @@ def main() -> None:
 
     def inputs() -> Any:
         fresh = batch()
-        return program_inputs(key, blocks, fresh.layout, fresh.token_ids, [0, 1])
+        return LaunchInputs.of(key, blocks, fresh.layout, fresh.token_ids, [0, 1])
 
     runner, turn = Runner(Host("v6e")), itertools.count()
 

@@ -111,7 +111,6 @@ def predict(
     from packscore.programs.ahead import compile_ahead
     from packscore.programs.pages import pages_within
     from packscore.programs.sizes import token_bucket
-    from packscore_kernels import PageWrites, SegmentSchedule
 
     config, layout, leases = config_of(model), layout_of(job, flow), []
     cache_bytes = PREFIX_CACHE_BYTES if mask == "segment" or flow != "packed" else 0
@@ -137,8 +136,7 @@ def predict(
         )
     except jax.errors.JaxRuntimeError as error:
         return {**row, "refused": str(error).partition("\n\n")[0][:2000]}
-    (schedule,) = (x for x in ahead.inputs if isinstance(x, SegmentSchedule))
-    writes = next((x for x in ahead.inputs if isinstance(x, PageWrites)), None)
+    schedule, writes = ahead.inputs.schedule, ahead.inputs.page_writes
     found = program.instructions(
         ahead.compiled.as_text(),
         find(dump),

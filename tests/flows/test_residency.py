@@ -22,7 +22,7 @@ from packscore.flows.packing import Share, pack
 from packscore.flows.page_pool import PAGE_SIZE, PagePool
 from packscore.flows.planner import Planner, Workload
 from packscore.model.sizes import ModelSizes
-from packscore.programs.launch_inputs import block_sizes_for, program_inputs
+from packscore.programs.launch_inputs import LaunchInputs, block_sizes_for
 from packscore.programs.sizes import MAX_PAGES, program_key
 from tolerances import PROBABILITY_MAX_FLOAT32
 
@@ -191,8 +191,8 @@ def test_a_program_names_the_pages_of_the_longest_prefix() -> None:
     batch = pack([Share(0, prefix, [np.ones(7, np.int64)], np.arange(1), lease)])
     key = program_key(len(batch.token_ids), 1, 2, False, MAX_PAGES)
     blocks = block_sizes_for(sizes, "float32", key, "v6e")
-    inputs = program_inputs(key, blocks, batch.layout, batch.token_ids, [1, 2], leases=[lease])
-    assert np.count_nonzero(np.diff(inputs[2].page_indices[:320]) == 1) == 319
+    inputs = LaunchInputs.of(key, blocks, batch.layout, batch.token_ids, [1, 2], leases=[lease])
+    assert np.count_nonzero(np.diff(inputs.schedule.page_indices[:320]) == 1) == 319
     # and planned for 16 384 tokens a launch
     planner = Planner(flops_cost_model(sizes), Limits(16_384, 16_384, 32))
     plan = planner.choose(Workload(40_960, 0, np.full(500, 20), True))

@@ -34,7 +34,7 @@ def model_of(dtype: torch.dtype) -> PreTrainedModel:
 def interpreted(model: PreTrainedModel) -> MultiItemScorer:
     scorer = MultiItemScorer(patch_model(model, device="jax"), label_token_ids=LABELS)
     program: Any = program_of(model)
-    program._implementation = "pallas_interpret"
+    program._executables.implementation = "pallas_interpret"
     return scorer
 
 

@@ -140,7 +140,7 @@ def test_what_the_programs_hold_is_bounded() -> None:
     model = patch_model(random_qwen3(num_layers=1), device="jax")
     program: Any = program_of(model)
     model(torch.tensor([random_ids(300, seed=1)] * 2))
-    keys = set(program._executables)
+    keys = set(program._executables.by_key)
     heads = {key for key in keys if isinstance(key, HeadKey)}
     assert {key.num_rows for key in heads} == {128}  # of 600 tokens
     assert all(key.num_labels == 0 for key in keys - heads)

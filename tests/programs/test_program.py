@@ -102,12 +102,13 @@ def test_weights_are_shared_and_the_torch_model_is_unchanged() -> None:
     assert [name for name, _ in model.named_parameters()] == names
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     assert torch.equal(model(torch.tensor([PREFIX]), use_cache=True).logits, logits)
-    stack = program._weights["layers"]["mlp.up_proj.weight"]
+    weights = program._weights.arrays
+    stack = weights["layers"]["mlp.up_proj.weight"]
     first = model.model.layers[0].mlp.up_proj.weight
     assert stack.unsafe_buffer_pointer() == first.data_ptr()
-    embed = program._weights["embed_tokens"]["weight"]
+    embed = weights["embed_tokens"]["weight"]
     assert embed.unsafe_buffer_pointer() == model.model.embed_tokens.weight.data_ptr()
-    assert "head" not in program._weights  # it is tied, and one copy is enough
+    assert "head" not in weights  # it is tied, and one copy is enough
 
 
 def test_requests_larger_than_a_program_are_split() -> None:

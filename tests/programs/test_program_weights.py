@@ -26,7 +26,7 @@ from packscore import (
     program_of,
     unpatch_model,
 )
-from packscore.programs import traced_model as bridge
+from packscore.programs import weights as device_weights
 from packscore.programs.weights import MappedFiles
 from tolerances import PROBABILITY_MAX_BFLOAT16, PROBABILITY_MAX_FLOAT32
 
@@ -102,16 +102,16 @@ def test_copied_weights_are_taken_again(change: Any, monkeypatch: pytest.MonkeyP
     def copied(tensor: torch.Tensor) -> jax.Array:
         return jnp.array(tensor.detach().numpy())
 
-    monkeypatch.setattr(bridge, "to_jax", copied)
+    monkeypatch.setattr(device_weights, "to_jax", copied)
     model = patch_model(random_qwen3(num_layers=2, tied=False), device="jax")
     before = scores(model)
     program: Any = program_of(model)
-    weights = program._weights
+    weights = program._weights.arrays
     assert torch.equal(scores(model), before)
-    assert program._weights is weights
+    assert program._weights.arrays is weights
     change(model)
     assert_current(model)
-    assert program._weights is not weights
+    assert program._weights.arrays is not weights
     assert program.compile_count == 1
 
 
@@ -167,8 +167,8 @@ def test_weights_of_a_mapped_checkpoint_are_shared(tmp_path: Path) -> None:
     program: Any = program_of(model)
     pointers = {p.data_ptr() for p in model.parameters()}
     for name in ("embed_tokens", "norm", "head"):
-        assert program._weights[name]["weight"].unsafe_buffer_pointer() in pointers
-    for stack in program._weights["layers"].values():
+        assert program._weights.arrays[name]["weight"].unsafe_buffer_pointer() in pointers
+    for stack in program._weights.arrays["layers"].values():
         assert stack.unsafe_buffer_pointer() in pointers
     # giving pages back loses nothing that was written to them
     assert torch.equal(held, expected)

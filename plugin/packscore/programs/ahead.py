@@ -18,10 +18,12 @@ from packscore.errors import InputError
 from packscore.flows.page_pool import PREFIX_CACHE_BYTES, PrefixLease
 from packscore.model.sizes import ModelSizes
 from packscore.programs.compiling import compile_program
-from packscore.programs.launch_inputs import block_sizes_for, program_inputs
+from packscore.programs.launch_inputs import LaunchInputs, block_sizes_for
 from packscore.programs.pages import pages_within, pool_struct
 from packscore.programs.sizes import program_key
 from packscore.programs.traced_model import TracedModel
+from packscore.programs.traced_ops import KernelImplementation
+from packscore.programs.weights import weight_shapes
 from packscore_kernels import BlockSizes, SegmentLayout
 from packscore_kernels.hardware import CHIPS
 
@@ -43,7 +45,7 @@ class AheadOfTime:
     weight_bytes: int
     pool_bytes: int  # pages of prefixes
     temporary_bytes: int
-    inputs: tuple[Any, ...]  # what it takes beside the weights and the pool, as numpy arrays
+    inputs: LaunchInputs
 
 
 def compile_ahead(
@@ -56,7 +58,7 @@ def compile_ahead(
     dtype: Any = jnp.bfloat16,
     prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
     leases: Sequence[PrefixLease | None] = (),
-    implementation: str = "pallas",
+    implementation: KernelImplementation = "pallas",
 ) -> AheadOfTime:
     """Compile the program that would score `layout` with a model of this configuration.
 
@@ -74,7 +76,7 @@ def compile_ahead(
       dtype: of the weights.
       prefix_cache_bytes: what the pages of prefixes may take, as in `MultiItemScorer`; 0: none.
       leases: of the pages that the request's prefixes go to; data too.
-      implementation: of the kernels, as `segment_paged_attention` names them.
+      implementation: of the kernels: "pallas" (TPU), "pallas_interpret" or "xla".
 
     Returns:
       The compiled program with its sizes in bytes.
@@ -98,12 +100,11 @@ def compile_ahead(
     )
     blocks = block_sizes_for(sizes, dtype, key, chip)
     token_ids = np.zeros(layout.num_real_tokens, np.int64)
-    labels = list(range(num_labels))
-    inputs = program_inputs(key, blocks, layout, token_ids, labels, leases=leases)
-    pool = [pool_struct(sizes, dtype, num_pages)] if num_pages else []
-    weights = traced.weight_shapes(dtype)
+    inputs = LaunchInputs.of(key, blocks, layout, token_ids, range(num_labels), leases=leases)
+    pool = pool_struct(sizes, dtype, num_pages) if num_pages else None
+    weights = weight_shapes(traced.skeleton, dtype)
     start = time.process_time()
-    compiled = compile_program(traced, weights, key, (*pool, *inputs), device, implementation)
+    compiled = compile_program(traced, key, (weights, pool, inputs), device, implementation)
     seconds = time.process_time() - start
     memory = compiled.memory_analysis()
     return AheadOfTime(

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
+from tqdm.auto import tqdm
 
+from packscore.errors import UnexpectedCompileError
+from packscore.model.sizes import ModelSizes
 from packscore.programs.head import whole_head
+from packscore.programs.launch_inputs import LaunchInputs, block_sizes_for
+from packscore.programs.pages import pool_struct
 from packscore.programs.sizes import HeadKey, ProgramKey
 from packscore.programs.traced_model import TracedModel
-from packscore.programs.traced_ops import LayerPages
+from packscore.programs.traced_ops import KernelImplementation
+from packscore.programs.weights import Weights
+from packscore_kernels import SegmentLayout
+from packscore_kernels.hardware import shape_of
+
+logger = logging.getLogger("packscore")
 
 # jax keeps only what took long to compile; here every program is kept
 OPTIONS: dict[str, Any] = {
@@ -21,6 +35,156 @@ OPTIONS: dict[str, Any] = {
     "jax_persistent_cache_min_entry_size_bytes": -1,
     "jax_enable_compilation_cache": True,
 }
+
+
+class Executables:
+    """The compiled programs of one model on one device.
+
+    Compiling happens under a lock; compiled programs run from any number of threads.
+
+    Args:
+      traced: the model.
+      sizes: of the model.
+      device: where programs run.
+      implementation: of the kernels.
+    """
+
+    def __init__(
+        self,
+        traced: TracedModel,
+        sizes: ModelSizes,
+        device: jax.Device,
+        implementation: KernelImplementation,
+    ) -> None:
+        self.implementation = implementation
+        self.strict = False  # compile nothing but what a warm-up asks for
+        self.count = 0  # of programs that were made ready
+        # folder that keeps compiled programs; None leaves that to jax's configuration
+        self.folder: Path | None = None
+        self.by_key: dict[ProgramKey | HeadKey, Callable[..., Any]] = {}
+        self._traced = traced
+        self._sizes = sizes
+        self._device = device
+        self._weights: Weights = {}
+        self._lock = threading.Lock()
+
+    def take(self, weights: Weights) -> None:
+        """From now on programs are for weights of these shapes; those for others are dropped."""
+        shapes = jax.tree.map(lambda x: shape_of(x.shape, x.dtype), weights)
+        with self._lock:
+            if shapes != self._weights:
+                self.by_key.clear()
+            self._weights = shapes
+
+    def get(self, key: ProgramKey | HeadKey, *, expected: bool = False) -> Callable[..., Any]:
+        """A program; see `compile_program` for what it takes and returns.
+
+        Args:
+          key: which one.
+          expected: whether it may be compiled where `strict` is on.
+
+        Raises:
+          UnexpectedCompileError: it is not there, and `strict` is on.
+        """
+        found = self.by_key.get(key)
+        if found is not None:
+            return found
+        with self._lock:
+            if key not in self.by_key:
+                if self.strict and not expected:
+                    raise UnexpectedCompileError(
+                        f"{key} is not compiled and strict=True; call warmup(max_tokens=...) for it"
+                    )
+                self.by_key[key] = self._compile(key)
+            return self.by_key[key]
+
+    def warm_up(self, keys: Iterable[ProgramKey | HeadKey], show_progress_bar: bool) -> int:
+        """Compile those of these programs that are not there; returns how many."""
+        before = self.count
+        for key in tqdm(keys, unit="program", disable=not show_progress_bar):
+            self.get(key, expected=True)
+        return self.count - before
+
+    def _compile(self, key: ProgramKey | HeadKey) -> Callable[..., Any]:
+        start = time.perf_counter()
+        arguments = self._weights, *_arguments(key, self._sizes, self._weights["norm"]["weight"])
+        with compiling_into(self.folder):
+            compiled = compile_program(
+                self._traced, key, arguments, self._device, self.implementation
+            )
+        self.count += 1
+        memory = compiled.memory_analysis()
+        code_bytes = getattr(memory, "generated_code_size_in_bytes", 0)
+        logger.info(
+            "compiled %s in %.1f s, %d bytes of code", key, time.perf_counter() - start, code_bytes
+        )
+        run: Callable[..., Any] = compiled
+        return run
+
+
+def _arguments(key: ProgramKey | HeadKey, sizes: ModelSizes, norm: Any) -> tuple[Any, ...]:
+    """What a program takes beside weights, of the right shapes and no other meaning.
+
+    Args:
+      key: which program.
+      sizes: of the model.
+      norm: shape and dtype of the final norm's weight, and so of hidden states.
+    """
+    if isinstance(key, HeadKey):
+        return (shape_of((key.num_rows, *norm.shape), norm.dtype),)
+    blocks = block_sizes_for(sizes, norm.dtype, key)
+    layout = SegmentLayout.single(1, [], 1)
+    inputs = LaunchInputs.of(key, blocks, layout, np.zeros(1, np.int64), [])
+    return pool_struct(sizes, norm.dtype, key.num_pages) if key.num_pages else None, inputs
+
+
+def compile_program(
+    traced: TracedModel,
+    key: ProgramKey | HeadKey,
+    arguments: tuple[Any, ...],
+    device: Any,
+    implementation: KernelImplementation,
+) -> Any:
+    """Compile one program from shapes alone, for a device that need not be there.
+
+    Args:
+      traced: the model.
+      key: which program.
+      arguments: anything with shapes and dtypes: weights and rows of hidden states for a `HeadKey`,
+        else weights, pages (None where the program has none) and `LaunchInputs`.
+      device: a jax device, or one of a topology.
+      implementation: of the kernels.
+
+    Returns:
+      The compiled program, a function of the arguments. It gives the logits of a `HeadKey`, else
+      (hidden rows or label logits, pages) as the methods of `TracedModel` do; the pages are
+      changed in place.
+    """
+
+    if isinstance(key, HeadKey):
+        jitted = jax.jit(whole_head)
+    else:
+        donated = (1,) if key.num_pages else ()
+        jitted = jax.jit(_program(traced, key, implementation), donate_argnums=donated)
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    struct: Any = jax.ShapeDtypeStruct
+    shapes = jax.tree.map(lambda x: struct(x.shape, x.dtype, sharding=sharding), arguments)
+    mesh = jax.sharding.Mesh([device], ("x",)).abstract_mesh  # pltpu asks it what chip this is
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jitted.lower(*shapes).compile()
+
+
+def _program(
+    traced: TracedModel, key: ProgramKey, implementation: KernelImplementation
+) -> Callable[..., Any]:
+    def program(weights: Weights, kv_pages: jax.Array | None, inputs: LaunchInputs) -> Any:
+        if not key.num_labels:
+            return traced.hidden_rows(weights, kv_pages, inputs, implementation)
+        return traced.label_logits(
+            weights, kv_pages, inputs, implementation, over_vocabulary=key.over_vocabulary
+        )
+
+    return program
 
 
 @contextmanager
@@ -47,42 +211,3 @@ def _configure(options: dict[str, Any]) -> None:
     for name, value in options.items():
         jax.config.update(name, value)  # type: ignore[no-untyped-call]
     compilation_cache.reset_cache()  # jax reads the folder once
-
-
-def compile_program(
-    traced: TracedModel,
-    weights: Any,
-    key: ProgramKey | HeadKey,
-    inputs: tuple[Any, ...],
-    device: Any,
-    implementation: str,
-) -> Any:
-    """Compile one program from shapes alone, for a device that need not be there."""
-
-    def program(weights: Any, *arrays: Any) -> Any:
-        if isinstance(key, HeadKey):
-            return whole_head(weights, *arrays)
-        if not key.num_labels:
-            tokens = arrays[:-1]  # all but the label ids, of which there are none
-            return traced.hidden_rows(weights, *tokens, implementation=implementation)
-        pages = None
-        if key.num_pages:
-            kv_pages, *arrays, writes = arrays  # type: ignore[assignment]
-            pages = LayerPages(kv_pages, writes)
-        found = traced.label_logits(
-            weights,
-            *arrays,
-            over_vocabulary=key.over_vocabulary,
-            pages=pages,
-            implementation=implementation,
-        )
-        return found if pages is None else (found, pages.kv_pages)
-
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    struct: Any = jax.ShapeDtypeStruct
-    shapes = jax.tree.map(lambda x: struct(x.shape, x.dtype, sharding=sharding), (weights, *inputs))
-    mesh = jax.sharding.Mesh([device], ("x",)).abstract_mesh  # pltpu asks it what chip this is
-    with jax.sharding.use_abstract_mesh(mesh):
-        # the pool is changed in place
-        donated = (1,) if isinstance(key, ProgramKey) and key.num_pages else ()
-        return jax.jit(program, donate_argnums=donated).lower(*shapes).compile()

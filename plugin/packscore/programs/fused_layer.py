@@ -16,9 +16,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3MLP
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeMLP
 
 from packscore.model.sizes import ModelSizes
-from packscore.programs.traced_ops import LayerPages, attend
+from packscore.programs.traced_ops import KernelImplementation, LayerAttention
 from packscore_kernels import (
-    SegmentSchedule,
     can_gate,
     can_project,
     gated_mlp,
@@ -30,9 +29,9 @@ FUSED_LAYERS = (Qwen3DecoderLayer, Qwen3MoeDecoderLayer)
 FUSED_MLPS = (Qwen3MLP, Qwen3MoeMLP)
 
 
-def can_fuse(layer: nn.Module, implementation: Any, itemsize: int) -> bool:
+def can_fuse(layer: nn.Module, implementation: KernelImplementation, itemsize: int) -> bool:
     """Whether a layer's attention runs through the kernels."""
-    if type(layer) not in FUSED_LAYERS or implementation not in ("pallas", "pallas_interpret"):
+    if type(layer) not in FUSED_LAYERS or implementation == "xla":
         return False
     attention: Any = layer.self_attn
     sizes = ModelSizes.of(attention.config)
@@ -57,9 +56,7 @@ def fused_layer(
     index: jax.Array,  # i32[]
     hidden: jax.Array,  # [1, num_tokens, hidden_size]
     rotary: tuple[jax.Array, jax.Array],  # [1, num_tokens, head_dim]
-    schedule: SegmentSchedule,
-    pages: LayerPages | None,
-    implementation: Any,
+    attend: LayerAttention,
 ) -> jax.Array:
     """The layer as a function of its weights; see `can_fuse`.
 
@@ -71,15 +68,12 @@ def fused_layer(
       index: of the layer that is computed.
       hidden: the residual stream.
       rotary: cosine and sine of the positions.
-      schedule: who sees whom.
-      pages: the pool, which the layer changes in place.
-      implementation: of the kernels.
+      attend: its attention, with the pages that it changes; says how the kernels are run.
 
     Returns:
       [1, num_tokens, hidden_size]: the residual stream behind the layer.
     """
-    attention = layer.self_attn
-    x = hidden[0]
+    implementation, x = attend.implementation, hidden[0]
 
     def stack(name: str) -> jax.Array:
         return weights[f"{name}.weight"]
@@ -94,7 +88,7 @@ def fused_layer(
         eps=layer.input_layernorm.variance_epsilon,
         implementation=implementation,
     )
-    attended = attend(q, k, v, schedule, pages, attention.scaling, implementation)
+    attended = attend(q, k, v, sm_scale=layer.self_attn.scaling)
     x = project_out(attended, stack("self_attn.o_proj"), x, index, implementation=implementation)
     if can_fuse_mlp(layer.mlp, x.dtype.itemsize):
         return gated_mlp(

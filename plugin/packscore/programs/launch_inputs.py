@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from packscore_kernels import (
     BlockSizes,
     PageWrites,
     SegmentLayout,
+    SegmentSchedule,
     build_page_writes,
     build_schedule,
     resolve_block_sizes,
@@ -38,37 +39,52 @@ def block_sizes_for(
     )
 
 
-def program_inputs(
-    key: ProgramKey,
-    block_sizes: BlockSizes,
-    layout: SegmentLayout,
-    token_ids: npt.NDArray[np.int64],  # [num_tokens], without padding
-    label_ids: Sequence[int],
-    rows: npt.NDArray[np.integer[Any]] | None = None,  # [num_items]: None takes the scored ones
-    leases: Sequence[PrefixLease | None] = (),
-) -> tuple[Any, ...]:
-    """A request as a program takes it.
+class LaunchInputs(NamedTuple):
+    """What a program takes beside weights and pages: numpy arrays, or what stands for them."""
 
-    Returns:
-      (token ids, positions, schedule, scored rows, label ids), and of a program with pages what it
-      writes to them.
-    """
-    padded = replace(layout, num_tokens=key.num_tokens)
-    rows = layout.scored_rows if rows is None else rows
-    ids, scored = np.zeros(key.num_tokens, np.int32), np.zeros(key.num_items, np.int32)
-    labels = np.zeros(key.num_labels, np.int32)
-    ids[: len(token_ids)], scored[: len(rows)] = token_ids, rows
-    labels[: len(label_ids)] = label_ids
-    schedule = build_schedule(
-        padded,
-        block_sizes=block_sizes,
-        page_size=PAGE_SIZE if key.num_pages else 0,
-        num_pages=key.num_pages,
-        max_groups=MAX_GROUPS,
-        max_pages=max(key.num_pages, NAMED_PAGES) if key.num_pages else 0,
-    )
-    inputs = ids, padded.position_ids, schedule, scored, labels
-    return (*inputs, _page_writes(key, padded, leases)) if key.num_pages else inputs
+    token_ids: Any  # i32[num_tokens]
+    position_ids: Any  # i32[num_tokens], rotary positions
+    schedule: SegmentSchedule  # who sees whom
+    rows: Any  # i32[num_items], indices into the packed tokens: what the head reads
+    label_ids: Any  # i32[num_labels]
+    page_writes: PageWrites | None  # None in a program without pages
+
+    @classmethod
+    def of(
+        cls,
+        key: ProgramKey,
+        block_sizes: BlockSizes,
+        layout: SegmentLayout,
+        token_ids: npt.NDArray[np.int64],  # [num_tokens], without padding
+        label_ids: Sequence[int],
+        *,
+        rows: npt.NDArray[np.integer[Any]] | None = None,  # [num_rows]: None takes the scored ones
+        leases: Sequence[PrefixLease | None] = (),
+    ) -> LaunchInputs:
+        """A request padded to a program's sizes; `leases` say what its prefixes leave in pages."""
+        padded = replace(layout, num_tokens=key.num_tokens)
+        schedule = build_schedule(
+            padded,
+            block_sizes=block_sizes,
+            page_size=PAGE_SIZE if key.num_pages else 0,
+            num_pages=key.num_pages,
+            max_groups=MAX_GROUPS,
+            max_pages=max(key.num_pages, NAMED_PAGES) if key.num_pages else 0,
+        )
+        return cls(
+            _padded(token_ids, key.num_tokens),
+            padded.position_ids,
+            schedule,
+            _padded(layout.scored_rows if rows is None else rows, key.num_items),
+            _padded(label_ids, key.num_labels),
+            _page_writes(key, padded, leases) if key.num_pages else None,
+        )
+
+
+def _padded(values: npt.NDArray[Any] | Sequence[int], size: int) -> npt.NDArray[np.int32]:
+    found = np.zeros(size, np.int32)
+    found[: len(values)] = values
+    return found
 
 
 def most_page_writes(num_tokens: int) -> int:

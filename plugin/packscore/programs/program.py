@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import threading
-import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,18 +13,16 @@ import jax
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from packscore.errors import InputError, UnexpectedCompileError
+from packscore.errors import InputError
 from packscore.flows.engine import Readout
 from packscore.flows.packing import PackedBatch
 from packscore.flows.page_pool import PREFIX_CACHE_BYTES
 from packscore.model.family import class_count
 from packscore.model.sizes import ModelSizes
-from packscore.model.weight_watch import WeightWatch
-from packscore.programs.compiling import compile_program, compiling_into
-from packscore.programs.launch_inputs import block_sizes_for, program_inputs
+from packscore.programs.compiling import Executables
+from packscore.programs.launch_inputs import LaunchInputs, block_sizes_for
 from packscore.programs.pages import DevicePages, pages_within, pool_struct
 from packscore.programs.sizes import (
     DEFAULT_MAX_TOKENS,
@@ -38,9 +34,9 @@ from packscore.programs.sizes import (
     token_ladder,
 )
 from packscore.programs.traced_model import TracedModel
-from packscore.programs.weights import shares_memory, to_torch
-from packscore_kernels import BlockSizes, SegmentLayout
-from packscore_kernels.hardware import shape_of
+from packscore.programs.traced_ops import KernelImplementation
+from packscore.programs.weights import DeviceWeights, Weights, to_torch
+from packscore_kernels import BlockSizes
 
 logger = logging.getLogger("packscore")
 
@@ -74,7 +70,7 @@ class ModelProgram:
     Args:
       model: a plain Hugging Face causal model on the CPU; its weights become shared with jax.
       device: where programs run; the weights are put there once.
-      implementation: of the attention, as `segment_paged_attention` names them.
+      implementation: of the kernels: "pallas" (TPU), "pallas_interpret" or "xla".
       max_tokens: the largest program; longer requests are split.
 
     Raises:
@@ -86,29 +82,17 @@ class ModelProgram:
         model: PreTrainedModel,
         *,
         device: jax.Device,
-        implementation: str = "xla",
+        implementation: KernelImplementation = "xla",
         max_tokens: int = DEFAULT_MAX_TOKENS,
     ) -> None:
         self.max_tokens = token_bucket(max_tokens)
-        self.strict = False
-        self.compile_count = 0
         self.device = device
-        self._implementation = implementation
-        # folder that keeps compiled programs; None leaves that to jax's configuration
-        self.compile_cache: Path | None = None
-        self._traced = TracedModel(type(model), model.config)
-        self._model = weakref.ref(model)
         self.sizes = ModelSizes.of(model.config)
-        self._weights, self._watch = self._put(model)
         self.num_classes = class_count(model)
-        self._executables: dict[ProgramKey | HeadKey, Callable[..., Any]] = {}
-        self._lock = threading.Lock()
-
-    def _put(self, model: PreTrainedModel) -> tuple[Any, WeightWatch]:
-        weights = jax.device_put(self._traced.weights_of(model), self.device)
-        whole: Any = model
-        is_shared = shares_memory(weights["norm"]["weight"], whole.get_decoder().norm.weight)
-        return weights, WeightWatch(model, is_copied=not is_shared)
+        self._model = weakref.ref(model)
+        traced = TracedModel(type(model), model.config)
+        self._executables = Executables(traced, self.sizes, device, implementation)
+        self._weights = DeviceWeights(model, traced.skeleton, device, self._executables.take)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -117,6 +101,29 @@ class ModelProgram:
         if model is None:
             raise ReferenceError("the model of these programs is gone; keep it while they are used")
         return model
+
+    @property
+    def compile_count(self) -> int:
+        """How many programs were made ready, compiled or loaded."""
+        return self._executables.count
+
+    @property
+    def strict(self) -> bool:
+        """Whether a program that no warm-up made ready is an `UnexpectedCompileError`."""
+        return self._executables.strict
+
+    @strict.setter
+    def strict(self, strict: bool) -> None:
+        self._executables.strict = strict
+
+    @property
+    def compile_cache(self) -> Path | None:
+        """Folder that keeps compiled programs; None leaves that to jax's configuration."""
+        return self._executables.folder
+
+    @compile_cache.setter
+    def compile_cache(self, folder: Path | None) -> None:
+        self._executables.folder = folder
 
     def refresh(self) -> bool:
         """Take the model's weights again if they are no longer those that the programs have.
@@ -130,24 +137,14 @@ class ModelProgram:
           UnsupportedModelError: an adapter was added, or weights were quantised or moved.
         """
         model = self._model()
-        if model is None or not self._watch.sees_change(model):
+        if model is None or not self._weights.refresh(model):
             return False
-        with self._lock:
-            if not self._watch.sees_change(model):  # another thread was faster
-                return False
-            shapes = self._shapes()
-            self._weights, self._watch = self._put(model)
-            if shapes != self._shapes():
-                self._executables.clear()
         logger.info("the weights of %s changed, and were taken again", type(model).__name__)
         return True
 
-    def _current(self) -> Any:
+    def _current(self) -> Weights:
         self.refresh()
-        return self._weights
-
-    def _shapes(self) -> Any:
-        return jax.tree.map(lambda x: shape_of(x.shape, x.dtype), self._weights)
+        return self._weights.arrays
 
     def run(self, batch: PackedBatch, readout: Readout) -> tuple[Float32, Float32]:
         """Label logits of a packed batch without pages.
@@ -179,21 +176,15 @@ class ModelProgram:
         over_vocabulary = readout.over_vocabulary
         key = program_key(len(batch.token_ids), num_items, num_labels, over_vocabulary, num_pages)
         leases = [share.lease for share in batch.shares]
-        blocks = self._block_sizes(key)
-        inputs = program_inputs(
-            key, blocks, layout, batch.token_ids, readout.label_ids, leases=leases
+        inputs = LaunchInputs.of(
+            key, self._blocks(key), layout, batch.token_ids, readout.label_ids, leases=leases
         )
+        run = self._executables.get(key)
         if pages is None:
-            logits, normalizer = self._executable(key, inputs)(weights, *inputs)
+            (logits, normalizer), _ = run(weights, None, inputs)
         else:
-            run = self._executable(key, (pages.struct, *inputs))
-            logits, normalizer = pages.through(lambda array: run(weights, array, *inputs), leases)
+            logits, normalizer = pages.through(lambda array: run(weights, array, inputs), leases)
         return Launched(logits, normalizer, num_items, num_labels)
-
-    def device_pages(self, num_pages: int) -> DevicePages:
-        """Pages for the keys and values of this model's prefixes."""
-        dtype = self._weights["norm"]["weight"].dtype
-        return DevicePages(num_pages, pool_struct(self.sizes, dtype, num_pages), self.device)
 
     def logits(
         self,
@@ -211,21 +202,19 @@ class ModelProgram:
         """
         weights = self._current()
         key = program_key(len(batch.token_ids), len(rows), 0, False)
-        blocks = self._block_sizes(key)
-        inputs = program_inputs(key, blocks, batch.layout, batch.token_ids, [], rows)
-        hidden = np.asarray(self._executable(key, inputs)(weights, *inputs))[: len(rows)]
+        inputs = LaunchInputs.of(
+            key, self._blocks(key), batch.layout, batch.token_ids, (), rows=rows
+        )
+        found, _ = self._executables.get(key)(weights, None, inputs)
+        hidden = np.asarray(found)[: len(rows)]
         few, many = HEAD_ROWS
         step = few if len(rows) <= few else many
         for start in range(0, len(rows), step):
             chunk = np.zeros((step, hidden.shape[1]), hidden.dtype)
             part = hidden[start : start + step]
             chunk[: len(part)] = part
-            found = self._executable(HeadKey(step), (chunk,))(weights, chunk)
-            yield start, to_torch(found)[: len(part)]
-
-    def padding_tokens(self, num_tokens: int) -> int:
-        """Padding that a batch of so many tokens runs with."""
-        return token_bucket(num_tokens) - num_tokens
+            logits = self._executables.get(HeadKey(step))(weights, chunk)
+            yield start, to_torch(logits)[: len(part)]
 
     def warmup(
         self,
@@ -252,7 +241,6 @@ class ModelProgram:
         Returns:
           How many programs were compiled.
         """
-        before = self.compile_count
         num_pages = self.num_pages(prefix_cache_bytes)
         if self.num_classes:
             kinds = {(self.num_classes, False, num_pages)}
@@ -268,60 +256,23 @@ class ModelProgram:
         }
         heads = [HeadKey(n) for n in HEAD_ROWS if plain_calls and not self.num_classes]
         ordered = sorted(keys, key=lambda key: (key.num_tokens, key.num_items, key.over_vocabulary))
-        for key in tqdm([*ordered, *heads], unit="program", disable=not show_progress_bar):
-            self._executable(key, self._example(key), expected=True)
-        return self.compile_count - before
-
-    def _example(self, key: ProgramKey | HeadKey) -> tuple[Any, ...]:
-        """Inputs of the shapes that a program takes."""
-        if isinstance(key, HeadKey):
-            norm = self._weights["norm"]["weight"]
-            return (np.zeros((key.num_rows, *norm.shape), norm.dtype),)
-        layout = SegmentLayout.single(1, [], 1)
-        inputs = program_inputs(key, self._block_sizes(key), layout, np.zeros(1, np.int64), [])
-        return (self.device_pages(key.num_pages).struct, *inputs) if key.num_pages else inputs
+        return self._executables.warm_up([*ordered, *heads], show_progress_bar)
 
     def num_pages(self, cache_bytes: int) -> int:
         """Pages that so many bytes hold, and that a schedule can name."""
-        return pages_within(self.sizes, self._weights["norm"]["weight"].dtype, cache_bytes)
+        return pages_within(self.sizes, self._weights.dtype, cache_bytes)
 
-    def _block_sizes(self, key: ProgramKey) -> BlockSizes:
-        dtype = self._weights["norm"]["weight"].dtype
-        return block_sizes_for(self.sizes, dtype, key)
+    def device_pages(self, num_pages: int) -> DevicePages:
+        """Pages for the keys and values of this model's prefixes."""
+        struct = pool_struct(self.sizes, self._weights.dtype, num_pages)
+        return DevicePages(num_pages, struct, self.device)
 
-    def _executable(
-        self, key: ProgramKey | HeadKey, inputs: tuple[Any, ...], *, expected: bool = False
-    ) -> Callable[..., Any]:
-        found = self._executables.get(key)
-        if found is not None:
-            return found
-        with self._lock:
-            if key not in self._executables:
-                if self.strict and not expected:
-                    raise UnexpectedCompileError(
-                        f"{key} is not compiled and strict=True; call warmup(max_tokens=...) for it"
-                    )
-                self._executables[key] = self._compile(key, inputs)
-            return self._executables[key]
-
-    def _compile(self, key: ProgramKey | HeadKey, inputs: tuple[Any, ...]) -> Callable[..., Any]:
-        start = time.perf_counter()
-        with compiling_into(self.compile_cache):
-            compiled = compile_program(
-                self._traced, self._shapes(), key, inputs, self.device, self._implementation
-            )
-        self.compile_count += 1
-        memory = compiled.memory_analysis()
-        code_bytes = getattr(memory, "generated_code_size_in_bytes", 0)
-        logger.info(
-            "compiled %s in %.1f s, %d bytes of code", key, time.perf_counter() - start, code_bytes
-        )
-        run: Callable[..., Any] = compiled
-        return run
+    def _blocks(self, key: ProgramKey) -> BlockSizes:
+        return block_sizes_for(self.sizes, self._weights.dtype, key)
 
 
-def resolve_device(device: str) -> tuple[jax.Device, str] | None:
-    """(jax device, attention implementation) for "tpu", "jax" or "auto"; None is torch.
+def resolve_device(device: str) -> tuple[jax.Device, KernelImplementation] | None:
+    """(jax device, implementation of the kernels) for "tpu", "jax" or "auto"; None is torch.
 
     Raises:
       InputError: the name is not one of these, or there is no TPU.

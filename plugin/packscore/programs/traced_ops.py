@@ -13,6 +13,7 @@ from torch import nn
 
 from packscore_kernels import (
     PageWrites,
+    ProjectionImplementation,
     SegmentSchedule,
     segment_paged_attention,
     write_kv_pages,
@@ -20,6 +21,9 @@ from packscore_kernels import (
 
 # under which transformers finds both; no name of its own
 NAME = "packscore_program"
+
+# What every kernel of a program has: attention, page writes and the layer's products.
+KernelImplementation = ProjectionImplementation
 
 _lock = threading.Lock()
 
@@ -41,11 +45,36 @@ def torchax_environment() -> Any:
 
 
 @dataclass
-class LayerPages:
-    """The pool of pages on its way through a layer: its attention writes first, then reads."""
+class LayerAttention:
+    """The attention of one layer: who sees whom, and the pool of pages on its way through it."""
 
-    kv_pages: Any  # [num_layers * num_pages, num_kv_heads, 2, page_size, head_dim]
-    writes: PageWrites
+    schedule: SegmentSchedule  # of the layer's own pages
+    implementation: KernelImplementation
+    # [num_layers * num_pages, num_kv_heads, 2, page_size, head_dim]; None where nothing is cached
+    kv_pages: jax.Array | None = None
+    writes: PageWrites | None = None
+
+    def __call__(
+        self,
+        q: jax.Array,  # [num_q_heads, num_tokens, head_dim]
+        k: jax.Array,  # [num_kv_heads, num_tokens, head_dim]
+        v: jax.Array,  # [num_kv_heads, num_tokens, head_dim]
+        *,
+        sm_scale: float,
+    ) -> jax.Array:
+        """Write what is new to the pages, which changes `kv_pages`, then attend.
+
+        Returns:
+          [num_q_heads, num_tokens, head_dim].
+        """
+        implementation = self.implementation
+        if self.kv_pages is not None and self.writes is not None:
+            self.kv_pages = write_kv_pages(
+                self.kv_pages, k, v, self.writes, implementation=implementation
+            )
+        return segment_paged_attention(
+            q, k, v, self.kv_pages, self.schedule, sm_scale=sm_scale, implementation=implementation
+        )
 
 
 def program_attention(
@@ -55,42 +84,15 @@ def program_attention(
     value: torch.Tensor,  # [1, num_kv_heads, num_tokens, head_dim]
     attention_mask: torch.Tensor | None,
     scaling: float,
-    segment_schedule: SegmentSchedule,
-    implementation: Any = None,
-    pages: LayerPages | None = None,
+    layer_attention: LayerAttention,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention that the skeleton's layers call while they are traced."""
     env = torchax_environment()
     q, k, v = (env.t2j_iso(x)[0] for x in (query, key, value))
-    out = attend(q, k, v, segment_schedule, pages, scaling, implementation)
+    out = layer_attention(q, k, v, sm_scale=scaling)
     result: torch.Tensor = env.j2t_iso(jnp.transpose(out, (1, 0, 2))[None])
     return result, None
-
-
-def attend(
-    q: jax.Array,  # [num_q_heads, num_tokens, head_dim]
-    k: jax.Array,  # [num_kv_heads, num_tokens, head_dim]
-    v: jax.Array,  # [num_kv_heads, num_tokens, head_dim]
-    schedule: SegmentSchedule,
-    pages: LayerPages | None,
-    sm_scale: float,
-    implementation: Any,
-) -> jax.Array:
-    """Segment attention of one layer, which first writes what is new to the pages.
-
-    Returns:
-      [num_q_heads, num_tokens, head_dim].
-    """
-    kv_pages = None
-    if pages is not None:
-        kernels = ("pallas", "pallas_interpret")
-        writer: Any = implementation if implementation in kernels else "xla"
-        kv_pages = write_kv_pages(pages.kv_pages, k, v, pages.writes, implementation=writer)
-        pages.kv_pages = kv_pages
-    return segment_paged_attention(
-        q, k, v, kv_pages, schedule, sm_scale=sm_scale, implementation=implementation
-    )
 
 
 def program_experts(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+
+from packscore.errors import UnsupportedModelError
+from packscore.model.family import is_classifier, output_head
+from packscore.model.weight_watch import WeightWatch
+from packscore_kernels.hardware import shape_of
 
 # Bytes to which arrays must be aligned that jax reads in place; others it copies.
 JAX_ALIGNMENT = 64
@@ -19,6 +27,128 @@ JAX_ALIGNMENT = 64
 # "embed_tokens", "rotary", "norm", "layers" (stacked), and "head" (vocabulary or classes) where it
 # is not tied
 Weights = dict[str, dict[str, Any]]
+
+
+class DeviceWeights:
+    """A model's weights on a device, taken again when the model has others.
+
+    Args:
+      model: a plain Hugging Face model on the CPU.
+      skeleton: the same without weights, by which it is checked.
+      device: where the weights are put.
+      on_taken: called with weights that were taken, before anybody else sees them.
+
+    Raises:
+      UnsupportedModelError: see `weights_of`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        skeleton: PreTrainedModel,
+        device: jax.Device,
+        on_taken: Callable[[Weights], None],
+    ) -> None:
+        self._skeleton = skeleton
+        self._device = device
+        self._on_taken = on_taken
+        self._lock = threading.Lock()
+        self._take(model)
+
+    def _take(self, model: PreTrainedModel) -> None:
+        arrays = jax.device_put(weights_of(model, self._skeleton), self._device)
+        whole: Any = model
+        is_shared = shares_memory(arrays["norm"]["weight"], whole.get_decoder().norm.weight)
+        watch = WeightWatch(model, is_copied=not is_shared)
+        self._on_taken(arrays)
+        self.arrays: Weights = arrays
+        self._watch = watch
+
+    @property
+    def dtype(self) -> Any:
+        """In which programs compute."""
+        return self.arrays["norm"]["weight"].dtype
+
+    def refresh(self, model: PreTrainedModel) -> bool:
+        """Take the weights again if they are no longer the model's; whether they were not.
+
+        Raises:
+          UnsupportedModelError: see `weights_of`.
+        """
+        if not self._watch.sees_change(model):
+            return False
+        with self._lock:
+            if not self._watch.sees_change(model):  # another thread was faster
+                return False
+            self._take(model)
+        return True
+
+
+def weights_of(model: PreTrainedModel, skeleton: PreTrainedModel) -> Weights:
+    """The weights of a model as jax arrays, in the memory that torch keeps using.
+
+    Raises:
+      UnsupportedModelError: its modules are not those of the skeleton (an adapter or a quantised
+        layer in place), or its weights are of another dtype or not on the CPU.
+    """
+    _check_same_modules(model, skeleton)
+    whole: Any = model
+    decoder, head = whole.get_decoder(), output_head(model)
+    stacks = stack_layers(decoder.layers)
+    weights: Weights = {
+        "layers": {name: to_jax(stack) for name, stack in stacks.items()},
+        "rotary": {name: to_jax(b) for name, b in decoder.rotary_emb.named_buffers()},
+        "norm": {name: to_jax(p) for name, p in decoder.norm.named_parameters()},
+        "embed_tokens": {"weight": to_jax(decoder.embed_tokens.weight)},
+    }
+    if head.weight is not decoder.embed_tokens.weight:  # a tied one is there already
+        weights["head"] = {"weight": to_jax(head.weight)}
+    return weights
+
+
+def weight_shapes(skeleton: PreTrainedModel, dtype: Any) -> Weights:
+    """What `weights_of` returns for such a model, as shapes alone."""
+    whole: Any = skeleton
+    decoder, head = whole.get_decoder(), output_head(skeleton)
+    num_layers = len(decoder.layers)
+
+    def shapes(named: Iterator[tuple[str, torch.Tensor]], *lead: int) -> dict[str, Any]:
+        return {name: shape_of((*lead, *x.shape), dtype) for name, x in named}
+
+    found: Weights = {
+        "layers": shapes(decoder.layers[0].named_parameters(), num_layers),
+        "norm": shapes(decoder.norm.named_parameters()),
+        "embed_tokens": shapes(decoder.embed_tokens.named_parameters()),
+        "rotary": {
+            name: shape_of(tuple(x.shape), jnp.float32)
+            for name, x in decoder.rotary_emb.named_buffers()
+        },
+    }
+    if is_classifier(skeleton) or not skeleton.config.tie_word_embeddings:
+        found["head"] = shapes(head.named_parameters())
+    return found
+
+
+def _check_same_modules(model: PreTrainedModel, skeleton: PreTrainedModel) -> None:
+    own = {name: p.shape for name, p in model.named_parameters()}
+    expected = {name: p.shape for name, p in skeleton.named_parameters()}
+    if own != expected:
+        odd = sorted(set(own) ^ set(expected)) or [n for n in own if own[n] != expected[n]]
+        raise UnsupportedModelError(
+            f"parameter {odd[0]!r} is not one of a plain {type(model).__name__}; merge "
+            "adapters (merge_and_unload()) and load weights unquantised"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "cpu":
+            raise UnsupportedModelError(
+                f"parameter {name!r} is on {parameter.device}; load the model on the CPU, "
+                "without device_map"
+            )
+        if parameter.dtype not in (torch.float32, torch.bfloat16):
+            raise UnsupportedModelError(
+                f"parameter {name!r} is {parameter.dtype}; programs compute in bfloat16 or "
+                "float32: load the model with dtype='bfloat16'"
+            )
 
 
 def stack_layers(layers: nn.ModuleList) -> dict[str, torch.Tensor]:
