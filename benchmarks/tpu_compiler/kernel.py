@@ -91,7 +91,7 @@ class Costs:
     spills: float
 
 
-class _Kernel:
+class _SortedRegions:
     """A compiled kernel's regions, sorted by what its code does in their order; sets of indices.
 
     The pieces with matrix work are found by their order. Of the rest before `redo`, what runs once
@@ -99,7 +99,7 @@ class _Kernel:
     """
 
     def __init__(self, found: list[Region]) -> None:
-        self.found = found
+        self.regions = found
         self.matrix = [i for i, region in enumerate(found) if region.has("vmatmul")]
         if len(self.matrix) != len(PIECES):
             raise RuntimeError(
@@ -118,20 +118,20 @@ class _Kernel:
 
     def bundles(self, which: Iterable[int]) -> int:
         """Of some regions together."""
-        return sum(self.found[i].bundles for i in which)
+        return sum(self.regions[i].bundles for i in which)
 
     def longest(self, which: Iterable[int]) -> int:
         """Bundles of the longest of some, 0 where there are none."""
-        return max((self.found[i].bundles for i in which), default=0)
+        return max((self.regions[i].bundles for i in which), default=0)
 
     def _where(self, among: Iterable[int], holds: Callable[[Region], bool]) -> set[int]:
-        return {i for i in among if holds(self.found[i])}
+        return {i for i in among if holds(self.regions[i])}
 
     @cached_property
     def finish(self) -> int:
         """The end of a tile."""
         of_tiles = self._where(self._usual, lambda region: region.depth == 1)
-        return max(sorted(of_tiles), key=lambda i: self.found[i].bundles)
+        return max(sorted(of_tiles), key=lambda i: self.regions[i].bundles)
 
     @cached_property
     def transposes(self) -> set[int]:
@@ -190,23 +190,23 @@ class _Kernel:
 
 
 def read_costs(path: str) -> Costs:
-    """The costs of a compiled kernel."""
-    kernel = _Kernel(list(regions(path)))
-    pieces = {name: kernel.found[kernel.piece(name)] for name in PIECES}
+    """The costs of a compiled kernel, from the file of its schedule."""
+    found = _SortedRegions(list(regions(path)))
+    pieces = {name: found.regions[found.piece(name)] for name in PIECES}
     usual = [one for name, one in pieces.items() if not name.startswith("redo")]
     spilled = sum(one.bundles * one.use.get("SPILL", 0.0) for one in usual)
     return Costs(
         pieces={name: one.bundles for name, one in pieces.items()},
         matrix={name: one.bundles * one.matrix_use for name, one in pieces.items()},
-        finish=kernel.bundles([kernel.finish]),
-        load_block=kernel.bundles(kernel.transposes),
-        load_copy=kernel.longest(kernel.copies) + kernel.longest(kernel.waits),
-        step=kernel.bundles(kernel.steps),
-        use=kernel.bundles(kernel.uses),
-        load=kernel.bundles(kernel.loading),
-        edge=kernel.bundles(kernel.edges),
-        dead=kernel.longest(kernel.clearing),
-        total=kernel.bundles(range(len(kernel.found))),
+        finish=found.bundles([found.finish]),
+        load_block=found.bundles(found.transposes),
+        load_copy=found.longest(found.copies) + found.longest(found.waits),
+        step=found.bundles(found.steps),
+        use=found.bundles(found.uses),
+        load=found.bundles(found.loading),
+        edge=found.bundles(found.edges),
+        dead=found.longest(found.clearing),
+        total=found.bundles(range(len(found.regions))),
         spills=spilled / sum(one.bundles for one in usual),
     )
 
