@@ -20,8 +20,8 @@ LEFT_OUT = pytest.StashKey[int]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What one process compiles the others find, in a folder of this run."""
-    if hasattr(config, "workerinput"):
+    """What one process compiles the others find, in a folder of this run or one that is given."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     folder = tempfile.TemporaryDirectory(prefix="packscore_tests_")
     config.add_cleanup(folder.cleanup)
