@@ -1,4 +1,4 @@
-"""Fixtures that every part of the suite shares."""
+"""How the suite runs: what is left out, in what order, and what its processes share."""
 
 from __future__ import annotations
 
@@ -9,72 +9,69 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # and jax for a TPU, which libtpu makes it look for
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from collections.abc import Iterator
+import tempfile
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from helpers import FrozenCase, random_ids
-from packscore import patch_model, shipped_model_path
+from selection import LONGEST_FIRST, unit_of
 
-# the models are small: more threads cost more than they give, above all on a busy machine
-torch.set_num_threads(1)
+LEFT_OUT = pytest.StashKey[int]()
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> Any:
-    """The shipped model's tokenizer: Qwen's pipeline with a small vocabulary."""
-    return AutoTokenizer.from_pretrained(shipped_model_path())
+def pytest_configure(config: pytest.Config) -> None:
+    """What one process compiles the others find, in a folder of this run or one that is given."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder = tempfile.TemporaryDirectory(prefix="packscore_tests_")
+    config.add_cleanup(folder.cleanup)
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": folder.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 
-def _load_shipped() -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(shipped_model_path(), dtype=torch.float32).eval()
+def pytest_sessionstart(session: pytest.Session) -> None:
+    # the process that hands out tests, and runs none, starts sooner without torch and transformers
+    if not session.config.pluginmanager.hasplugin("dsession"):
+        session.config.pluginmanager.import_plugin("fixtures")
 
 
-@pytest.fixture(scope="session")
-def shipped() -> PreTrainedModel:
-    """The shipped reranker in float32, patched; tests leave it as it is."""
-    return patch_model(_load_shipped())
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Units of tests in the order of the collection, for the default `--dist loadfile`."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class UnitScheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return unit_of(nodeid)
+
+    return UnitScheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
-@pytest.fixture(scope="session")
-def unpatched() -> PreTrainedModel:
-    """The shipped reranker in float32 as Hugging Face loads it: the reference."""
-    return _load_shipped()
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {unit: place for place, unit in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(unit_of(item.nodeid), len(order)))
 
 
-@pytest.fixture
-def fresh() -> PreTrainedModel:
-    """A shipped reranker of the test's own, not patched."""
-    return _load_shipped()
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.config.stash[LEFT_OUT] = item.config.stash.get(LEFT_OUT, 0) + 1
 
 
-@pytest.fixture(scope="session")
-def case(shipped: PreTrainedModel, tokenizer: Any) -> FrozenCase:
-    """Token ids of a query and seven items for the shipped model, and its labels no and yes."""
-    vocab_size = len(tokenizer)
-    items = [
-        random_ids(n, vocab_size, seed=k + 1) for k, n in enumerate((7, 1, 30, 12, 12, 0, 200))
-    ]
-    labels = tokenizer.convert_tokens_to_ids(["no", "yes"])
-    return FrozenCase(random_ids(90, vocab_size, seed=0), items, labels)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash.get(LEFT_OUT, 0)
 
 
-@pytest.fixture(scope="module")
-def quick_programs() -> Iterator[None]:
-    """Programs compiled without LLVM's optimisations, which are two thirds of the work.
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    # every worker collects, and leaves out, the same tests
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
 
-    What they compute is the same; test_program.py runs programs as they ship.
-    """
-    import jax
 
-    compile_lowered = jax.stages.Lowered.compile
-
-    def quickly(lowered: Any) -> Any:
-        return compile_lowered(lowered, compiler_options={"xla_backend_optimization_level": 0})
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax.stages.Lowered, "compile", quickly)
-        yield
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if left_out := config.stash.get(LEFT_OUT, 0):
+        terminalreporter.write_line(f"{left_out} long tests left out: pytest -m long runs them")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from transformers import PreTrainedModel
 
 from helpers import FrozenCase, random_ids, random_qwen3
+from selection import cover
 
 # (q heads, kv heads, head_dim, layers, tied): every value of each beside every other's neighbours
 CONFIGS = [
@@ -54,4 +58,20 @@ def make_model(config: tuple[int, int, int, int, bool]) -> PreTrainedModel:
         head_dim=head_dim,
         num_layers=num_layers,
         tied=tied,
+    )
+
+
+def cells(cases: Iterable[tuple[int, str]]) -> list[Any]:
+    """Parameters (row of CONFIGS, name in CASES): a pairwise cover, and the others when long.
+
+    What meets in pairs are heads, head_dim, tokens of the query, number of items and whether they
+    are of one length, which between them tell all rows and all cases apart.
+    """
+
+    def features(row: int, name: str) -> tuple[Any, ...]:
+        prefix_len, lens = CASES[name]
+        return *CONFIGS[row][:3], prefix_len, len(lens), len(set(lens)) == 1
+
+    return cover(
+        (f"{CONFIG_IDS[row]}-{name}", (row, name), features(row, name)) for row, name in cases
     )

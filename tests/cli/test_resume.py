@@ -22,11 +22,13 @@ from packscore.files.failures import RunError
 from packscore.files.file_plan import FilePlan, plan_files
 from packscore.files.records import FieldNames, Record
 
-NUM_RECORDS = 10_000
-NUM_KILLS = 20
 
-
-def test_ten_thousand_records_killed_twenty_times(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("num_records", "num_kills"), [(1000, 5), pytest.param(10_000, 20, marks=pytest.mark.long)]
+)
+def test_thousands_of_records_killed_many_times(
+    num_records: int, num_kills: int, tmp_path: Path
+) -> None:
     config = Qwen3Config(
         vocab_size=3072,
         hidden_size=16,
@@ -40,24 +42,25 @@ def test_ten_thousand_records_killed_twenty_times(tmp_path: Path) -> None:
     model = tmp_path / "model"
     Qwen3ForCausalLM(config).save_pretrained(model)
     AutoTokenizer.from_pretrained(shipped_model_path()).save_pretrained(model)
+    broken = range(num_records // 20, num_records, num_records // 10 - 3)
     lines = [
-        "broken" if i % 997 == 500 else json.dumps({"id": i, "query": f"{i}", "items": ["a"]})
-        for i in range(NUM_RECORDS)
+        "broken" if i in broken else json.dumps({"id": i, "query": f"{i}", "items": ["a"]})
+        for i in range(num_records)
     ]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     script = Path(__file__).with_name("kill_and_resume.py")
-    command = [sys.executable, str(script), str(tmp_path), str(model), "--kills", str(NUM_KILLS)]
+    command = [sys.executable, str(script), str(tmp_path), str(model), "--kills", str(num_kills)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     bad = int(ExitCode.BAD_RECORDS)
-    assert report["codes"] == [bad, *[-signal.SIGKILL] * NUM_KILLS, bad], done.stderr
-    assert len(set(report["records_at_kill"])) == NUM_KILLS
+    assert report["codes"] == [bad, *[-signal.SIGKILL] * num_kills, bad], done.stderr
+    assert len(set(report["records_at_kill"])) == num_kills
     for name in ("{}.jsonl", "{}.jsonl.errors.jsonl"):
         unbroken = (tmp_path / name.format("unbroken")).read_bytes()
         assert (tmp_path / name.format("killed")).read_bytes() == unbroken
     ids = [json.loads(line)["id"] for line in (tmp_path / "killed.jsonl").open()]
-    assert ids == [i for i in range(NUM_RECORDS) if i % 997 != 500]
+    assert ids == [i for i in range(num_records) if i not in broken]
 
 
 def task_of(calls: list[int]) -> running.Task:

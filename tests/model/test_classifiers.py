@@ -85,7 +85,9 @@ def test_one_class_gets_a_sigmoid(device: str | None) -> None:
     raw = scorer.predict(pairs, activation_fn=torch.nn.Identity())
     assert (torch.tensor(raw) - logits[:, 0]).abs().max() <= PROBABILITY_MAX_FLOAT32
     ranked = scorer.rank(PREFIX, ITEMS)
-    assert [x["corpus_id"] for x in ranked] == logits[:, 0].argsort(descending=True).tolist()
+    assert [x["corpus_id"] for x in ranked] == logits[:, 0].argsort(
+        descending=True, stable=True
+    ).tolist()
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -56,8 +56,20 @@ def differences(scorer: MultiItemScorer) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("family", FAMILIES)
+# every family, tied and not; the others are long
+EVERY_FAMILY = [
+    pytest.param(
+        family,
+        tied,
+        id=f"{family}-{'tied' if tied else 'untied'}",
+        marks=() if tied == (place % 2 == 0) else pytest.mark.long,
+    )
+    for place, family in enumerate(FAMILIES)
+    for tied in (True, False)
+]
+
+
+@pytest.mark.parametrize(("family", "tied"), EVERY_FAMILY)
 def test_float32_equals_one_by_one(family: str, tied: bool) -> None:
     options = {"tied": tied} if family == "qwen3" else {"tie_word_embeddings": tied}
     model = random_decoder(family, **options)
@@ -122,17 +134,20 @@ def test_requests_larger_than_a_program_are_split() -> None:
     assert result.usage.flow == "chunked"
 
 
-LARGEST = 8192
+@pytest.fixture(scope="module", params=[2048, pytest.param(8192, marks=pytest.mark.long)])
+def largest(request: pytest.FixtureRequest) -> int:
+    """Tokens of the largest program."""
+    return int(request.param)
 
 
 @pytest.fixture(scope="module")
-def warm(quick_programs: None) -> MultiItemScorer:
+def warm(quick_programs: None, largest: int) -> MultiItemScorer:
     model = random_qwen3(num_layers=1, num_heads=1, num_kv_heads=1)
     scorer = MultiItemScorer(patch_model(model, device="jax"), label_token_ids=LABELS[:2])
     program: Any = program_of(model)
-    compiled = program.warmup(max_tokens=LARGEST, max_items=16, over_vocabulary=(True,))
+    compiled = program.warmup(max_tokens=largest, max_items=16, over_vocabulary=(True,))
     # 16 items fit the program of few items in all buckets but the first
-    assert compiled == program.compile_count == len(token_ladder(LARGEST)) + 1
+    assert compiled == program.compile_count == len(token_ladder(largest)) + 1
     program.strict = True
     return scorer
 
@@ -151,19 +166,19 @@ def requests(count: int, max_tokens: int) -> list[tuple[list[int], list[list[int
     return found
 
 
-def test_no_compile_after_warmup(warm: MultiItemScorer) -> None:
+def test_no_compile_after_warmup(warm: MultiItemScorer, largest: int) -> None:
     program: Any = program_of(warm.model)
     before = program.compile_count
     sizes = set()
-    for prefix, items in requests(50, LARGEST):
+    for prefix, items in requests(50, largest):
         result = warm.score(prefix, items, return_usage=True)
         assert len(result.scores) == len(items)
         sizes.add(result.usage.computed_tokens)
     assert len(sizes) > 40
-    assert max(sizes) > LARGEST // 2
+    assert max(sizes) > largest // 2
     assert program.compile_count == before
     with pytest.raises(UnexpectedCompileError, match=r"is not compiled and strict=True; call warm"):
-        warm.score(PREFIX, [random_ids(LARGEST, seed=1)])
+        warm.score(PREFIX, [random_ids(largest, seed=1)])
 
 
 def test_threads_give_the_single_threads_scores(warm: MultiItemScorer) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from helpers import logits_one_by_one, probabilities
 from packscore import MultiItemScorer, patch_model
-from parity import CASES, CONFIG_IDS, CONFIGS, make_case, make_model
+from parity import CASES, CONFIGS, cells, make_case, make_model
 from tolerances import PROBABILITY_MAX_FLOAT32
 
 pytestmark = pytest.mark.usefixtures("quick_programs")
@@ -18,11 +18,11 @@ pytestmark = pytest.mark.usefixtures("quick_programs")
 # Every case on one shape of each group size; the other shapes on the two cases with most to them.
 WHOLE_TABLE = (0, 3, 6)
 FULLEST = ("P0-N50-mixed", "P17-N50-mixed")
-ROWS = [
-    pytest.param(row, name, id=f"{CONFIG_IDS[row]}-{name}")
+TABLE = cells(
+    (row, name)
     for row in range(len(CONFIGS))
     for name in (CASES if row in WHOLE_TABLE else FULLEST)
-]
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def served(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     return patch_model(model, device="jax"), reference
 
 
-@pytest.mark.parametrize(("served", "name"), ROWS, indirect=["served"])
+@pytest.mark.parametrize(("served", "name"), TABLE, indirect=["served"])
 def test_programs_equal_one_by_one(served: tuple[Any, Any], name: str) -> None:
     model, reference = served
     case = make_case(*CASES[name])

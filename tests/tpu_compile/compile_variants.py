@@ -1,28 +1,44 @@
-"""Compile the kernels for a real TPU; one JSON object a line. A script, run per chip."""
+"""Compile the kernels for a real TPU; one JSON object a line. A script, run per chip.
+
+python compile_variants.py v6e [INDEX ...]    all variants, or those
+"""
 
 import json
 import os
 import sys
 import time
+from typing import NamedTuple
 
 from packscore_kernels.hardware import CHIPS
 from tpu_compiler.schedule import compile_for_tpu, configure
 
-# (dtype, head_dim, num_q_heads, num_kv_heads, page_size, groups, tiles): 0 is without pages.
-# Every dtype, head size, GQA ratio and page size, one and many groups; `tiles` None is what the
-# table or the heuristic picks, which is what users run; small ones compile in a few seconds.
+
+class Variant(NamedTuple):
+    """A program of the attention kernel."""
+
+    dtype: str
+    head_dim: int
+    num_q_heads: int
+    num_kv_heads: int
+    page_size: int  # 0 is without pages
+    groups: int
+    tiles: tuple[int, int, int, int] | None  # None is what the table or the heuristic picks
+
+
+# Every dtype, head size, GQA ratio and page size, one and many groups; tiles that users run, and
+# small ones, which compile in a few seconds.
 SMALL = (128, 256, 256, 2)
 TINY = (128, 128, 128, 2)
 VARIANTS = [
-    ("bfloat16", 128, 4, 2, 128, 1, None),
-    ("float32", 64, 1, 1, 16, 1, TINY),
-    ("bfloat16", 64, 6, 2, 256, 8, SMALL),
-    ("bfloat16", 256, 4, 1, 64, 1, TINY),
-    ("float32", 128, 3, 1, 16, 8, TINY),
-    ("bfloat16", 128, 10, 2, 32, 1, TINY),
-    ("bfloat16", 64, 7, 1, 0, 8, TINY),
-    ("float32", 256, 1, 1, 0, 8, TINY),
-    ("bfloat16", 128, 8, 1, 0, 1, TINY),
+    Variant("bfloat16", 128, 4, 2, 128, 1, None),
+    Variant("float32", 64, 1, 1, 16, 1, TINY),
+    Variant("bfloat16", 64, 6, 2, 256, 8, SMALL),
+    Variant("bfloat16", 256, 4, 1, 64, 1, TINY),
+    Variant("float32", 128, 3, 1, 16, 8, TINY),
+    Variant("bfloat16", 128, 10, 2, 32, 1, TINY),
+    Variant("bfloat16", 64, 7, 1, 0, 8, TINY),
+    Variant("float32", 256, 1, 1, 0, 8, TINY),
+    Variant("bfloat16", 128, 8, 1, 0, 1, TINY),
 ]
 
 
@@ -130,16 +146,14 @@ def attempt(name, call, *args):
     sys.stdout.flush()
 
 
-def main(chip, only=None):
+def main(chip, *indices):
     configure(CHIPS[chip].topology)
     os.environ["TPU_STDERR_LOG_LEVEL"] = "3"
-    for i, variant in enumerate(VARIANTS):
-        if only is None or i == int(only):
-            attempt(str(variant), attention, variant, chip)
-    if only is None:
-        for variant in (("float32", 64, 16), ("bfloat16", 128, 256), ("bfloat16", 256, 32)):
-            attempt(f"page writer {variant}", page_writer, *variant)
-        attempt("vector gather", vector_gather)
+    for i in map(int, indices or range(len(VARIANTS))):
+        attempt(str(VARIANTS[i]), attention, VARIANTS[i], chip)
+    for variant in (("float32", 64, 16), ("bfloat16", 128, 256), ("bfloat16", 256, 32)):
+        attempt(f"page writer {variant}", page_writer, *variant)
+    attempt("vector gather", vector_gather)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from compile_programs import shapes
+from compile_variants import VARIANTS
 from packscore_kernels.hardware import CHIPS
+from selection import pairwise
 
 PROGRAMS = Path(__file__).with_name("compile_programs.py")
 SCRIPT = Path(__file__).with_name("compile_variants.py")
@@ -24,69 +25,71 @@ HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed here")
 
 
-COMMANDS = {
-    **{chip: (SCRIPT, chip) for chip in sorted(CHIPS)},
-    "calibrate": (BENCHMARKS / "tpu_compiler" / "schedule.py", "calibrate"),
-    "v6e 0.6B": (PROGRAMS, "v6e", "0.6B"),
-    "v5e 0.6B": (PROGRAMS, "v5e", "0.6B", "--over-vocabulary"),
-    "v6e 4B": (PROGRAMS, "v6e", "4B"),
-    "v6e 8B": (PROGRAMS, "v6e", "8B"),
-    **{
-        f"{chip} cycles": (BENCHMARKS / "kernel_cycles.py", "--chip", chip, "--json", "--sweep")
-        for chip in ("v6e", "v5e")
-    },
-}
+def chosen_variants():
+    """Indices by chip: small ones in which properties and chips meet in pairs.
+
+    The tiles that the table or the heuristic picks are in the whole models.
+    """
+    cells = [
+        (chip, i)
+        for chip in sorted(CHIPS)
+        for i, variant in enumerate(VARIANTS)
+        if variant.tiles is not None
+    ]
+    rows = [
+        (chip, v.dtype, v.head_dim, v.page_size > 0, v.groups, v.tiles)
+        for chip, v in ((chip, VARIANTS[i]) for chip, i in cells)
+    ]
+    return {
+        chip: [cells[k][1] for k in sorted(pairwise(rows)) if cells[k][0] == chip]
+        for chip in sorted(CHIPS)
+    }
 
 
-def run(name):
-    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+def output_of(script, *arguments):
+    """What a script prints in a process of its own, which takes nothing from a compile cache."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
     paths = [str(BENCHMARKS), *filter(None, [environment.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
-    command = [sys.executable, *map(str, COMMANDS[name])]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
-@pytest.fixture(scope="module")
-def output(request):
-    """The output of a command; those of the chosen tests start at once, two at a time."""
-    wanted = [
-        item.callspec.params.get("name", "calibrate") if hasattr(item, "callspec") else "calibrate"
-        for item in request.session.items
-        if item.path == Path(__file__)
-    ]
-    with ThreadPoolExecutor(2) as pool:
-        running = {name: pool.submit(run, name) for name in dict.fromkeys(wanted)}
-
-        def wait(name):
-            done = running[name].result()
-            assert done.returncode == 0, done.stderr[-2000:]
-            return done.stdout
-
-        yield wait
+    command = [sys.executable, str(script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 @needs_libtpu
-@pytest.mark.parametrize("name", sorted(CHIPS))
-def test_every_variant_compiles(name, output):
-    results = [json.loads(line) for line in output(name).splitlines()]
+@pytest.mark.parametrize(
+    ("chip", "indices"),
+    [
+        *(pytest.param(chip, chosen, id=chip) for chip, chosen in chosen_variants().items()),
+        *(
+            pytest.param(chip, [], id=f"{chip}-all", marks=pytest.mark.long)
+            for chip in sorted(CHIPS)
+        ),
+    ],
+)
+def test_every_variant_compiles(chip, indices):
+    results = [json.loads(line) for line in output_of(SCRIPT, chip, *indices).splitlines()]
     gather = results.pop()
     assert gather["name"] == "vector gather"
     # The refusal that shows the check has teeth.
     assert "Cannot do int indexing on TPU" in gather["error"]
-    assert len(results) == 12
+    assert len(results) == len(indices or VARIANTS) + 3  # of page writers
     for result in results:
         assert result["error"] is None, result
 
 
 @needs_libtpu
-def test_the_measuring_rod_is_calibrated(output):
-    assert "of the peak" in output("calibrate")
+def test_the_measuring_rod_is_calibrated():
+    schedule = BENCHMARKS / "tpu_compiler" / "schedule.py"
+    assert "of the peak" in output_of(schedule, "calibrate")
 
 
 @needs_libtpu
-@pytest.mark.parametrize(("name", "most"), [("v6e cycles", 0.95e6), ("v5e cycles", 2.0e6)])
-def test_the_reference_layer_stays_within_its_cycles(name, most, output):
-    out = json.loads(output(name))
+@pytest.mark.parametrize(("chip", "most"), [("v6e", 0.95e6), ("v5e", 2.0e6)])
+def test_the_reference_layer_stays_within_its_cycles(chip, most):
+    script = BENCHMARKS / "kernel_cycles.py"
+    out = json.loads(output_of(script, "--chip", chip, "--json", "--sweep"))
     assert out["cycles"] <= most
     assert out["flows"]["extend"]["cycles"] <= most
     assert out["sweep"]["items"]["line_error"] <= 0.05
@@ -95,13 +98,18 @@ def test_the_reference_layer_stays_within_its_cycles(name, most, output):
 
 @needs_libtpu
 @pytest.mark.parametrize(
-    ("name", "hbm_bytes"),
-    [("v6e 0.6B", 32e9), ("v5e 0.6B", 16e9), ("v6e 4B", 32e9), ("v6e 8B", 32e9)],
+    ("command", "hbm_bytes"),
+    [
+        pytest.param("v6e 0.6B", 32e9, id="v6e-0.6B"),
+        pytest.param("v5e 0.6B --over-vocabulary", 16e9, id="v5e-0.6B"),
+        pytest.param("v6e 4B", 32e9, id="v6e-4B", marks=pytest.mark.long),
+        pytest.param("v6e 8B", 32e9, id="v6e-8B", marks=pytest.mark.long),
+    ],
 )
-def test_whole_models_compile(name, hbm_bytes, output):
+def test_whole_models_compile(command, hbm_bytes):
     """Qwen3 of its real sizes, a query of 2 000 tokens and 500 items, on one chip."""
-    out = json.loads(output(name))
-    print(name, out)
+    out = json.loads(output_of(PROGRAMS, *command.split()))
+    print(command, out)
     # nothing of tokens x tokens or tokens x vocabulary, and no weight baked into the program
     for kind in ("squares", "logits", "constants"):
         assert out[kind] == [], kind

@@ -1,0 +1,52 @@
+"""Which tests run by default, and in what order two processes take them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
+
+import pytest
+
+# Tests that are one unit of work, those that take longest first: whatever starts late is short, and
+# no process waits for another at the end. All other files follow, a unit each, so that what the
+# tests of a file share is made once.
+LONGEST_FIRST = (
+    "tests/tpu_compile/test_compile.py::test_whole_models_compile",
+    "tests/tpu_compile/test_compile.py",
+)
+
+
+def unit_of(nodeid: str) -> str:
+    """The unit that a test belongs to: the first above that its name begins with, or its file."""
+    units = (unit for unit in LONGEST_FIRST if nodeid.startswith(unit))
+    return next(units, nodeid.partition("::")[0])
+
+
+def pairwise(rows: Sequence[tuple[Hashable, ...]]) -> set[int]:
+    """Indices of a few rows that hold each value, and each pair of two columns' values, of all."""
+
+    def parts(row: tuple[Hashable, ...]) -> set[Any]:
+        return {*enumerate(row), *itertools.combinations(enumerate(row), 2)}
+
+    held = [parts(row) for row in rows]
+    missing, chosen = set().union(*held), set()
+    while missing:
+        best = max(range(len(rows)), key=lambda k: len(held[k] & missing))
+        chosen.add(best)
+        missing -= held[best]
+    return chosen
+
+
+def cover(cases: Iterable[tuple[str, tuple[Any, ...], tuple[Hashable, ...]]]) -> list[Any]:
+    """Parameters of a test: a pairwise cover of the cases by default, and the others when long.
+
+    Args:
+      cases: (id, the test's arguments, features of the case that are to meet in pairs).
+    """
+    table = list(cases)
+    chosen = pairwise([features for _, _, features in table])
+    return [
+        pytest.param(*arguments, id=name, marks=() if k in chosen else pytest.mark.long)
+        for k, (name, arguments, _) in enumerate(table)
+    ]
