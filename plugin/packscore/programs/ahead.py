@@ -37,7 +37,7 @@ def bytes_of(shapes: Any) -> int:
 class AheadOfTime:
     """A program compiled for a chip, and what the compiler says of it."""
 
-    compiled: Any  # jax.stages.Compiled
+    compiled: jax.stages.Compiled
     block_sizes: BlockSizes
     num_tokens: int  # the bucket
     compile_cpu_seconds: float  # of all threads
@@ -106,7 +106,7 @@ def compile_ahead(
     start = time.process_time()
     compiled = compile_program(traced, key, (weights, pool, inputs), device, implementation)
     seconds = time.process_time() - start
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()  # a TPU program has it
     return AheadOfTime(
         compiled,
         blocks,

@@ -65,11 +65,11 @@ class Executables:
         self._traced = traced
         self._sizes = sizes
         self._device = device
-        self._weights: Weights = {}
+        self._weights: Weights = {}  # as shapes
         self._lock = threading.Lock()
 
-    def take(self, weights: Weights) -> None:
-        """From now on programs are for weights of these shapes; those for others are dropped."""
+    def adapt(self, weights: Weights) -> None:
+        """Make programs for weights of these shapes from now on; those for others are dropped."""
         shapes = jax.tree.map(lambda x: shape_of(x.shape, x.dtype), weights)
         with self._lock:
             if shapes != self._weights:
@@ -107,7 +107,8 @@ class Executables:
 
     def _compile(self, key: ProgramKey | HeadKey) -> Callable[..., Any]:
         start = time.perf_counter()
-        arguments = self._weights, *_arguments(key, self._sizes, self._weights["norm"]["weight"])
+        norm = self._weights["norm"]["weight"]
+        arguments = self._weights, *_arguments_of(key, self._sizes, norm)
         with compiling_into(self.folder):
             compiled = compile_program(
                 self._traced, key, arguments, self._device, self.implementation
@@ -118,11 +119,10 @@ class Executables:
         logger.info(
             "compiled %s in %.1f s, %d bytes of code", key, time.perf_counter() - start, code_bytes
         )
-        run: Callable[..., Any] = compiled
-        return run
+        return compiled
 
 
-def _arguments(key: ProgramKey | HeadKey, sizes: ModelSizes, norm: Any) -> tuple[Any, ...]:
+def _arguments_of(key: ProgramKey | HeadKey, sizes: ModelSizes, norm: Any) -> tuple[Any, ...]:
     """What a program takes beside weights, of the right shapes and no other meaning.
 
     Args:
@@ -144,7 +144,7 @@ def compile_program(
     arguments: tuple[Any, ...],
     device: Any,
     implementation: KernelImplementation,
-) -> Any:
+) -> jax.stages.Compiled:
     """Compile one program from shapes alone, for a device that need not be there.
 
     Args:
@@ -160,7 +160,6 @@ def compile_program(
       (hidden rows or label logits, pages) as the methods of `TracedModel` do; the pages are
       changed in place.
     """
-
     if isinstance(key, HeadKey):
         jitted = jax.jit(whole_head)
     else:

@@ -92,7 +92,7 @@ class ModelProgram:
         self._model = weakref.ref(model)
         traced = TracedModel(type(model), model.config)
         self._executables = Executables(traced, self.sizes, device, implementation)
-        self._weights = DeviceWeights(model, traced.skeleton, device, self._executables.take)
+        self._weights = DeviceWeights(model, traced.skeleton, device, self._executables.adapt)
 
     @property
     def model(self) -> PreTrainedModel:

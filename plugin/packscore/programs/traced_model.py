@@ -97,6 +97,12 @@ class TracedModel:
     ) -> tuple[jax.Array, jax.Array | None]:
         """From token ids to the hidden states that the head reads, at some tokens.
 
+        Args:
+          weights: from `weights_of`.
+          kv_pages: the pool of all layers.
+          inputs: the packed tokens, who sees whom, and at which rows to read.
+          implementation: of the kernels.
+
         Returns:
           [num_rows, hidden_size] after the final norm, in the model's dtype, and the pages with
           what was written to them.
