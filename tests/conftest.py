@@ -35,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_sessionstart(session: pytest.Session) -> None:
     # the process that hands out tests, and runs none, starts sooner without torch and transformers
     if not session.config.pluginmanager.hasplugin("dsession"):
-        session.config.pluginmanager.import_plugin("fixtures")
+        session.config.pluginmanager.import_plugin("shared_fixtures")
 
 
 @pytest.hookimpl(optionalhook=True)

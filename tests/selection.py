@@ -13,7 +13,23 @@ import pytest
 # tests of a file share is made once.
 LONGEST_FIRST = (
     "tests/tpu_compile/test_compile.py::test_whole_models_compile",
+    "tests/tpu_compile/test_compile.py::test_every_variant_compiles",
     "tests/tpu_compile/test_compile.py",
+    "tests/kernels/test_variants.py",
+    "tests/programs/test_program.py",
+    "tests/text/test_labels.py",
+    "tests/test_docs.py",
+    "tests/scoring/test_memory.py",
+    "tests/programs/test_program_exactness.py",
+    "tests/kernels/test_layer.py",
+    "tests/kernels/test_implementations.py",
+    "tests/programs/test_fused_layer.py",
+    "tests/flows/test_residency.py",
+    "tests/scoring/test_exactness.py",
+    "tests/kernels/test_counts.py",
+    "tests/model/test_classifiers.py",
+    "tests/test_imports.py",
+    "tests/test_site.py",
 )
 
 

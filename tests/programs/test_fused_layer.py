@@ -20,6 +20,8 @@ from tolerances import (
     PROBABILITY_MEAN_BFLOAT16,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
 KERNELS = {"project_qkv", "project_out", "gated_mlp"}
 PREFIX, ITEMS = random_ids(150, seed=1), [random_ids(n, seed=n) for n in (5, 40, 1, 0, 9)]
 
