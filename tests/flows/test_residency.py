@@ -214,7 +214,8 @@ def test_a_failed_launch_does_not_leave_empty_pages_behind(
     scorer = scorer_of(models["jax"])
     prefix, other = random_ids(200, seed=1), random_ids(150, seed=2)
     held = scorer.prefix(prefix)
-    program, engine = program_of(models["jax"]), engine_of(scorer)
+    program: Any = program_of(models["jax"])
+    engine = engine_of(scorer)
 
     def fails(weights: Any, array: Any, *inputs: Any) -> Any:
         if is_donated:
@@ -222,7 +223,7 @@ def test_a_failed_launch_does_not_leave_empty_pages_behind(
         raise LostError("the device is out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(program, "_executable", lambda *_, **__: fails)
+        patch.setattr(program._executables, "get", lambda *_, **__: fails)
         with pytest.raises(LostError, match="out of memory"):
             scorer.score(other, ITEMS)
     assert engine.pool.num_pinned_pages == len(held._lease.pages)

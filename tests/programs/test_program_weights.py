@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import torch
+from jax.experimental.compilation_cache import compilation_cache
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -282,6 +284,21 @@ class CacheEvents:
         return found[0], found[1]
 
 
+@pytest.fixture
+def kept_by_nobody() -> Iterator[None]:
+    """jax keeps no programs, as where nobody asks it to: the suite gives it a folder."""
+
+    def enable(kept: bool) -> None:
+        jax.config.update("jax_enable_compilation_cache", kept)
+        compilation_cache.reset_cache()  # which looks once
+
+    before = jax.config.jax_enable_compilation_cache
+    enable(False)
+    yield
+    enable(before)
+
+
+@pytest.mark.usefixtures("kept_by_nobody")
 def test_programs_are_kept_on_disk(tmp_path: Path) -> None:
     events = CacheEvents()
     before = jax.config.jax_compilation_cache_dir
