@@ -25,18 +25,35 @@ def draw(seed: int, *shape: int, dtype: str = "float32") -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
-@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "reference"])
+SHAPES = [
+    ("float32", (1, 1), 128, 16, BlockSizes(128, 128, 128, 2)),
+    ("bfloat16", (2, 2), 128, 32, BlockSizes(128, 128, 256, 3)),
+    ("bfloat16", (6, 2), 64, 64, BlockSizes(256, 128, 128, 2)),
+    ("float32", (4, 1), 256, 128, BlockSizes(128, 256, 256, 2)),
+    ("bfloat16", (8, 1), 128, 256, BlockSizes(256, 256, 512, 2)),
+    ("float32", (2, 1), 64, 16, BlockSizes(512, 128, 512, 6)),
+]
+# by default the kernel takes every shape, and each of the others two of both dtypes
+CHOSEN = {
+    "pallas_interpret": range(len(SHAPES)),
+    "dense": (0, 4),
+    "xla": (1, 3),
+    "reference": (2, 5),
+}
+
+
 @pytest.mark.parametrize(
-    ("dtype", "heads", "head_dim", "page", "blocks"),
+    ("implementation", "dtype", "heads", "head_dim", "page", "blocks"),
     [
-        ("float32", (1, 1), 128, 16, BlockSizes(128, 128, 128, 2)),
-        ("bfloat16", (2, 2), 128, 32, BlockSizes(128, 128, 256, 3)),
-        ("bfloat16", (6, 2), 64, 64, BlockSizes(256, 128, 128, 2)),
-        ("float32", (4, 1), 256, 128, BlockSizes(128, 256, 256, 2)),
-        ("bfloat16", (8, 1), 128, 256, BlockSizes(256, 256, 512, 2)),
-        ("float32", (2, 1), 64, 16, BlockSizes(512, 128, 512, 6)),
+        pytest.param(
+            *(implementation, *shape),
+            id=f"{'-'.join(map(str, shape[:4]))}-q{shape[4].block_q}-kv{shape[4].block_kv}-"
+            f"{implementation}",
+            marks=() if k in chosen else pytest.mark.long,
+        )
+        for implementation, chosen in CHOSEN.items()
+        for k, shape in enumerate(SHAPES)
     ],
-    ids=lambda x: f"q{x.block_q}-kv{x.block_kv}" if isinstance(x, BlockSizes) else str(x),
 )
 def test_shapes(
     implementation: str,

@@ -14,6 +14,7 @@ from helpers import FAMILIES, engine_of, random_classifier, random_decoder, rand
 from packscore import InputError, MultiItemScorer, patch_model, program_of, verify_parity
 from packscore.flows.page_pool import PAGE_SIZE
 from packscore.text.labels import Labels
+from selection import cover
 from tolerances import (
     LOG_ODDS_FLOAT32,
     PROBABILITY_MAX_BFLOAT16,
@@ -172,8 +173,16 @@ def test_one_token_labels_take_their_own_path(
     assert first.usage.computed_tokens == 30 + sum(map(len, ITEMS))
 
 
-@pytest.mark.parametrize("softmax", [False, True])
-@pytest.mark.parametrize("count", [2, 3, 8, 17])
+@pytest.mark.parametrize(
+    ("served", "count", "softmax"),
+    cover(
+        (f"{device}-{count}-{softmax}", (device, count, softmax), (device, count, softmax))
+        for device in DEVICES
+        for count in (2, 3, 8, 17)
+        for softmax in (False, True)
+    ),
+    indirect=["served"],
+)
 def test_k_labels(served: tuple[Any, Any], count: int, softmax: bool) -> None:
     """Of one token each, and the same number with some that have several."""
     scorer, prefix = scorer_of(served), random_ids(37, seed=1)
