@@ -31,7 +31,7 @@ from packscore.programs.launch_inputs import LaunchInputs, block_sizes_for
 from packscore.programs.pages import pages_within
 from packscore.programs.program import Launched
 from packscore.programs.sizes import MAX_GROUPS, NAMED_PAGES, ProgramKey, program_key, token_bucket
-from packscore.results import MaskImpl
+from packscore.results import Flow, MaskImpl
 from packscore_kernels import BlockSizes, SegmentLayout, build_schedule
 from workloads import add_request_arguments, config_of
 
@@ -42,6 +42,7 @@ class Host:
     """An engine whose device answers at once: what is left of a request is the host's."""
 
     mask_impl: MaskImpl = "segment"
+    only_flow: Flow | None = None
 
     def __init__(self, chip: str) -> None:
         self.num_pages = pages_within(SIZES, "bfloat16", PREFIX_CACHE_BYTES)
@@ -50,7 +51,7 @@ class Host:
         self.limits = Limits(16_384, 16_384, MAX_GROUPS, NAMED_PAGES)
         self._chip = chip
 
-    def refresh(self) -> None:
+    def refresh(self, *, force: bool = False) -> None:
         """No weights that could have changed."""
 
     def launch(self, batch: PackedBatch, readout: Readout) -> Launched:

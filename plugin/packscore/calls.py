@@ -25,6 +25,7 @@ from packscore.errors import UnsupportedModelError
 from packscore.flows.engine import Readout
 from packscore.flows.packing import PackedBatch, split_items
 from packscore.model.family import base_model, is_classifier
+from packscore.model.plain import foreign_part
 from packscore_kernels.attention.layout import SegmentLayout
 
 if TYPE_CHECKING:
@@ -44,8 +45,6 @@ UNASKED: Mapping[str, tuple[Any, ...]] = {
     "output_hidden_states": (None, False),
     "return_dict": (None, False, True),
 }
-# the module of the hooks that transformers leaves behind after a call with output_hidden_states
-INERT_HOOKS = "transformers.utils.output_capturing"
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +102,11 @@ class ServedForward:
                 return _serve(model, program, call)
             except NotServedError as reason:
                 logger.debug("a call of %s runs in torch: %s", type(model).__name__, reason)
+        return self._in_torch(model, args, kwargs)
+
+    def _in_torch(
+        self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         own = self.own or type(model).forward.__get__(model)
         return own(*args, **kwargs)
 
@@ -181,17 +185,9 @@ def _check_model(model: PreTrainedModel) -> None:
         raise NotServedError("the call is being traced")
     if model.config.output_attentions or model.config.output_hidden_states:
         raise NotServedError("the configuration asks for attentions or hidden states")
-    for module in model.modules():
-        if module is not model and _is_observed(module):
-            raise NotServedError(f"a {type(module).__name__} inside has a hook")
-
-
-def _is_observed(module: nn.Module) -> bool:
-    """Whether somebody watches or replaces what a module inside does."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return "forward" in module.__dict__ or any(
-        getattr(hook, "__module__", None) != INERT_HOOKS for hook in hooks
-    )
+    foreign = foreign_part(model, is_called=True)
+    if foreign:
+        raise NotServedError(f"the model has {foreign}")
 
 
 def _arguments(

@@ -14,7 +14,7 @@ from torch import nn
 
 from packscore.calls import program_of
 from packscore.encoded import EncodedRequest
-from packscore.errors import InputError, NotPatchedError
+from packscore.errors import InputError, NotPatchedError, UnsupportedModelError
 from packscore.flows.engine import Engine, Readout
 from packscore.flows.jobs import LabelLogits
 from packscore.flows.label_runs import run_labels
@@ -24,6 +24,7 @@ from packscore.inputs import check_choice, check_count
 from packscore.model.class_head import ClassHead, head_of
 from packscore.model.family import base_model, check_supported, is_patched
 from packscore.model.label_head import LabelHead
+from packscore.model.plain import random_part
 from packscore.results import FLOWS, Flow, MaskChoice, ScoreResult
 from packscore.text.encoding import ArgumentNames, Budget, RequestEncoder, request_encoder
 from packscore.text.labels import LabelIds, Labels
@@ -71,7 +72,7 @@ def core_of(
         prompt,
         pieces,
         Budget(most, on_long, model_limit),
-        head.vocab_size,
+        lambda: head.vocab_size,
         instruction=instruction,
         split_special_tokens=split_special_tokens,
     )
@@ -125,7 +126,18 @@ class ScoringCore:
         """
         extra = labels.num_extra_tokens if labels else 0
         encoded = self.encoder.encode(query, items, names, item_first=item_first, extra=extra)
+        self._check_embedded(encoded)
         return self.head.pooled(encoded)
+
+    def _check_embedded(self, request: EncodedRequest) -> None:
+        """Refuse texts whose tokens the model does not know."""
+        largest = max(int(ids.max(initial=0)) for ids in (request.prefix, *request.items))
+        if largest >= self.head.vocab_size:
+            raise UnsupportedModelError(
+                f"tokenizer: it gives the token {largest}, and the model has embeddings for "
+                f"{self.head.vocab_size}; call model.resize_token_embeddings(len(tokenizer)) and "
+                "train it, or pass the tokenizer the model was trained with"
+            )
 
     def labels(
         self,
@@ -214,8 +226,11 @@ class ScoringCore:
           InputError: it is in train mode.
         """
         check_patched(self.model, self.mask_impl)
-        if self.base.training:
-            raise InputError("model is in train mode, where dropout is random; call model.eval()")
+        part = random_part(self.base)
+        if part is not None:
+            raise InputError(
+                f"model{part} is in train mode, where dropout is random; call model.eval()"
+            )
 
     @classmethod
     def scored(
@@ -265,5 +280,5 @@ def _new_engine(core: ScoringCore, program: ModelProgram | None) -> Engine:
 
         return ProgramEngine(program, core.prefix_cache_bytes)
     if core.mask_impl == "dense":
-        return DenseEngine(core.base, core.head)
-    return TorchEngine(core.base, core.head, core.prefix_cache_bytes)
+        return DenseEngine(core.model, core.head)
+    return TorchEngine(core.model, core.head, core.prefix_cache_bytes)

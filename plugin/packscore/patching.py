@@ -18,9 +18,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from packscore.calls import leave, program_of, serve
 from packscore.errors import InputError
-from packscore.model.family import BASES, REGISTERED_NAMES, base_model, check_supported, is_patched
+from packscore.model.family import (
+    BASES,
+    REGISTERED_NAMES,
+    base_model,
+    check_supported,
+    configs_of,
+    is_patched,
+)
+from packscore.model.weight_watch import SIGNS, listen
 from packscore.torch_engine.attention import SegmentPlan, segment_attention
-from packscore.torch_engine.pages import KvPages
+from packscore.torch_engine.pages import LaunchPages
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -61,7 +69,7 @@ def patch_model(
     check_supported(model)
     if not is_patched(model):
         _register()
-        switch_attention(model, REGISTERED_NAMES[base_model(model).config._attn_implementation])
+        switch_attention(model, _ours)
     if device is not None:
         _compile(model, device, None if compile_cache is None else Path(compile_cache))
     return model
@@ -88,8 +96,8 @@ def unpatch_model(model: ModelT) -> ModelT:
     Returns:
       The same object; its logits are bit-identical to before it was patched.
     """
-    if is_patched(model):
-        switch_attention(model, BASES[base_model(model).config._attn_implementation])
+    if base_model(model).config._attn_implementation in BASES:
+        switch_attention(model, lambda name: BASES.get(name, name))
         leave(base_model(model))
     return model
 
@@ -105,29 +113,40 @@ def patched(model: ModelT) -> Iterator[ModelT]:
             unpatch_model(model)
 
 
-def switch_attention(model: nn.Module, implementation: str) -> Callable[[], None]:
-    """Name another attention in a configuration of the model's own.
+def _ours(name: str) -> str:
+    """The registered name that stands for an implementation; for one of another kind, "sdpa"'s."""
+    return name if name in BASES else REGISTERED_NAMES.get(name, REGISTERED_NAMES["sdpa"])
 
-    Every module that shared the old configuration gets the new one, and no other model does.
+
+def switch_attention(model: nn.Module, named: Callable[[str], str]) -> Callable[[], None]:
+    """Name other attentions in configurations of the model's own.
+
+    Modules that share a configuration share its copy, and no other model does.
+
+    Args:
+      model: the model.
+      named: the name to have, of the one that is there.
 
     Returns:
-      What gives those modules the old one back.
+      What gives the modules their old configurations back.
     """
-    found = base_model(model).config
-    own = copy.deepcopy(found)
-    own._attn_implementation_internal = implementation
-    holders = [module for module in model.modules() if module.__dict__.get("config") is found]
+    before: Any = configs_of(model)
+    own: dict[int, Any] = {}
+    for module, config in before:
+        if id(config) not in own:
+            own[id(config)] = copied = copy.deepcopy(config)
+            copied._attn_implementation_internal = named(config._attn_implementation)
+        module.config = own[id(config)]
 
-    def give(config: Any) -> None:
-        module: Any
-        for module in holders:
+    def take_back() -> None:
+        for module, config in before:
             module.config = config
 
-    give(own)
-    return lambda: give(found)
+    return take_back
 
 
 def _register() -> None:
+    listen()
     for base, name in REGISTERED_NAMES.items():
         AttentionInterface.register(name, functools.partial(packed_attention, base))
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
@@ -150,7 +169,7 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     segment_plan: SegmentPlan | None = None,
-    kv_pages: KvPages | None = None,
+    kv_pages: LaunchPages | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The attention function that Hugging Face calls: packed with a `segment_plan`, else `base`.
@@ -158,6 +177,8 @@ def packed_attention(
     Returns:
       ([batch, num_tokens, num_q_heads, head_dim], None or the weights where `base` gives them).
     """
+    if module.training:
+        SIGNS.trained(module)
     if segment_plan is None:
         forward = _base_attention(base, module)
         output: tuple[torch.Tensor, torch.Tensor | None] = forward(
@@ -165,8 +186,18 @@ def packed_attention(
         )
         return output
     sm_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer_idx: Any = module.layer_idx
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        # as in the attention it stands for: one dtype for all three
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     out = segment_attention(
-        query, key, value, segment_plan, sm_scale=sm_scale, pages=kv_pages, layer_idx=layer_idx
+        query,
+        key,
+        value,
+        segment_plan,
+        sm_scale=sm_scale,
+        pages=kv_pages.pages if kv_pages else None,
+        layer_idx=kv_pages.next_layer() if kv_pages else 0,
     )
     return out, None

@@ -49,7 +49,7 @@ class Prefix:
         if not len(self._tokens):
             return None
         lease = Runner(self._engine).hold(self._tokens)
-        if lease is None:
+        if lease is None and self._engine.only_flow is None:
             pool = self._engine.pool
             free = (pool.num_pages - pool.num_pinned_pages) * pool.page_size if pool else 0
             raise InputError(

@@ -465,6 +465,17 @@ class MultiItemScorer:
         self._core.check_ready()
         self._core.runner.calibrate(seconds)
 
+    def refresh(self) -> None:
+        """Take the model as it is now: forget all queries on the device, and weights on another.
+
+        Every call looks whether the model changed, and does this by itself where it sees it. What
+        it may not see is a few values of a large tensor that were written behind torch's back.
+
+        Raises:
+          UnsupportedModelError: the model cannot be scored exactly any more.
+        """
+        self._core.engine.refresh(force=True)
+
     def clear_prefixes(self) -> None:
         """Forget all queries on the device, also those held by `prefix`, which become stale."""
         pool = self._core.engine.pool

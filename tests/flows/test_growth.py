@@ -29,6 +29,7 @@ class CountingEngine:
     """An engine that computes nothing and counts the tokens and tiles of every launch."""
 
     mask_impl = "segment"
+    only_flow = None
 
     def __init__(self) -> None:
         self.pool = PagePool(NUM_PAGES)
@@ -36,7 +37,7 @@ class CountingEngine:
         self.limits = Limits(MAX_TOKENS, MAX_TOKENS, MAX_GROUPS, NAMED_PAGES)
         self.tokens = self.tiles = self.launches = 0
 
-    def refresh(self) -> None:
+    def refresh(self, *, force: bool = False) -> None:
         pass
 
     def launch(self, batch: Any, readout: Readout) -> int:

@@ -14,10 +14,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, Qwen3Model, pipeline
+from transformers import AutoTokenizer, PreTrainedModel, pipeline
 
 from helpers import VOCAB_SIZE, random_classifier, random_decoder, random_ids, random_qwen3
-from packscore import UnexpectedCompileError, patch_model, program_of, unpatch_model
+from packscore import (
+    MultiItemScorer,
+    UnexpectedCompileError,
+    UnsupportedModelError,
+    patch_model,
+    program_of,
+    unpatch_model,
+)
+from packscore.calls import ServedForward
 from packscore.programs.sizes import HeadKey
 from tolerances import (
     PROBABILITY_MAX_BFLOAT16,
@@ -70,13 +78,13 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.fixture
 def no_torch_forward(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Makes torch's forward of Qwen3 an error, so that what follows is served by programs."""
+    """Makes calls that run in torch an error, so that what follows is served by programs."""
 
     def forbid() -> None:
         def forward(*_: Any, **__: Any) -> None:
             raise AssertionError("the call ran in torch")
 
-        monkeypatch.setattr(Qwen3Model, "forward", forward)
+        monkeypatch.setattr(ServedForward, "_in_torch", forward)
 
     return forbid
 
@@ -292,10 +300,11 @@ def test_a_forward_that_was_there_before_is_kept() -> None:
 
     model.forward = theirs
     patch_model(model, device="jax")
-    model(IDS)
-    assert calls == []
+    model(IDS)  # it may compute anything, so that programs leave the call to it
     model(IDS, use_cache=True)
-    assert calls == ["theirs"]
+    assert calls == ["theirs", "theirs"]
+    with pytest.raises(UnsupportedModelError, match="a forward put on the Qwen3ForCausalLM"):
+        MultiItemScorer(model, label_token_ids=[1, 2]).score([1], [[2]])
     assert unpatch_model(model).forward is theirs
 
 

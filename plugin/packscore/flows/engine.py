@@ -11,7 +11,7 @@ import torch
 from packscore.flows.costs import CostModel
 from packscore.flows.packing import PackedBatch
 from packscore.flows.page_pool import PagePool
-from packscore.results import MaskImpl
+from packscore.results import Flow, MaskImpl
 
 # float32[num_rows, num_labels] logits and float32[num_rows] normaliser, a row for each scored item
 RowLogits = tuple[torch.Tensor, torch.Tensor]
@@ -56,12 +56,24 @@ class Engine(Protocol):
     mask_impl: MaskImpl
 
     @property
+    def only_flow(self) -> Flow | None:
+        """The one flow that it can run now; None: all of them."""
+        ...
+
+    @property
     def limits(self) -> Limits:
         """What one launch can hold."""
         ...
 
-    def refresh(self) -> None:
-        """Forget prefixes that other weights computed; called before each run."""
+    def refresh(self, *, force: bool = False) -> None:
+        """Forget prefixes that another model computed; called once before each run.
+
+        Args:
+          force: whatever was seen of the model.
+
+        Raises:
+          UnsupportedModelError: the model cannot be scored exactly any more.
+        """
         ...
 
     def launch(self, batch: PackedBatch, readout: Readout) -> Any:

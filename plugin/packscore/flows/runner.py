@@ -62,6 +62,7 @@ class Runner:
           For each request its label logits, or the error that only it met.
         """
         self.engine.refresh()
+        flow = self.engine.only_flow or flow
         results: list[LabelLogits | Exception] = []
         for start in range(0, len(requests), WINDOW):
             window = requests[start : start + WINDOW]

@@ -33,7 +33,6 @@ class ClassHead(LinearHead):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
         config: Any = model.config
-        self.vocab_size = int(config.vocab_size)
         self._names: dict[int, str] = {i: config.id2label[i] for i in range(class_count(model))}
         self._pad_token_id: int | None = config.get_text_config().pad_token_id
         self._owner = type(model).__name__

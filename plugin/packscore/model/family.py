@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from packscore.errors import InputTypeError, UnsupportedModelError
-
-if TYPE_CHECKING:
-    pass
+from packscore.model.plain import check_token_wise
 
 
 def is_classifier(model: nn.Module) -> bool:
@@ -83,11 +81,18 @@ def check_supported(model: nn.Module) -> None:
         attention implementation that is not exact when packed.
     """
     inner = base_model(model)
+    check_token_wise(model)
     config = inner.config
     if config.model_type not in SUPPORTED_MODEL_TYPES:
         raise UnsupportedModelError(
             f"model_type={config.model_type!r} is not supported; "
             f"it must be one of {', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
+    kinds, num_layers = getattr(config, "layer_types", None), config.num_hidden_layers
+    if kinds is not None and len(kinds) < num_layers:
+        raise UnsupportedModelError(
+            f"layer_types names {len(kinds)} of num_hidden_layers={num_layers} layers, so that the "
+            "model's own forward fails; set config.layer_types for all of them"
         )
     windows = {getattr(module, "sliding_window", None) for module in inner.modules()} - {None}
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or windows:
@@ -115,5 +120,12 @@ def check_supported(model: nn.Module) -> None:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether `patch_model` is in effect on `model`."""
-    return base_model(model).config._attn_implementation in BASES
+    """Whether `patch_model` is in effect on `model`, in all of its layers."""
+    holders = configs_of(base_model(model))
+    return all(config._attn_implementation in BASES for _, config in holders)
+
+
+def configs_of(model: nn.Module) -> list[tuple[nn.Module, PreTrainedConfig]]:
+    """Every module that has a configuration, which it may share or, copied or replaced, may not."""
+    found = ((module, module.__dict__.get("config")) for module in model.modules())
+    return [(module, config) for module, config in found if isinstance(config, PreTrainedConfig)]

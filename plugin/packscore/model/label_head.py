@@ -32,17 +32,27 @@ class LinearHead:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        output_head(model)
+        self._model = model
+
+    @property
+    def _head(self) -> Any:
+        """The head of now, which may be another than when the scorer was made."""
         # Any: modules and hooks of other libraries stand in for a linear layer here
-        self._head: Any = output_head(model)
+        return output_head(self._model)
 
     @property
     def _is_plain(self) -> bool:
         # an adapter, a quantised layer or an offloaded weight has to run as the module it is
-        return (
-            type(self._head) is nn.Linear
-            and not hasattr(self._head, "_hf_hook")
-            and self._head.weight.device.type != "meta"
-        )
+        head = self._head
+        is_hooked = head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__
+        return type(head) is nn.Linear and not is_hooked and head.weight.device.type != "meta"
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the model has an embedding for."""
+        embedding: Any = self._model.get_input_embeddings()
+        return int(embedding.weight.shape[0])
 
     def _check_trained(self, name: str, kind: str, row_ids: list[int]) -> None:
         """Refuse rows that are not finite, all zero or not all different: nothing trained them."""
@@ -71,8 +81,17 @@ class LinearHead:
 
         Returns:
           float32[num_rows, num_labels].
+
+        Raises:
+          InputError: the head has fewer rows than when the labels were named.
         """
         if self._is_plain:
+            num_rows = self._head.weight.shape[0]
+            if max(label_ids) >= num_rows:
+                raise InputError(
+                    f"label_token_ids: {max(label_ids)} is no row of the head, which now has "
+                    f"{num_rows}; name other labels"
+                )
             return self._linear(hidden, torch.tensor(label_ids, device=self._head.weight.device))
         return torch.cat([logits[:, label_ids] for logits in self._whole(hidden)])
 
@@ -95,7 +114,8 @@ class LinearHead:
 
     def _whole(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
         """float32[ROW_CHUNK, vocab_size] at a time, through the module itself."""
-        for start in range(0, len(hidden), ROW_CHUNK):
+        # one chunk at least, for a launch that only puts a prefix into pages has no row
+        for start in range(0, max(len(hidden), 1), ROW_CHUNK):
             logits: torch.Tensor = self._head(hidden[start : start + ROW_CHUNK])
             yield logits.float()
 
@@ -114,10 +134,12 @@ class LabelHead(LinearHead):
 
     def __init__(self, model: PreTrainedModel, tokenizer: PieceTokenizer | None) -> None:
         super().__init__(model)
-        self.vocab_size = int(model.config.vocab_size)
         self._tokenizer = tokenizer
+
+    @property
+    def _label_limit(self) -> int:
         # rows of the head past the tokenizer's last token are padding that nothing trained
-        self._label_limit = min(self.vocab_size, tokenizer.vocab_size if tokenizer else sys.maxsize)
+        return min(self.vocab_size, self._tokenizer.vocab_size if self._tokenizer else sys.maxsize)
 
     def resolve(
         self, labels: Sequence[str] | None, label_token_ids: LabelIds | None

@@ -1,70 +1,232 @@
-"""Whether a model's weights are still those that something was computed with."""
+"""Whether a model still computes what it did: its weights, modules, adapters and modes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import operator
+import threading
+import weakref
+from collections.abc import Iterable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.nn.modules import module as global_hooks
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-# What decides which adapters of a PEFT layer are in effect.
+# What decides which adapters of a PEFT layer are in effect, and how strongly.
 ADAPTER_STATE = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
+# Numbers that modules of the known families compute with beside their weights.
+NUMBERS = ("scaling", "variance_epsilon", "eps", "attention_scaling", "is_causal")
+# Values of every tensor that are compared: all of a model or a tensor that is no larger, of others
+# so many, spread over the tensor.
+WHOLE_MODEL = 2**19
+WHOLE_TENSOR = 1024
+SAMPLE = 32
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class _Signs:
+    """Changes that tell of themselves: optimizer steps, and forwards in train mode."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._steps: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+        self._trained: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def stepped(self, optimizer: Optimizer, *_: Any) -> None:
+        """torch calls it behind every step of every optimizer."""
+        with self._lock:
+            self.count += 1
+            self._steps[optimizer] = self.count
+
+    def trained(self, module: nn.Module) -> None:
+        """The patched attention calls it in train mode."""
+        with self._lock:
+            self.count += 1
+            self._trained[module] = self.count
+
+    def since(self, count: int) -> tuple[list[Optimizer], list[nn.Module]]:
+        """What stepped and what trained behind so many signs."""
+        with self._lock:
+            steps = [optimizer for optimizer, at in self._steps.items() if at > count]
+            return steps, [module for module, at in self._trained.items() if at > count]
+
+
+SIGNS = _Signs()
+
+
+@functools.cache
+def listen() -> None:
+    """Have torch tell of optimizer steps; fused ones change weights and count no version."""
+    register_optimizer_step_post_hook(SIGNS.stepped)
 
 
 class WeightWatch:
-    """The parameters of a model at one time, to be compared with later ones.
+    """A model at one time, to be compared with later ones.
 
-    It sees parameters that were added, replaced, moved or cast, and adapters that were switched.
-    Values that changed in place are seen where torch counts them: not those written through
-    `.data`, and not in inference mode.
-
-    Args:
-      model: the model.
-      is_copied: something was computed of its weights, so that values that change in place matter.
+    It sees modules, parameters and buffers that were added, replaced, moved or cast; hooks and
+    forwards put in their place; adapters that were switched; autocast. Of values that changed in
+    place it sees what torch counts, steps of optimizers that hold them, forwards in train mode, and
+    a sample of their bits: all of a small model, some of every tensor of a large one.
     """
 
-    def __init__(self, model: nn.Module, *, is_copied: bool) -> None:
-        self._is_copied = is_copied
-        # the parameters themselves: an id alone could be that of another one by now
-        self._seen = [(p, *self._state(p)) for p in _parameters(model)]
-        self._adapters = _adapters(model)
+    def __init__(self, model: nn.Module) -> None:
+        self._signs = SIGNS.count
+        modules, self._objects, self._tensors = _walk(model)
+        self._memory, self._state = self._places(), self._now(modules)
+        self._sample = _Sample(self._tensors)
 
     def sees_change(self, model: nn.Module) -> bool:
-        """Whether a parameter is not what it was."""
-        seen = iter(self._seen)
-        for parameter in _parameters(model):
-            expected = next(seen, None)
-            if expected is None or parameter is not expected[0]:
-                return True
-            if self._state(parameter) != expected[1:]:
-                return True
-        return next(seen, None) is not None or _adapters(model) != self._adapters
+        """Whether something is not what it was."""
+        modules, objects, _ = _walk(model)
+        if self._are_others(objects) or self._now(modules) != self._state:
+            return True
+        return self._was_trained(modules) or self._sample.differs()
 
-    def _state(self, parameter: torch.Tensor) -> tuple[int, int]:
-        counts = self._is_copied and not parameter.is_inference()
-        return parameter.data_ptr(), parameter._version if counts else 0
+    def sees_other_memory(self, model: nn.Module) -> bool:
+        """Whether modules are others, or tensors lie elsewhere, whatever their values are."""
+        _, objects, _ = _walk(model)
+        return self._are_others(objects)
+
+    def _are_others(self, objects: list[Any]) -> bool:
+        is_same = len(objects) == len(self._objects)
+        return (
+            not is_same
+            or not all(map(operator.is_, objects, self._objects))
+            or self._places() != self._memory
+        )
+
+    def _places(self) -> list[Any]:
+        return [*(t.data_ptr() for t in self._tensors), *(t.dtype for t in self._tensors)]
+
+    def _now(self, modules: Iterable[nn.Module]) -> list[Any]:
+        return [*map(_version, self._tensors), *_adapters(modules), *_autocast()]
+
+    def _was_trained(self, modules: Iterable[nn.Module]) -> bool:
+        count = SIGNS.count
+        if count == self._signs:
+            return False
+        optimizers, trained = SIGNS.since(self._signs)
+        own = {id(module) for module in modules}
+        if any(id(module) in own for module in trained) or self._are_held_by(optimizers):
+            return True
+        self._signs = count
+        return False
+
+    def _are_held_by(self, optimizers: Iterable[Optimizer]) -> bool:
+        own = {t.untyped_storage().data_ptr() for t in self._tensors if t.data_ptr()}
+        held = (p for one in optimizers for group in one.param_groups for p in group["params"])
+        return any(p.untyped_storage().data_ptr() in own for p in held)
 
 
-def _parameters(model: nn.Module) -> Iterator[torch.Tensor]:
-    """All parameters; several times faster than `model.parameters()`, for it runs every request."""
-    for module in _modules(model):
-        yield from (p for p in module._parameters.values() if p is not None)
+class _Sample:
+    """Bits of some values of tensors, as views that go with their memory, and what they were."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        whole = sum(t.numel() for t in tensors) <= WHOLE_MODEL
+        self._views: dict[torch.device, dict[int, list[torch.Tensor]]] = {}
+        for tensor in tensors:
+            view = None if tensor.is_meta else _bits(tensor, whole)
+            if view is not None:
+                sizes = self._views.setdefault(view.device, {})
+                sizes.setdefault(view.element_size(), []).append(view)
+        self._bits = self._read()
+
+    def differs(self) -> bool:
+        """Whether a value changed."""
+        return not all(map(torch.equal, self._read(), self._bits))
+
+    @torch.inference_mode()
+    def _read(self) -> list[torch.Tensor]:
+        return [torch.cat(views) for sizes in self._views.values() for views in sizes.values()]
 
 
-def _adapters(model: nn.Module) -> list[str]:
-    found = []
-    layer: Any
-    for layer in _modules(model):
-        if hasattr(type(layer), "merged_adapters"):
-            found.append(repr([getattr(layer, name, None) for name in ADAPTER_STATE]))
-    return found
+@torch.inference_mode()
+def _bits(tensor: torch.Tensor, whole: bool) -> torch.Tensor | None:
+    """i*[num_values], a view of the tensor's memory; None where it has none of its own."""
+    if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+        return None
+    if not tensor.numel() or tensor.element_size() not in BITS:
+        return None
+    flat = tensor.data  # of a tensor of inference mode, detach() would count versions
+    flat = flat.view(-1) if flat.is_contiguous() else _diagonal(flat)
+    if not whole and flat.numel() > WHOLE_TENSOR:
+        flat = flat[:: flat.numel() // SAMPLE]
+    return flat.view(BITS[flat.element_size()])
 
 
-def _modules(model: nn.Module) -> Iterator[nn.Module]:
-    modules: list[nn.Module | None] = [model]
-    while modules:
-        module = modules.pop()
-        if module is not None:
-            yield module
-            modules.extend(module._modules.values())
+def _diagonal(tensor: torch.Tensor) -> torch.Tensor:
+    """Values that lie on the diagonal of a tensor that is no run of memory."""
+    step = sum(tensor.stride())
+    return tensor.as_strided((min(tensor.shape),), (step,), tensor.storage_offset())
+
+
+def _walk(model: nn.Module) -> tuple[list[nn.Module], list[Any], list[torch.Tensor]]:
+    """Modules, what identifies what they compute, and their tensors; it runs every request.
+
+    Of modules and what hangs on them it gives weak references, one for each object as long as it
+    lives: a watch keeps no model alive, and takes no new object for one that is gone.
+    """
+    modules: list[nn.Module] = []
+    objects: list[Any] = []
+    tensors: list[torch.Tensor] = []
+    stack = [model]
+    objects += global_hooks._global_forward_hooks.values()
+    objects += global_hooks._global_forward_pre_hooks.values()
+    while stack:
+        module = stack.pop()
+        own = module.__dict__
+        modules.append(module)
+        objects += (weakref.ref(module), type(module).forward, _weak(own.get("forward")))
+        objects += [own.get(name) for name in NUMBERS]
+        for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"]):
+            objects += map(_weak, hooks.values())
+        for named in (own["_parameters"], own["_buffers"]):
+            tensors += [tensor for tensor in named.values() if tensor is not None]
+        stack += [child for child in own["_modules"].values() if child is not None]
+    return modules, objects + tensors, tensors
+
+
+def _weak(thing: Any) -> Any:
+    try:
+        return weakref.ref(thing)
+    except TypeError:  # None, and what knows no weak references
+        return thing
+
+
+def _version(tensor: torch.Tensor) -> int:
+    try:
+        return tensor._version
+    except RuntimeError:  # tensors of inference mode do not count
+        return 0
+
+
+def numbers_of(model: nn.Module) -> dict[str, Any]:
+    """What modules compute with beside their weights, by its name in the model."""
+    return {
+        f"{name}.{key}": module.__dict__[key]
+        for name, module in model.named_modules(remove_duplicate=False)
+        for key in NUMBERS
+        if key in module.__dict__
+    }
+
+
+def _adapters(modules: Iterable[nn.Module]) -> list[str]:
+    """What is in effect of every adapter's layer."""
+    layers = [module for module in modules if _is_adapter(type(module))]
+    return [repr([getattr(layer, name, None) for name in ADAPTER_STATE]) for layer in layers]
+
+
+def _is_adapter(module_class: Any, known: dict[Any, bool] = {}) -> bool:  # noqa: B006
+    if module_class not in known:
+        known[module_class] = hasattr(module_class, "merged_adapters")
+    return known[module_class]
+
+
+def _autocast() -> tuple[Any, ...]:
+    """What products are computed in, in this thread."""
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    return tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
+from packscore.errors import UnsupportedModelError
 from packscore.flows.costs import CostModel, flops_cost_model, tpu_cost_model
 from packscore.flows.engine import Limits, Readout, RowLogits
 from packscore.flows.packing import PackedBatch
 from packscore.flows.page_pool import PagePool
-from packscore.model.weight_watch import WeightWatch
+from packscore.model.family import check_supported
+from packscore.model.plain import foreign_part
+from packscore.programs.pages import DevicePages
 from packscore.programs.program import Launched, ModelProgram
 from packscore.programs.sizes import MAX_GROUPS, NAMED_PAGES, token_bucket
-from packscore.results import MaskImpl
+from packscore.results import Flow, MaskImpl
 from packscore_kernels.hardware import chip_of
 
 
@@ -28,16 +32,16 @@ class ProgramEngine:
     """
 
     mask_impl: MaskImpl = "segment"
+    only_flow: Flow | None = None
 
     def __init__(self, program: ModelProgram, cache_bytes: int) -> None:
         self._program = program
-        num_pages = program.num_pages(cache_bytes)
-        self.pool: PagePool | None = PagePool(num_pages) if num_pages else None
-        self._pages = program.device_pages(num_pages) if num_pages else None
-        if self.pool is not None and self._pages is not None:
-            self._pages.on_lost = self.pool.clear
+        self._cache_bytes = cache_bytes
+        self._lock = threading.Lock()
+        self.pool: PagePool | None = None
+        self._pages: DevicePages | None = None
+        self._follow()
         self.costs = _costs(program)
-        self._watch = WeightWatch(program.model, is_copied=True)
 
     @property
     def limits(self) -> Limits:
@@ -45,12 +49,33 @@ class ProgramEngine:
         most = self._program.max_tokens
         return Limits(most, most, MAX_GROUPS, NAMED_PAGES)
 
-    def refresh(self) -> None:
-        """Forget prefixes that other weights computed."""
-        model = self._program.model
-        if self.pool is not None and self._watch.sees_change(model):
-            self._watch = WeightWatch(model, is_copied=True)
+    def refresh(self, *, force: bool = False) -> None:
+        """Follow the model where it changed, and forget prefixes of before."""
+        self._program.refresh(force=force)
+        with self._lock:  # whoever comes meanwhile waits, and finds no page of before
+            if self._generation != self._program.generation:
+                self._follow()
+        if self._foreign:
+            raise UnsupportedModelError(
+                f"the model has {self._foreign}, which programs would not run; take it away, or "
+                "patch the model without device=..."
+            )
+
+    def _follow(self) -> None:
+        """Pages for the model as it is now, which hold nothing yet."""
+        program, generation = self._program, self._program.generation
+        check_supported(program.model)
+        self._foreign = foreign_part(program.model)
+        if self.pool is not None:
             self.pool.clear()
+        num_pages = program.num_pages(self._cache_bytes)
+        pages = program.device_pages(num_pages) if num_pages else None
+        if pages is None or self._pages is None or pages.struct != self._pages.struct:
+            self.pool = PagePool(num_pages) if num_pages else None
+            self._pages = pages
+            if self.pool is not None and pages is not None:
+                pages.on_lost = self.pool.clear
+        self._generation = generation
 
     def launch(self, batch: PackedBatch, readout: Readout) -> Launched:
         """Start a batch; the host goes on while the device computes."""

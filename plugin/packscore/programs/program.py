@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from packscore.programs.sizes import (
 )
 from packscore.programs.traced_model import TracedModel
 from packscore.programs.traced_ops import KernelImplementation
-from packscore.programs.weights import DeviceWeights, Weights, to_torch
+from packscore.programs.weights import DeviceWeights, to_torch
 from packscore_kernels import BlockSizes
 
 logger = logging.getLogger("packscore")
@@ -87,12 +88,20 @@ class ModelProgram:
     ) -> None:
         self.max_tokens = token_bucket(max_tokens)
         self.device = device
-        self.sizes = ModelSizes.of(model.config)
-        self.num_classes = class_count(model)
         self._model = weakref.ref(model)
+        self._implementation = implementation
+        self._lock = threading.Lock()
+        self._generations = 0  # of weights that earlier shapes of the model had
+        self._trace(model)
+
+    def _trace(self, model: PreTrainedModel) -> None:
+        """Programs for the modules that the model has now."""
         traced = TracedModel(type(model), model.config)
-        self._executables = Executables(traced, self.sizes, device, implementation)
-        self._weights = DeviceWeights(model, traced.skeleton, device, self._executables.adapt)
+        sizes = ModelSizes.of(model.config)
+        executables = Executables(traced, sizes, self.device, self._implementation)
+        weights = DeviceWeights(model, traced.skeleton, self.device, executables.adapt)
+        self.sizes, self.num_classes = sizes, class_count(model)
+        self._executables, self._weights = executables, weights
 
     @property
     def model(self) -> PreTrainedModel:
@@ -125,26 +134,47 @@ class ModelProgram:
     def compile_cache(self, folder: Path | None) -> None:
         self._executables.folder = folder
 
-    def refresh(self) -> bool:
-        """Take the model's weights again if they are no longer those that the programs have.
+    @property
+    def generation(self) -> int:
+        """How often the model was seen to be another than before."""
+        return self._generations + self._weights.generation
 
-        Every call of the programs does this first.
+    def refresh(self, *, force: bool = False) -> bool:
+        """Follow the model where it changed: its weights, their dtype, its sizes.
+
+        A scorer and ordinary calls of the model do this once a request; whoever calls `run` or
+        `logits` does it before.
+
+        Args:
+          force: whatever was seen of the model.
 
         Returns:
-          Whether they had changed.
+          Whether it had changed.
 
         Raises:
-          UnsupportedModelError: an adapter was added, or weights were quantised or moved.
+          UnsupportedModelError: an adapter or a hook was added, a module replaced, or weights were
+            quantised or moved.
         """
         model = self._model()
-        if model is None or not self._weights.refresh(model):
+        if model is None:
             return False
-        logger.info("the weights of %s changed, and were taken again", type(model).__name__)
+        with self._lock:  # whoever comes meanwhile waits, and finds the new ones
+            if not force and not self._weights.sees_change(model):
+                return False
+            if self._weights.fits(model):
+                self._weights.follow(model)
+            else:
+                self._retrace(model)
+        logger.info("%s changed, and its weights were looked at again", type(model).__name__)
         return True
 
-    def _current(self) -> Weights:
-        self.refresh()
-        return self._weights.arrays
+    def _retrace(self, model: PreTrainedModel) -> None:
+        """Programs for other modules: a vocabulary that grew, a layer that went."""
+        before, generation = self._executables, self.generation
+        self._trace(model)
+        self._generations = generation + 1
+        self._executables.strict, self._executables.folder = before.strict, before.folder
+        self._executables.count = before.count
 
     def run(self, batch: PackedBatch, readout: Readout) -> tuple[Float32, Float32]:
         """Label logits of a packed batch without pages.
@@ -169,7 +199,7 @@ class ModelProgram:
           readout: what is read of its scored rows.
           pages: that the leases speak of.
         """
-        weights = self._current()
+        weights = self._weights.arrays
         layout = batch.layout
         num_items, num_labels = len(layout.scored_rows), len(readout.label_ids)
         num_pages = pages.num_pages if pages else 0
@@ -200,7 +230,7 @@ class ModelProgram:
           UnexpectedCompileError: a program is not there, and `strict` is on.
           UnsupportedModelError: the model was changed in a way that programs cannot follow.
         """
-        weights = self._current()
+        weights = self._weights.arrays
         key = program_key(len(batch.token_ids), len(rows), 0, False)
         inputs = LaunchInputs.of(
             key, self._blocks(key), batch.layout, batch.token_ids, (), rows=rows

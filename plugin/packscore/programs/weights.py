@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel
 
 from packscore.errors import UnsupportedModelError
 from packscore.model.family import is_classifier, output_head
-from packscore.model.weight_watch import WeightWatch
+from packscore.model.weight_watch import WeightWatch, numbers_of
 from packscore_kernels.hardware import shape_of
 
 # Bytes to which arrays must be aligned that jax reads in place; others it copies.
@@ -52,14 +51,16 @@ class DeviceWeights:
         self._skeleton = skeleton
         self._device = device
         self._on_taken = on_taken
-        self._lock = threading.Lock()
+        # how often the model was seen to be another
+        self.generation = 0
         self._take(model)
 
     def _take(self, model: PreTrainedModel) -> None:
-        arrays = jax.device_put(weights_of(model, self._skeleton), self._device)
         whole: Any = model
-        is_shared = shares_memory(arrays["norm"]["weight"], whole.get_decoder().norm.weight)
-        watch = WeightWatch(model, is_copied=not is_shared)
+        arrays = jax.device_put(weights_of(model, self._skeleton), self._device)
+        # what changes from here on is seen the next time
+        watch = WeightWatch(model)
+        self._is_shared = shares_memory(arrays["norm"]["weight"], whole.get_decoder().norm.weight)
         self._on_taken(arrays)
         self.arrays: Weights = arrays
         self._watch = watch
@@ -69,19 +70,25 @@ class DeviceWeights:
         """In which programs compute."""
         return self.arrays["norm"]["weight"].dtype
 
-    def refresh(self, model: PreTrainedModel) -> bool:
-        """Take the weights again if they are no longer the model's; whether they were not.
+    def sees_change(self, model: PreTrainedModel) -> bool:
+        """Whether the model is another than it was when this last looked."""
+        return self._watch.sees_change(model)
+
+    def fits(self, model: PreTrainedModel) -> bool:
+        """Whether the model's parameters are those that the skeleton has."""
+        return _shapes(model) == _shapes(self._skeleton)
+
+    def follow(self, model: PreTrainedModel) -> None:
+        """Take the weights again, unless torch wrote them where jax reads them.
 
         Raises:
           UnsupportedModelError: see `weights_of`.
         """
-        if not self._watch.sees_change(model):
-            return False
-        with self._lock:
-            if not self._watch.sees_change(model):  # another thread was faster
-                return False
+        if self._is_shared and not self._watch.sees_other_memory(model):
+            self._watch = WeightWatch(model)
+        else:
             self._take(model)
-        return True
+        self.generation += 1
 
 
 def weights_of(model: PreTrainedModel, skeleton: PreTrainedModel) -> Weights:
@@ -129,15 +136,25 @@ def weight_shapes(skeleton: PreTrainedModel, dtype: Any) -> Weights:
     return found
 
 
+def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
 def _check_same_modules(model: PreTrainedModel, skeleton: PreTrainedModel) -> None:
-    own = {name: p.shape for name, p in model.named_parameters()}
-    expected = {name: p.shape for name, p in skeleton.named_parameters()}
+    own, expected = _shapes(model), _shapes(skeleton)
     if own != expected:
         odd = sorted(set(own) ^ set(expected)) or [n for n in own if own[n] != expected[n]]
         raise UnsupportedModelError(
             f"parameter {odd[0]!r} is not one of a plain {type(model).__name__}; merge "
             "adapters (merge_and_unload()) and load weights unquantised"
         )
+    numbers, expected_numbers = numbers_of(model), numbers_of(skeleton)
+    for name, number in expected_numbers.items():
+        if numbers.get(name) != number:
+            raise UnsupportedModelError(
+                f"{name} is {numbers.get(name)} and by the model's configuration {number}, which "
+                "programs compute with; set it in the configuration, and patch the model anew"
+            )
     for name, parameter in model.named_parameters():
         if parameter.device.type != "cpu":
             raise UnsupportedModelError(

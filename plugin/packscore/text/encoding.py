@@ -103,7 +103,7 @@ class PlainEncoder:
         self,
         tokenizer: PieceTokenizer | None,
         budget: Budget,
-        vocab_size: int,
+        vocab_size: Callable[[], int],
         *,
         split_special_tokens: bool,
     ) -> None:
@@ -157,7 +157,8 @@ class PlainEncoder:
         self, values: list[Any], are_text: bool, name: Callable[[int], str], comes_first: bool
     ) -> list[TokenIds]:
         if not are_text:
-            return [token_ids(name(i), ids, self._vocab_size) for i, ids in enumerate(values)]
+            limit = self._vocab_size()
+            return [token_ids(name(i), ids, limit) for i, ids in enumerate(values)]
         if self._tokenizer is None:
             raise InputTypeError(
                 f"{name(0)}={short(values[0])} is text and the scorer has no tokenizer; "
@@ -279,7 +280,7 @@ def request_encoder(
     prompt: str | PromptSpec | None,
     tokenizer: PieceTokenizer | None,
     budget: Budget,
-    vocab_size: int,
+    vocab_size: Callable[[], int],
     *,
     instruction: str | None,
     split_special_tokens: bool,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from packscore.errors import MaskTooLargeError
@@ -14,9 +15,11 @@ from packscore.flows.costs import flops_cost_model
 from packscore.flows.engine import Limits, Readout, RowLogits
 from packscore.flows.packing import PackedBatch
 from packscore.flows.page_pool import PagePool
+from packscore.model.family import base_model, check_supported
 from packscore.model.label_head import LinearHead
+from packscore.model.plain import foreign_part
 from packscore.model.sizes import ModelSizes
-from packscore.results import MaskImpl
+from packscore.results import Flow, MaskImpl
 from packscore.torch_engine.forward import (
     ScoredRows,
     device_of,
@@ -24,6 +27,7 @@ from packscore.torch_engine.forward import (
     positions_of,
     read_rows,
     scored_rows,
+    whole_rows,
 )
 from packscore_kernels.attention.layout import PREFIX_SEGMENT, SegmentLayout
 
@@ -39,15 +43,24 @@ class DenseEngine:
     mask_impl: MaskImpl = "dense"
     pool: PagePool | None = None
 
-    def __init__(self, model: PreTrainedModel, head: LinearHead) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, head: LinearHead) -> None:
+        self._given = model
+        self._model = base_model(model)
         self._head = head
+        self._foreign = foreign_part(model)
         # one forward of everything is what dense means
         self.limits = Limits(2**62, 1, 1)
-        self.costs = flops_cost_model(ModelSizes.of(model.config))
+        self.costs = flops_cost_model(ModelSizes.of(self._model.config))
 
-    def refresh(self) -> None:
-        """Nothing is kept."""
+    @property
+    def only_flow(self) -> Flow | None:
+        """One by one, where something in the model is foreign."""
+        return "plain" if self._foreign else None
+
+    def refresh(self, *, force: bool = False) -> None:
+        """Nothing is kept; look what the model is now."""
+        check_supported(self._given)
+        self._foreign = foreign_part(self._given)
 
     def launch(self, batch: PackedBatch, readout: Readout) -> ScoredRows:
         """Run a batch up to the hidden states of its scored rows.
@@ -55,6 +68,8 @@ class DenseEngine:
         Raises:
           MaskTooLargeError: the mask does not fit.
         """
+        if self._foreign:
+            return whole_rows(self._given, batch, readout)
         device = device_of(self._model)
         inputs: dict[str, Any] = {}
         if not batch.is_causal:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
 
 from packscore.flows.costs import flops_cost_model
 from packscore.flows.engine import Limits, Readout, RowLogits
 from packscore.flows.packing import PackedBatch
 from packscore.flows.page_pool import PAGE_SIZE, PagePool
+from packscore.model.family import base_model, check_supported
 from packscore.model.label_head import LinearHead
+from packscore.model.plain import foreign_part
 from packscore.model.sizes import ModelSizes
 from packscore.model.weight_watch import WeightWatch
-from packscore.results import MaskImpl
+from packscore.results import Flow, MaskImpl
 from packscore.torch_engine.attention import SegmentPlan
 from packscore.torch_engine.forward import (
     ScoredRows,
@@ -25,8 +29,11 @@ from packscore.torch_engine.forward import (
     positions_of,
     read_rows,
     scored_rows,
+    whole_rows,
 )
-from packscore.torch_engine.pages import KvPages, PageWrite
+from packscore.torch_engine.pages import KvPages, LaunchPages, PageWrite
+
+logger = logging.getLogger("packscore")
 
 # Tokens of one launch. On a CPU activations should stay in its caches; elsewhere a launch should
 # be long, and memory is what ends it.
@@ -38,35 +45,37 @@ MEMORY_SHARE = 0.5
 LEAST_MAX_TOKENS = 256
 
 
-def pool_for(sizes: ModelSizes, dtype: torch.dtype, cache_bytes: int) -> PagePool | None:
-    """Pages for so many bytes of prefix keys and values; None where not one fits."""
-    num_pages = cache_bytes // sizes.page_bytes(PAGE_SIZE, dtype.itemsize)
-    return PagePool(num_pages) if num_pages else None
-
-
 class TorchEngine:
     """Packed batches through the patched model's own modules.
 
+    What is foreign in a model runs as the model's own whole forward, an item at a time.
+
     Args:
-      model: a patched Hugging Face decoder.
+      model: a patched Hugging Face decoder, PEFT-wrapped or not.
       head: reads the labels.
       cache_bytes: what the pages of prefixes may take.
     """
 
     mask_impl: MaskImpl = "segment"
 
-    def __init__(self, model: PreTrainedModel, head: LinearHead, cache_bytes: int) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, head: LinearHead, cache_bytes: int) -> None:
+        self._given = model
+        self._model = base_model(model)
         self._head = head
-        self._sizes = ModelSizes.of(model.config)
-        self.pool = pool_for(self._sizes, model.dtype, cache_bytes)
-        self._pages = KvPages(self.pool.num_pages, self.pool.page_size) if self.pool else None
-        on_cpu = model.device.type in ("cpu", "meta")
+        self._cache_bytes = cache_bytes
+        on_cpu = self._model.device.type in ("cpu", "meta")
         target = TARGET_TOKENS_CPU if on_cpu else MAX_TOKENS
         self.most = Limits(MAX_TOKENS, target, MAX_GROUPS)
+        self._lock = threading.Lock()
+        self.pool: PagePool | None = None
+        self._renew()
         self.costs = flops_cost_model(self._sizes)
-        self._watch = WeightWatch(model, is_copied=True)
         self._fitting_tokens = self._fitting()
+
+    @property
+    def only_flow(self) -> Flow | None:
+        """One by one, where something in the model is foreign."""
+        return "plain" if self._foreign else None
 
     @property
     def limits(self) -> Limits:
@@ -82,15 +91,35 @@ class TorchEngine:
         tokens = int(MEMORY_SHARE * free_bytes(device_of(self._model))) // per_token
         return max(1 << max(tokens.bit_length() - 1, 0), LEAST_MAX_TOKENS)
 
-    def refresh(self) -> None:
-        """Look how much memory is free, and forget prefixes that other weights computed."""
+    def refresh(self, *, force: bool = False) -> None:
+        """Look how much memory is free, and follow the model where it changed."""
         self._fitting_tokens = self._fitting()
-        if self.pool is not None and self._watch.sees_change(self._model):
-            self._watch = WeightWatch(self._model, is_copied=True)
+        with self._lock:  # whoever comes meanwhile waits, and finds no page of before
+            if force or self._watch.sees_change(self._given):
+                self._renew()
+
+    def _renew(self) -> None:
+        """Pages for the model as it is now, which hold nothing yet."""
+        # first: what changes from here on is seen the next time
+        watch = WeightWatch(self._given)
+        if self.pool is not None:
             self.pool.clear()
+        check_supported(self._given)
+        foreign = foreign_part(self._given)
+        if foreign:
+            logger.warning("packscore runs each item by itself, for the model has %s", foreign)
+        self._sizes = ModelSizes.of(self._model.config)
+        page_bytes = self._sizes.page_bytes(PAGE_SIZE, self._model.dtype.itemsize)
+        num_pages = 0 if foreign else self._cache_bytes // page_bytes
+        if self.pool is None or self.pool.num_pages != num_pages:
+            self.pool = PagePool(num_pages) if num_pages else None
+        self._pages = KvPages(num_pages, PAGE_SIZE) if num_pages else None
+        self._foreign, self._watch = foreign, watch
 
     def launch(self, batch: PackedBatch, readout: Readout) -> ScoredRows:
         """Run a batch up to the hidden states of its scored rows."""
+        if self._foreign:
+            return whole_rows(self._given, batch, readout)
         writes = [
             PageWrite.of(share.lease, len(share.prefix), start)
             for share, start in zip(batch.shares, batch.layout.group_starts.tolist(), strict=False)
@@ -103,7 +132,7 @@ class TorchEngine:
             # fail on its shape instead of attending to the wrong tokens.
             inputs["attention_mask"] = torch.empty(1, 1, 0, 0, device=device)
             inputs["segment_plan"] = SegmentPlan.build(batch.layout, writes)
-            inputs["kv_pages"] = self._pages
+            inputs["kv_pages"] = LaunchPages(self._pages) if self._pages else None
             inputs["position_ids"] = positions_of(batch.layout, device)
         return scored_rows(self._model, batch, inputs, readout)
 

@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
+from packscore.errors import UnsupportedModelError
 from packscore.flows.engine import Readout, RowLogits
 from packscore.flows.packing import PackedBatch
+from packscore.model.family import base_model, class_count
 from packscore.model.label_head import LinearHead
 from packscore_kernels.attention.layout import SegmentLayout
 
@@ -40,10 +43,11 @@ def positions_of(layout: SegmentLayout, device: torch.device) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class ScoredRows:
-    """What a launch in torch leaves for the head."""
+    """What a launch in torch leaves to be read: hidden states, or what the model's head made."""
 
-    hidden: torch.Tensor  # [num_items, hidden_size], after the final norm
+    values: torch.Tensor  # [num_items, hidden_size] after the final norm, or all logits
     readout: Readout
+    are_logits: bool = False
 
 
 def scored_rows(
@@ -53,17 +57,58 @@ def scored_rows(
     decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]  # untyped in transformers
     token_ids = torch.from_numpy(batch.token_ids)[None].to(device_of(model))
     with torch.inference_mode():
-        hidden = decoder(input_ids=token_ids, use_cache=False, **inputs).last_hidden_state
+        output = decoder(input_ids=token_ids, use_cache=False, return_dict=True, **inputs)
+        hidden = output.last_hidden_state
         rows = torch.from_numpy(batch.layout.scored_rows.astype(np.int64)).to(hidden.device)
         return ScoredRows(hidden[0, rows], readout)
+
+
+def whole_rows(model: nn.Module, batch: PackedBatch, readout: Readout) -> ScoredRows:
+    """Every item alone, through the model's own whole forward: what one by one means.
+
+    Raises:
+      UnsupportedModelError: the forward takes no token ids, or gives no logits of its last token.
+    """
+    base = base_model(model)
+    num_classes = class_count(base)
+    rows: list[torch.Tensor] = []
+    with torch.inference_mode():
+        for share in batch.shares:
+            for item in share.items:
+                ids = torch.from_numpy(np.concatenate([share.prefix, item]))[None]
+                output = _call(model, ids.to(device_of(base)))
+                logits: Any = output[0] if isinstance(output, tuple) else output.logits
+                expected = (1, num_classes) if num_classes else (1, ids.shape[1])
+                if tuple(logits.shape[:2]) != expected or logits.ndim != 3 - bool(num_classes):
+                    raise UnsupportedModelError(
+                        f"{type(base).__name__}.forward gives logits of shape "
+                        f"{list(logits.shape)} for {ids.shape[1]} tokens; packscore reads one row "
+                        "of the vocabulary for each token, or one of the classes"
+                    )
+                rows.append(logits[0] if num_classes else logits[0, -1])
+        return ScoredRows(torch.stack(rows), readout, are_logits=True)
+
+
+def _call(model: nn.Module, ids: torch.Tensor) -> Any:
+    try:
+        return model(input_ids=ids)
+    except TypeError as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}.forward(input_ids=...) fails ({error}), and nothing else is "
+            "known of it; score it with the code it came with"
+        ) from error
 
 
 def read_rows(head: LinearHead, launched: Sequence[ScoredRows]) -> RowLogits:
     """The head on the rows of several launches at once, so that its weight is read once."""
     (readout,) = {one.readout for one in launched}
+    label_ids = list(readout.label_ids)
     with torch.inference_mode():
-        hidden = torch.cat([one.hidden for one in launched])
-        logits = head.label_logits(hidden, list(readout.label_ids))
+        values = torch.cat([one.values for one in launched])
+        if launched[0].are_logits:
+            logits = values[:, label_ids].float()
+            return logits, (values.float() if readout.over_vocabulary else logits).logsumexp(-1)
+        logits = head.label_logits(values, label_ids)
         if readout.over_vocabulary:
-            return logits, head.logsumexp(hidden)
+            return logits, head.logsumexp(values)
         return logits, logits.logsumexp(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,6 +56,22 @@ class PageWrite:
             copied = lease.copied_page, int(lease.pages[cached // size])
         runs = slot_runs(lease.pages, cached, end, size)
         return cls(first_row, runs, copied)
+
+
+class LaunchPages:
+    """The pages as one launch meets them, a layer after the other.
+
+    A layer's pages are those of its turn, not of the number it bears: a layer that stands in two
+    places, or was put in another's, bears one that is not its own.
+    """
+
+    def __init__(self, pages: KvPages) -> None:
+        self.pages = pages
+        self._turns = itertools.count()
+
+    def next_layer(self) -> int:
+        """The index of the layer whose attention runs now."""
+        return next(self._turns)
 
 
 class KvPages:

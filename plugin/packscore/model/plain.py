@@ -1,0 +1,153 @@
+"""Whether all that a model computes is known: what is not runs as the model's own whole forward."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as global_hooks
+from torch.nn.modules.dropout import _DropoutNd
+
+from packscore.errors import UnsupportedModelError
+
+# Whose modules, forwards and hooks are known to do what their names say. Of a model built on those,
+# a class that brings its own forward is not.
+KNOWN_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "packscore")
+# PEFT methods whose layers are a function of one token's vector: weights that are added to,
+# multiplied or rotated. The others route by the sequence, read positions, or draw at random.
+TOKEN_TUNERS = frozenset(
+    [
+        *(
+            "_buffer_dict",
+            "adalora",
+            "boft",
+            "c3a",
+            "delora",
+            "fourierft",
+            "gralora",
+            "hira",
+            "hra",
+        ),
+        *(
+            "ia3",
+            "ln_tuning",
+            "loha",
+            "lokr",
+            "lora",
+            "lycoris_utils",
+            "miss",
+            "mixed",
+            "oft",
+            "osf",
+        ),
+        *("psoft", "randlora", "road", "shira", "trainable_tokens", "tuners_utils", "vblora"),
+        *("vera", "waveft"),
+    ]
+)
+TOKEN_VARIANTS = ("Dora", "QALora", "BdLora", "MiCA", "Kasa")
+# Quantised layers that scale all tokens' activations by what is largest among them.
+SEQUENCE_QUANTISERS = ("torch.ao.", "torchao.")
+
+
+def check_token_wise(model: nn.Module) -> None:
+    """Refuse, by name, adapters and quantisers that let one token change another's vector.
+
+    Raises:
+      UnsupportedModelError: there is one, or one that nobody knows.
+    """
+    for name, module in model.named_modules(remove_duplicate=False):
+        home = type(module).__module__
+        where = f"{name!r} is a {type(module).__name__} of {home}"
+        if home.startswith(SEQUENCE_QUANTISERS):
+            raise UnsupportedModelError(
+                f"{where}, which scales activations by the whole sequence's, so that items would "
+                "change each other's scores; load the model unquantised, or quantise weights alone "
+                "(bitsandbytes)"
+            )
+        tuner = home.split(".")[2:3] if home.startswith("peft.tuners.") else []
+        if tuner and tuner[0] not in TOKEN_TUNERS:
+            raise UnsupportedModelError(
+                f"{where}, an adapter that is not known to act on one token alone; merge it "
+                "(merge_and_unload()), or use one such as LoRA"
+            )
+        for adapter, variant in _variants(module).items():
+            if not type(variant).__name__.startswith(TOKEN_VARIANTS):
+                raise UnsupportedModelError(
+                    f"{name!r} has the adapter {adapter!r} with a {type(variant).__name__}, not "
+                    "known to act on one token alone; use plain LoRA, DoRA or rsLoRA"
+                )
+    for name, parameter in model.named_parameters():
+        kind = type(parameter)
+        if kind.__module__.startswith(SEQUENCE_QUANTISERS):
+            raise UnsupportedModelError(
+                f"parameter {name!r} is a {kind.__name__}, which may scale activations by the "
+                "whole sequence's; load the model unquantised"
+            )
+
+
+def foreign_part(model: nn.Module, *, is_called: bool = False) -> str | None:
+    """What in a model computes something that is not known; None: all of it is known.
+
+    It names hooks, forwards put on an instance or a class, classes of other libraries, and
+    attention that is not causal. What is foreign may do anything, mix tokens among it.
+
+    Args:
+      model: the model.
+      is_called: by its own `model(...)`, which runs hooks on the model itself.
+    """
+    if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
+        return "a global forward hook"
+    for name, module in model.named_modules(remove_duplicate=False):
+        own: Any = module.__dict__
+        where = f"{type(module).__name__} {name!r}" if name else type(module).__name__
+        hooks = (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values())
+        if not all(map(_is_known, hooks)) and not (is_called and module is model):
+            return f"a forward hook of the {where}"
+        forward = own.get("forward")
+        if type(forward).__module__ == "packscore.calls":  # what it took the place of
+            forward = forward.own
+        if forward is not None and not _is_known(forward):
+            return f"a forward put on the {where}"
+        if not _is_known_forward(type(module)):
+            return f"a forward of its own in the class of the {where}"
+        if own.get("is_causal") is False:
+            return f"is_causal=False of the {where}"
+    return None
+
+
+def random_part(model: nn.Module) -> str | None:
+    """Where dropout may be at work: "" for the whole model, ".name" for a part; None: nowhere."""
+    if model.training:
+        return ""
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:
+        name, module = stack.pop()
+        own: Any = module
+        dropout = (
+            own.p if isinstance(module, _DropoutNd) else getattr(module, "attention_dropout", 0)
+        )
+        if module.training and dropout:
+            return name
+        children = module._modules.items()
+        stack += [(f"{name}.{key}", child) for key, child in children if child is not None]
+    return None
+
+
+def _variants(module: nn.Module) -> dict[str, Any]:
+    return dict(getattr(module, "lora_variant", None) or {})
+
+
+def _is_known_forward(module_class: type[nn.Module]) -> bool:
+    return _is_known(module_class.forward)
+
+
+def _is_known(function: Any) -> bool:
+    """Whether the code that runs is a known library's, whatever it says of itself."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = getattr(function, "__func__", function)
+    # __module__ is copied by functools.wraps; a function's globals are those of its file
+    names = getattr(function, "__globals__", None)
+    home = names.get("__name__", "") if names else type(function).__module__
+    return str(home).partition(".")[0] in KNOWN_LIBRARIES
