@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from packscore.errors import UnexpectedCompileError as UnexpectedCompileError
     from packscore.errors import UnsupportedModelError as UnsupportedModelError
     from packscore.flows.planner import Explanation as Explanation
+    from packscore.flows.planner import Plan as Plan
+    from packscore.flows.planner import Workload as Workload
     from packscore.integrations.cross_encoder import CrossEncoder as CrossEncoder
     from packscore.integrations.pipeline import MultiItemScoringPipeline as MultiItemScoringPipeline
     from packscore.integrations.pipeline import register_pipelines as register_pipelines
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from packscore.patching import unpatch_model as unpatch_model
     from packscore.prefixes import Prefix as Prefix
     from packscore.programs.program import ModelProgram as ModelProgram
+    from packscore.results import Flow as Flow
+    from packscore.results import MaskChoice as MaskChoice
     from packscore.results import RankedDocument as RankedDocument
     from packscore.results import ScoreResult as ScoreResult
     from packscore.results import Usage as Usage
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
     from packscore.text.prompts import PROMPTS as PROMPTS
     from packscore.text.prompts import PromptSpec as PromptSpec
     from packscore.verify import ParityReport as ParityReport
+    from packscore.verify import SampleParity as SampleParity
     from packscore.verify import Tolerance as Tolerance
     from packscore.verify import verify_parity as verify_parity
 
@@ -54,18 +59,18 @@ _HOMES = {
         *("NotPatchedError", "PackscoreError", "ScoringError", "StalePrefixError"),
         *("UnexpectedCompileError", "UnsupportedModelError"),
     ),
-    "flows.planner": ("Explanation",),
+    "flows.planner": ("Explanation", "Plan", "Workload"),
     "integrations.cross_encoder": ("CrossEncoder",),
     "integrations.pipeline": ("MultiItemScoringPipeline", "register_pipelines"),
     "model.family": ("is_patched",),
     "patching": ("patch_model", "patched", "unpatch_model"),
     "prefixes": ("Prefix",),
     "programs.program": ("ModelProgram",),
-    "results": ("RankedDocument", "ScoreResult", "Usage"),
+    "results": ("Flow", "MaskChoice", "RankedDocument", "ScoreResult", "Usage"),
     "scoring": ("MultiItemScorer",),
     "shipped": ("shipped_model_path",),
     "text.prompts": ("PROMPTS", "PromptSpec"),
-    "verify": ("ParityReport", "Tolerance", "verify_parity"),
+    "verify": ("ParityReport", "SampleParity", "Tolerance", "verify_parity"),
 }
 _HOME_OF = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names}
 
