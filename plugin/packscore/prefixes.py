@@ -129,7 +129,11 @@ class Prefix:
             self._lease.release()
 
     def __enter__(self) -> Self:
-        self.check()
+        try:
+            self.check()
+        except BaseException:  # the block does not run, and so not its end
+            self.release()
+            raise
         return self
 
     def __exit__(

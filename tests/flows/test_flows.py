@@ -336,3 +336,33 @@ def test_computed_tokens_grow_linearly(scorer: MultiItemScorer) -> None:
         computed.append(result.usage.computed_tokens)
         print(f"{count:5} items: {computed[-1]:6} tokens computed")
     assert computed == [50 + 6 * count for count in counts]
+
+
+def test_a_prefix_that_is_dropped_pins_nothing(scorer: MultiItemScorer) -> None:
+    pool = engine_of(scorer).pool
+    prefix = random_ids(200, seed=3)
+    scorer.prefix(prefix).score(ITEMS)
+    assert pool.num_pinned_pages == 0
+    held = scorer.prefix(prefix)
+    scorer.clear_prefixes()
+    with pytest.raises(StalePrefixError), held:
+        pass
+    assert held._lease is not None
+    assert held._lease.is_released
+    assert pool.num_pinned_pages == 0
+    # caching goes on
+    scorer.score(prefix, ITEMS)
+    assert scorer.score(prefix, ITEMS, return_usage=True).usage.flow == "extend"
+
+
+def test_an_interrupt_while_a_request_is_planned(
+    scorer: MultiItemScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("packscore.flows.planner.Planner.choose", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            scorer.score(random_ids(200, seed=4), ITEMS)
+    assert engine_of(scorer).pool.num_pinned_pages == 0

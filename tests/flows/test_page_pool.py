@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
+import sys
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -9,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from packscore import StalePrefixError
+from packscore.flows import page_pool
 from packscore.flows.page_pool import MIN_SHARED_TOKENS, PagePool, PrefixLease, common_len
 from packscore_kernels.hardware import cdiv
 
@@ -279,3 +286,84 @@ def test_no_page_leaks_in_ten_thousand_steps() -> None:
     assert pool.num_pinned_pages == 0
     pool.clear()
     assert pool.num_free_pages == 24
+
+
+def interrupted(run: Callable[[], object], at: int) -> bool:
+    """Ctrl-C before the `at`th line of the pool's own code that `run` reaches; whether it came."""
+    lines = itertools.count()
+
+    def trace(frame: Any, event: str, _: object) -> Any:
+        if frame.f_code.co_filename != page_pool.__file__:
+            return None
+        if event == "line" and next(lines) == at:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        run()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def check_whole(pool: PagePool) -> None:
+    """Nobody holds a lease: all pages can be had, each by one."""
+    gc.collect()
+    assert pool.num_pinned_pages == 0
+    lease = pool.acquire(np.arange(10_000, 10_000 + pool.num_pages * pool.page_size))
+    assert lease is not None
+    assert sorted(lease.pages.tolist()) == list(range(pool.num_pages))
+    lease.release()
+
+
+@pytest.mark.parametrize("name", ["acquire", "commit", "release", "clear", "evict"])
+def test_an_interrupt_anywhere_loses_no_page(name: str) -> None:
+    size, prefix, other = 4, np.arange(10), np.array([*range(6), 99, 98, 97])
+    count = 0
+    for at in itertools.count():
+        pool = PagePool(6, size)
+        first = pool.acquire(prefix)
+        assert first is not None
+        if name != "commit":
+            first.commit()
+        held = pool.acquire(other) if name in ("clear", "evict") else None
+        if name == "evict":
+            first.release()
+        run: Callable[[], object] = {
+            "acquire": lambda pool=pool: pool.acquire(other),
+            "commit": first.commit,
+            "release": first.release,
+            "clear": pool.clear,
+            "evict": lambda pool=pool: pool.acquire(np.arange(50, 62)),
+        }[name]
+        came = interrupted(run, at)
+        # who still has a lease has pages of his own, or knows that they are lost
+        fresh = pool.acquire(np.arange(200, 204))
+        for lease in (first, held):
+            if lease is not None and not lease.is_stale and fresh is not None:
+                assert not set(lease.pages.tolist()) & set(fresh.pages.tolist())
+        del run, first, held, fresh, lease
+        check_whole(pool)
+        count += came
+        if not came:
+            break
+    assert count > 5
+
+
+def test_a_lease_that_nobody_has_any_more_is_released() -> None:
+    pool = PagePool(4, 4)
+    lease = pool.acquire(np.arange(10))
+    assert lease is not None
+    lease.commit()
+    assert pool.num_pinned_pages == 3
+    del lease
+    assert pool.num_pinned_pages == 0
+    assert pool.cached_len(np.arange(10)) == 10
+    dropped = pool.acquire(np.arange(100, 116))  # never committed: free again
+    assert dropped is not None
+    del dropped
+    assert pool.num_free_pages == 4

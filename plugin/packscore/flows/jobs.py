@@ -187,7 +187,7 @@ class Run:
         work = Workload(len(request.prefix), cached, lens[by_length], lease is not None)
         try:
             plan = self._planner.choose(work, self._flow)
-        except Exception:
+        except BaseException:
             if own is not None:
                 own.release()
             raise

@@ -8,8 +8,11 @@ Pages that nobody pins stay until their room is needed, and the least recently u
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from weakref import finalize
 
 import numpy as np
 import numpy.typing as npt
@@ -47,8 +50,18 @@ def common_len(a: TokenIds, b: TokenIds) -> int:
 
 
 @dataclass(eq=False)
+class _Hold:
+    """What a lease has of the pool, which the pool remembers should the lease be forgotten."""
+
+    pages: Pages
+    path: list[_Node]  # pinned, from the root's child on
+    source: _Node | None  # of the copied page, pinned until the commit
+    generation: int
+
+
+@dataclass(eq=False)
 class PrefixLease:
-    """The pages of one prefix, pinned until `release`.
+    """The pages of one prefix, pinned until `release`, or until nobody has the lease any more.
 
     The first `cached_len` tokens are in them already; whoever holds the lease computes the rest,
     writes it and calls `commit`, so that others find it.
@@ -59,9 +72,7 @@ class PrefixLease:
     pages: Pages  # i32[cdiv(prefix_len, page_size)]
     cached_len: int
     copied_page: int | None  # page to copy into pages[cached_len // page_size] before writing
-    _path: list[_Node]  # pinned, from the root's child on
-    _source: _Node | None  # of the copied page, pinned until the commit
-    _generation: int
+    _hold: _Hold
     is_released: bool = False
 
     @property
@@ -72,7 +83,7 @@ class PrefixLease:
     @property
     def is_stale(self) -> bool:
         """Whether its pages may hold another prefix, another model's, or nothing."""
-        return self.is_released or self._generation != self.pool.generation
+        return self.is_released or self._hold.generation != self.pool.generation
 
     def check(self) -> None:
         """Refuse a lease whose pages cannot be trusted.
@@ -116,6 +127,32 @@ class PagePool:
         # nodes below it, so what comes first is a leaf
         self._unpinned: OrderedDict[_Node, None] = OrderedDict()
         self._lock = threading.RLock()
+        self._holds: set[_Hold] = set()
+        self._forgotten: deque[_Hold] = deque()  # of leases that went without a release
+        self._is_changing = False
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """A change of the pool: whole, or where it is interrupted, mended before the next one."""
+        with self._lock:
+            if self._is_changing:
+                self._start_anew()
+            self._is_changing = True
+            while self._forgotten:
+                self._let_go(self._forgotten[0])
+                self._forgotten.popleft()
+            yield
+            self._is_changing = False
+
+    def _start_anew(self) -> None:
+        """Behind a change that an interrupt has cut off: what leases hold is theirs, no more."""
+        self.generation += 1
+        self._root = self._new_root()
+        self._unpinned.clear()
+        for hold in self._holds:
+            hold.path, hold.source = [], None
+        held = {int(page) for hold in self._holds for page in hold.pages}
+        self._free = set(range(self.num_pages)) - held
 
     @staticmethod
     def _new_root() -> _Node:
@@ -124,22 +161,24 @@ class PagePool:
     @property
     def num_free_pages(self) -> int:
         """Pages that hold nothing."""
-        return len(self._free)
+        with self._changing():
+            return len(self._free)
 
     @property
     def num_pinned_pages(self) -> int:
         """Pages that a lease holds, so that they cannot be evicted."""
-        return self.num_pages - len(self._free) - len(self._unpinned)
+        with self._changing():
+            return self.num_pages - len(self._free) - len(self._unpinned)
 
     def cached_len(self, tokens: TokenIds) -> int:
         """How many tokens of a prefix `acquire` would find; pins nothing."""
-        with self._lock:
+        with self._changing():
             _, _, shared = self._find(tokens)
             return shared
 
     def has_room(self, tokens: TokenIds) -> bool:
         """Whether `acquire` would give a lease now; evicts nothing."""
-        with self._lock:
+        with self._changing():
             path, partial, cached = self._find(tokens)
             found = [*path, partial] if partial else path
             evictable = len(self._unpinned) - sum(node in self._unpinned for node in found)
@@ -154,7 +193,7 @@ class PagePool:
         Returns:
           The lease, or None where the pages that are not pinned do not suffice.
         """
-        with self._lock:
+        with self._changing():
             path, partial, cached = self._find(tokens)
             is_whole = cached == len(tokens)
             pinned = [*path, partial] if partial else path
@@ -165,20 +204,19 @@ class PagePool:
                 self._unpin(pinned)
                 return None
             known = [node.page for node in (pinned if is_whole else path)]
-            return PrefixLease(
-                pool=self,
-                tokens=tokens,
-                pages=np.array(known + new, np.int32),
-                cached_len=cached,
-                copied_page=None if is_whole or partial is None else partial.page,
-                _path=pinned if is_whole else path,
-                _source=None if is_whole else partial,
-                _generation=self.generation,
-            )
+            pages = np.array(known + new, np.int32)
+            source = None if is_whole else partial
+            hold = _Hold(pages, pinned if is_whole else path, source, self.generation)
+            copied_page = None if source is None else source.page
+            lease = PrefixLease(self, tokens, pages, cached, copied_page, hold)
+            # it may be collected while the pool is in the middle of something: only noted there
+            finalize(lease, self._forgotten.append, hold).atexit = False
+            self._holds.add(hold)
+            return lease
 
     def clear(self) -> None:
         """Forget every prefix; pages that leases hold are free when they are released."""
-        with self._lock:
+        with self._changing():
             self.generation += 1
             nodes = [self._root]
             while nodes:
@@ -254,35 +292,45 @@ class PagePool:
                 self._unpinned[node] = None
 
     def _commit(self, lease: PrefixLease, end: int) -> None:
-        with self._lock:
+        with self._changing():
             if lease.is_released or end <= lease.cached_len:
                 return
-            stale = lease._generation != self.generation
-            parent = lease._path[-1] if lease._path else self._root
-            for i in range(len(lease._path), cdiv(end, self.page_size)):
+            hold = lease._hold
+            stale = hold.generation != self.generation
+            parent = hold.path[-1] if hold.path else self._root
+            for i in range(len(hold.path), cdiv(end, self.page_size)):
                 tokens = lease.tokens[i * self.page_size : (i + 1) * self.page_size]
                 node = _Node(int(lease.pages[i]), tokens, parent, pins=1, is_orphan=stale)
                 if not stale:
                     parent.children.setdefault(int(tokens[0]), []).append(node)
-                lease._path.append(node)
+                hold.path.append(node)
                 parent = node
             lease.cached_len = end
-            self._drop_source(lease)
+            lease.copied_page = None
+            self._drop_source(hold)
 
     def _release(self, lease: PrefixLease) -> None:
-        with self._lock:
-            if lease.is_released:
-                return
+        with self._changing():
             lease.is_released = True
-            self._free.update(int(page) for page in lease.pages[len(lease._path) :])
-            self._drop_source(lease)
-            self._unpin(lease._path)
+            lease.copied_page = None
+            self._let_go(lease._hold)
 
-    def _drop_source(self, lease: PrefixLease) -> None:
-        lease.copied_page = None
-        if lease._source is not None:
-            self._unpin([lease._source])
-            lease._source = None
+    def _let_go(self, hold: _Hold) -> None:
+        """Twice is once."""
+        if hold not in self._holds:
+            return
+        self._holds.remove(hold)
+        others: set[int] = set()
+        if hold.generation != self.generation:  # behind an interrupt two may have the same
+            others = {int(page) for other in self._holds for page in other.pages}
+        self._free.update({int(page) for page in hold.pages[len(hold.path) :]} - others)
+        self._drop_source(hold)
+        self._unpin(hold.path)
+
+    def _drop_source(self, hold: _Hold) -> None:
+        if hold.source is not None:
+            self._unpin([hold.source])
+            hold.source = None
 
 
 def _neighbours(
