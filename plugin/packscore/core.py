@@ -72,7 +72,7 @@ def core_of(
         prompt,
         pieces,
         Budget(most, on_long, model_limit),
-        lambda: head.vocab_size,
+        head,
         instruction=instruction,
         split_special_tokens=split_special_tokens,
     )
@@ -109,6 +109,16 @@ class ScoringCore:
         self.mask_impl = mask_impl
         self.prefix_cache_bytes = prefix_cache_bytes
         self._engine: tuple[ModelProgram | None, Engine] | None = None
+        self._engine_lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # pages, plans and locks stay with their process; a copy makes its own
+        state = {**self.__dict__, "_engine": None}
+        del state["_engine_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
         self._engine_lock = threading.Lock()
 
     def encode(

@@ -31,6 +31,7 @@ from packscore.torch_engine.attention import SegmentPlan, segment_attention
 from packscore.torch_engine.pages import LaunchPages
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+MARK = "_packscore"  # the attribute of a patched model
 
 
 def patch_model(
@@ -67,9 +68,10 @@ def patch_model(
             "none; pass device='tpu', 'jax' or 'auto'"
         )
     check_supported(model)
+    _register()
     if not is_patched(model):
-        _register()
         switch_attention(model, _ours)
+    base_model(model).__dict__[MARK] = Mark()
     if device is not None:
         _compile(model, device, None if compile_cache is None else Path(compile_cache))
     return model
@@ -98,6 +100,7 @@ def unpatch_model(model: ModelT) -> ModelT:
     """
     if base_model(model).config._attn_implementation in BASES:
         switch_attention(model, lambda name: BASES.get(name, name))
+        base_model(model).__dict__.pop(MARK, None)
         leave(base_model(model))
     return model
 
@@ -111,6 +114,18 @@ def patched(model: ModelT) -> Iterator[ModelT]:
     finally:
         if not found_patched:
             unpatch_model(model)
+
+
+class Mark:
+    """What a patched model carries, so that its copy in another process finds our attention."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _mark, ()
+
+
+def _mark() -> Mark:
+    _register()
+    return Mark()
 
 
 def _ours(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -217,8 +218,9 @@ def test_plain_joins_ids_behind_the_bos(tokenizer: Any) -> None:
     with_bos.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", bos)]
     )
+    vocabulary = SimpleNamespace(vocab_size=len(tokenizer))
     encoder = PlainEncoder(
-        PieceTokenizer(with_bos), Budget(100, "truncate"), len(tokenizer), split_special_tokens=True
+        PieceTokenizer(with_bos), Budget(100, "truncate"), vocabulary, split_special_tokens=True
     )
     query, one, two = encode_whole(tokenizer, ["a bear", " is", ""])
     request = encoder.encode("a bear", [" is", ""], ArgumentNames())
@@ -230,7 +232,8 @@ def test_plain_joins_ids_behind_the_bos(tokenizer: Any) -> None:
 
 
 def test_plain_cuts_the_item_and_keeps_the_query() -> None:
-    encoder = PlainEncoder(None, Budget(6, "truncate"), 50, split_special_tokens=True)
+    vocabulary = SimpleNamespace(vocab_size=50)
+    encoder = PlainEncoder(None, Budget(6, "truncate"), vocabulary, split_special_tokens=True)
     request = encoder.encode([1, 2], [[3] * 9, [4], []], ArgumentNames())
     assert wholes(request) == [[1, 2, 3, 3, 3, 3], [1, 2, 4], [1, 2]]
     assert request.truncated_items == [0]

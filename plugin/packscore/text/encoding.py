@@ -34,6 +34,15 @@ class ArgumentNames:
     item: Callable[[int], str] = "items[{}]".format
 
 
+class Vocabulary(Protocol):
+    """What knows the model's vocabulary, which may change."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the model has an embedding for."""
+        ...
+
+
 class RequestEncoder(Protocol):
     """What turns the arguments of `score` into token ids."""
 
@@ -103,13 +112,13 @@ class PlainEncoder:
         self,
         tokenizer: PieceTokenizer | None,
         budget: Budget,
-        vocab_size: Callable[[], int],
+        vocabulary: Vocabulary,
         *,
         split_special_tokens: bool,
     ) -> None:
         self._tokenizer = tokenizer
         self._budget = budget
-        self._vocab_size = vocab_size
+        self._vocabulary = vocabulary
         self._split_special_tokens = split_special_tokens
 
     @property
@@ -157,7 +166,7 @@ class PlainEncoder:
         self, values: list[Any], are_text: bool, name: Callable[[int], str], comes_first: bool
     ) -> list[TokenIds]:
         if not are_text:
-            limit = self._vocab_size()
+            limit = self._vocabulary.vocab_size
             return [token_ids(name(i), ids, limit) for i, ids in enumerate(values)]
         if self._tokenizer is None:
             raise InputTypeError(
@@ -280,7 +289,7 @@ def request_encoder(
     prompt: str | PromptSpec | None,
     tokenizer: PieceTokenizer | None,
     budget: Budget,
-    vocab_size: Callable[[], int],
+    vocabulary: Vocabulary,
     *,
     instruction: str | None,
     split_special_tokens: bool,
@@ -293,7 +302,7 @@ def request_encoder(
     spec = resolve_prompt(prompt)
     if spec.joins_ids:
         return PlainEncoder(
-            tokenizer, budget, vocab_size, split_special_tokens=split_special_tokens
+            tokenizer, budget, vocabulary, split_special_tokens=split_special_tokens
         )
     if tokenizer is None:
         raise InputError(f"prompt={short(prompt)} is text, which needs a tokenizer; pass one")
