@@ -179,21 +179,30 @@ def _walk(model: nn.Module) -> tuple[list[nn.Module], list[Any], list[torch.Tens
     while stack:
         module = stack.pop()
         own = module.__dict__
+        forward = own.get("forward")
         modules.append(module)
-        objects += (weakref.ref(module), type(module).forward, _weak(own.get("forward")))
-        objects += [own.get(name) for name in NUMBERS]
+        objects += (weakref.ref(module), type(module).forward, *map(own.get, NUMBERS))
+        if forward is not None:
+            objects.append(_weak(forward))
         for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"]):
-            objects += map(_weak, hooks.values())
+            if hooks:
+                objects += map(_weak, hooks.values())
         for named in (own["_parameters"], own["_buffers"]):
-            tensors += [tensor for tensor in named.values() if tensor is not None]
-        stack += [child for child in own["_modules"].values() if child is not None]
+            if named:
+                tensors += filter(_is_there, named.values())
+        if own["_modules"]:
+            stack += filter(_is_there, own["_modules"].values())
     return modules, objects + tensors, tensors
+
+
+def _is_there(thing: object) -> bool:
+    return thing is not None
 
 
 def _weak(thing: Any) -> Any:
     try:
         return weakref.ref(thing)
-    except TypeError:  # None, and what knows no weak references
+    except TypeError:  # what knows no weak references
         return thing
 
 
