@@ -8,6 +8,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 # and jax for a TPU, which libtpu makes it look for
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# and torch's threads would turn in circles while they wait, on cores that the other process needs
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import tempfile
 from typing import Any
