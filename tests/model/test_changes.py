@@ -394,6 +394,9 @@ def test_a_hook_that_goes_again_is_gone(mask_impl: Any) -> None:
     hooked = scorer.score(PREFIX, ITEMS, return_usage=True)
     assert (torch.tensor(hooked.scores) - reference(model)).abs().max() <= 1e-5
     assert hooked.usage.flow == "plain"
+    explained = scorer.explain(PREFIX, ITEMS)
+    assert explained.chosen.flow == "plain"
+    assert "one item at a time" in str(explained)
     hook.remove()
     free = scorer.score(PREFIX, ITEMS, return_usage=True)
     assert (torch.tensor(free.scores) - reference(model)).abs().max() <= 1e-5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -15,10 +16,12 @@ from packscore.flows.jobs import LabelLogits, Run
 from packscore.flows.packing import Share, first_equal, pack
 from packscore.flows.page_pool import PrefixLease
 from packscore.flows.planner import Explanation, Planner, Workload
-from packscore.results import Flow
+from packscore.results import FLOWS, Flow
 
 # Requests that are planned together; more would hold their results back longer for no gain.
 WINDOW = 256
+# Why an engine has but one flow.
+ALONE = "something in the model runs as the model's own forward, one item at a time"
 # What is read where the hidden states alone are wanted.
 ANY_READOUT = Readout((0,), over_vocabulary=False)
 
@@ -98,7 +101,12 @@ class Runner:
         lens = np.sort(np.array([len(request.items[i]) for i in distinct], np.int64))
         is_kept = self.can_hold(prefix)
         cached = self.cached_len(prefix) if is_kept else 0
-        return self.planner.explain(Workload(len(prefix), cached, lens, is_kept))
+        found = self.planner.explain(Workload(len(prefix), cached, lens, is_kept))
+        only = self.engine.only_flow
+        if only is None:
+            return found
+        plans = tuple(plan for plan in found.plans if plan.flow == only)
+        return replace(found, plans=plans, refused=dict.fromkeys(set(FLOWS) - {only}, ALONE))
 
     def cached_len(self, prefix: TokenIds) -> int:
         """How many tokens of a prefix are in pages now."""
