@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import copy
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,8 +16,8 @@ from torch import nn
 from packscore.encoded import EncodedRequest
 from packscore.errors import InputError
 from packscore.inputs import Text, as_list, as_pairs
-from packscore.model.family import base_model, is_classifier
-from packscore.patching import patched, switch_attention
+from packscore.model.family import base_model, is_classifier, is_patched
+from packscore.patching import ModelT, patch_model, switch_attention
 from packscore.results import MaskChoice
 from packscore.scoring import MultiItemScorer
 from packscore.text.labels import LabelIds, Labels
@@ -182,22 +183,21 @@ def verify_parity(
     pairs = as_pairs("samples", DEFAULT_SAMPLES if samples is None else samples)
     if tolerance is None:
         tolerance = _tolerance_of(base_model(model).dtype)
-    found: list[tuple[SampleParity, Float64, float]] = []
-    with patched(model):
-        scorer = MultiItemScorer(
-            model,
-            tokenizer,
-            prompt=prompt,
-            mask_impl=mask_impl,
-            instruction=instruction,
-            labels=labels,
-            label_token_ids=label_token_ids,
-            max_tokens=max_tokens,
-        )
-        if scorer.label_token_ids is None:
-            raise InputError("labels are missing, and the prompt has none; pass labels=[...]")
-        for query, items in pairs:
-            found.append(_compare(scorer, query, as_list("items", items)))
+    scorer = MultiItemScorer(
+        model if is_patched(model) else patch_model(twin_of(model)),
+        tokenizer,
+        prompt=prompt,
+        mask_impl=mask_impl,
+        instruction=instruction,
+        labels=labels,
+        label_token_ids=label_token_ids,
+        max_tokens=max_tokens,
+    )
+    if scorer.label_token_ids is None:
+        raise InputError("labels are missing, and the prompt has none; pass labels=[...]")
+    unpacked = twin_of(model)
+    switch_attention(unpacked, lambda _: "eager")
+    found = [_compare(scorer, unpacked, query, as_list("items", items)) for query, items in pairs]
     errors = np.concatenate([errors.ravel() for _, errors, _ in found])
     report = ParityReport(
         samples=tuple(sample for sample, _, _ in found),
@@ -219,7 +219,7 @@ def _tolerance_of(dtype: torch.dtype) -> Tolerance:
 
 
 def _compare(
-    scorer: MultiItemScorer, query: Text, items: list[Text]
+    scorer: MultiItemScorer, model: nn.Module, query: Text, items: list[Text]
 ) -> tuple[SampleParity, Float64, float]:
     """(the row of one sample, f64[num_items, columns] of differences, spread between items)."""
     given = scorer.label_token_ids or []
@@ -230,8 +230,7 @@ def _compare(
         [np.array(scorer.score(query, items, apply_softmax=mode)) for mode in modes], axis=1
     )
     request = scorer.encode(query, items)
-    with unpatched_eager(scorer.model):
-        log_probs = log_probs_one_by_one(scorer.model, request, labels)
+    log_probs = log_probs_one_by_one(model, request, labels)
     unpacked = torch.cat(
         [log_probs.softmax(-1) if mode else log_probs.exp() for mode in modes], 1
     ).numpy()
@@ -272,15 +271,10 @@ def log_probs_one_by_one(model: nn.Module, request: EncodedRequest, labels: Labe
     return torch.stack(found)
 
 
-@contextmanager
-def unpatched_eager(model: nn.Module) -> Iterator[None]:
-    """The model with eager attention and no patch for the block; then as it was found.
+def twin_of(model: ModelT) -> ModelT:
+    """The same modules over the same weights, so that patches of one are not the other's.
 
-    Modules get a configuration of their own for the block, so that compiled programs and other
-    models that share the configuration notice nothing.
+    Other threads may score with the model meanwhile.
     """
-    take_back = switch_attention(model, lambda _: "eager")
-    try:
-        yield
-    finally:
-        take_back()
+    shared = {id(x): x for x in itertools.chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, shared)

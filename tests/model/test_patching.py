@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers import (
     pipeline,
 )
 
-from helpers import FAMILIES, FrozenCase, one_by_one, random_decoder, random_qwen3
+from helpers import FAMILIES, FrozenCase, one_by_one, random_decoder, random_ids, random_qwen3
 from packscore import (
     InputTypeError,
     MultiItemScorer,
@@ -31,6 +32,7 @@ from packscore import (
     patched,
     shipped_model_path,
     unpatch_model,
+    verify_parity,
 )
 from tolerances import PROBABILITY_MAX_FLOAT32
 
@@ -256,3 +258,38 @@ def test_a_model_without_head_is_refused() -> None:
     for refused in (MultiItemScorer, lambda m: patch_model(m, device="jax")):
         with pytest.raises(UnsupportedModelError, match="Qwen3Model has no language-model head"):
             refused(model)
+
+
+@pytest.mark.parametrize("found_patched", [True, False])
+def test_verification_leaves_other_threads_alone(found_patched: bool) -> None:
+    """They score with the model while it is verified, on twins over the same weights."""
+    model = random_qwen3(tied=False)
+    dense = MultiItemScorer(model, label_token_ids=[5, 17], mask_impl="dense")
+    if found_patched:
+        patch_model(model)
+    prefix, items = random_ids(20, seed=1), [random_ids(n, seed=n) for n in (3, 9, 1)]
+    expected = one_by_one(random_qwen3(tied=False), prefix, items, [5, 17])
+    errors: list[float] = []
+    done = threading.Event()
+
+    def score() -> None:
+        while not done.is_set():
+            scores = torch.tensor(dense.score(prefix, items))
+            errors.append(float((scores - expected).abs().max()))
+
+    threads = [threading.Thread(target=score) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    pointers = [parameter.data_ptr() for parameter in model.parameters()]
+    reports = [
+        verify_parity(model, samples=[(prefix, items)], label_token_ids=[5, 17], show=False)
+        for _ in range(10)
+    ]
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert all(report.passed for report in reports)
+    assert len(errors) > 10
+    assert max(errors) <= PROBABILITY_MAX_FLOAT32
+    assert is_patched(model) == found_patched
+    assert [parameter.data_ptr() for parameter in model.parameters()] == pointers
