@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from types import TracebackType
@@ -168,12 +169,11 @@ def stream(
             lease = _still_held(core.engine, tokens, lease)
             request = core.encode(query, taken, _names_from(first), labels)
             same = lease is not None and np.array_equal(request.prefix, tokens)
-            found = core.run_one(
-                request,
-                labels,
-                over_vocabulary=over_vocabulary,
-                lease=lease if same else None,
-            )
+            run = functools.partial(core.run_one, request, labels, over_vocabulary=over_vocabulary)
+            try:
+                found = run(lease=lease if same else None)
+            except StalePrefixError:  # the model changed since: it is not the caller's to hold
+                found = run()
             yield from core.probabilities(found)
             first += len(taken)
             # an item of no tokens takes room as well

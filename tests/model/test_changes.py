@@ -24,6 +24,7 @@ from packscore import (
     StalePrefixError,
     UnsupportedModelError,
     patch_model,
+    prefixes,
     unpatch_model,
 )
 from packscore.model.weight_watch import WeightWatch
@@ -320,6 +321,23 @@ def test_a_held_prefix_of_other_weights_is_stale() -> None:
     step(model, fused=True)
     with pytest.raises(StalePrefixError, match="other weights"):
         held.score(ITEMS)
+
+
+def test_a_stream_goes_on_where_the_model_changes_at_any_moment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, scorer = fresh(None)
+    still_held = prefixes._still_held
+
+    def changed(*args: Any) -> Any:
+        lease = still_held(*args)
+        step(model, fused=True)  # behind the look whether the query is still held
+        return lease
+
+    monkeypatch.setattr(prefixes, "_still_held", changed)
+    streamed = list(scorer.score_stream(PREFIX, iter(ITEMS), max_items=len(ITEMS)))
+    error = (torch.tensor(streamed) - reference(model)).abs().max()
+    assert error <= TOLERANCES[torch.float32].max_abs
 
 
 def test_an_optimizer_of_another_model_changes_nothing() -> None:
