@@ -185,7 +185,7 @@ def _check_model(model: PreTrainedModel) -> None:
         raise NotServedError("the call is being traced")
     if model.config.output_attentions or model.config.output_hidden_states:
         raise NotServedError("the configuration asks for attentions or hidden states")
-    foreign = foreign_part(model, is_called=True)
+    foreign = foreign_part(model, but_hooks_of=[model])
     if foreign:
         raise NotServedError(f"the model has {foreign}")
 

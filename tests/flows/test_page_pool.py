@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import sys
 from collections.abc import Callable
@@ -312,7 +311,6 @@ def interrupted(run: Callable[[], object], at: int) -> bool:
 
 def check_whole(pool: PagePool) -> None:
     """Nobody holds a lease: all pages can be had, each by one."""
-    gc.collect()
     assert pool.num_pinned_pages == 0
     lease = pool.acquire(np.arange(10_000, 10_000 + pool.num_pages * pool.page_size))
     assert lease is not None

@@ -175,9 +175,9 @@ def pre_hook_on_a_layer(model: Any) -> None:
 
 
 @change("a forward hook of the Qwen3MLP")
-def hook_that_mixes_tokens(model: Any) -> None:
-    mlp = model.model.layers[0].mlp
-    mlp.register_forward_hook(lambda _, __, out: out + out.mean(1, keepdim=True))
+def hook_that_steers(model: Any) -> None:
+    vector = torch.linspace(-1, 1, 64)
+    model.model.layers[0].mlp.register_forward_hook(lambda _, __, out: out + vector)
 
 
 @change("a forward hook of the Linear 'lm_head'")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -86,7 +87,7 @@ def check_token_wise(model: nn.Module) -> None:
             )
 
 
-def foreign_part(model: nn.Module, *, is_called: bool = False) -> str | None:
+def foreign_part(model: nn.Module, but_hooks_of: Iterable[nn.Module] = ()) -> str | None:
     """What in a model computes something that is not known; None: all of it is known.
 
     It names hooks, forwards put on an instance or a class, classes of other libraries, and
@@ -94,19 +95,18 @@ def foreign_part(model: nn.Module, *, is_called: bool = False) -> str | None:
 
     Args:
       model: the model.
-      is_called: by its own `model(...)`, which runs hooks on the model itself.
+      but_hooks_of: modules that run as they are, and their hooks with them.
     """
+    run = set(but_hooks_of)
     if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
         return "a global forward hook"
     for name, module in model.named_modules(remove_duplicate=False):
         own: Any = module.__dict__
         where = f"{type(module).__name__} {name!r}" if name else type(module).__name__
         hooks = (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values())
-        if not all(map(_is_known, hooks)) and not (is_called and module is model):
+        if not all(map(_is_known, hooks)) and module not in run:
             return f"a forward hook of the {where}"
-        forward = own.get("forward")
-        if type(forward).__module__ == "packscore.calls":  # what it took the place of
-            forward = forward.own
+        forward = theirs(own.get("forward"))
         if forward is not None and not _is_known(forward):
             return f"a forward put on the {where}"
         if not _is_known_forward(type(module)):
@@ -114,6 +114,11 @@ def foreign_part(model: nn.Module, *, is_called: bool = False) -> str | None:
         if own.get("is_causal") is False:
             return f"is_causal=False of the {where}"
     return None
+
+
+def theirs(forward: Any) -> Any:
+    """The forward that somebody put on an instance, also where packscore's stands before it."""
+    return forward.own if type(forward).__module__ == "packscore.calls" else forward
 
 
 def random_part(model: nn.Module) -> str | None:

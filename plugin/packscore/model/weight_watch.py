@@ -15,6 +15,8 @@ from torch import nn
 from torch.nn.modules import module as global_hooks
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from packscore.model.plain import theirs
+
 # What decides which adapters of a PEFT layer are in effect, and how strongly.
 ADAPTER_STATE = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
 # Numbers that modules of the known families compute with beside their weights.
@@ -179,7 +181,7 @@ def _walk(model: nn.Module) -> tuple[list[nn.Module], list[Any], list[torch.Tens
     while stack:
         module = stack.pop()
         own = module.__dict__
-        forward = own.get("forward")
+        forward = theirs(own.get("forward"))
         modules.append(module)
         objects += (weakref.ref(module), type(module).forward, *map(own.get, NUMBERS))
         if forward is not None:

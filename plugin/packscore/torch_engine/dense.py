@@ -22,6 +22,7 @@ from packscore.model.sizes import ModelSizes
 from packscore.results import Flow, MaskImpl
 from packscore.torch_engine.forward import (
     ScoredRows,
+    decoder_modules,
     device_of,
     free_bytes,
     positions_of,
@@ -47,7 +48,7 @@ class DenseEngine:
         self._given = model
         self._model = base_model(model)
         self._head = head
-        self._foreign = foreign_part(model)
+        self._foreign = foreign_part(model, decoder_modules(self._model))
         # one forward of everything is what dense means
         self.limits = Limits(2**62, 1, 1)
         self.costs = flops_cost_model(ModelSizes.of(self._model.config))
@@ -60,7 +61,7 @@ class DenseEngine:
     def refresh(self, *, force: bool = False) -> None:
         """Nothing is kept; look what the model is now."""
         check_supported(self._given)
-        self._foreign = foreign_part(self._given)
+        self._foreign = foreign_part(self._given, decoder_modules(self._model))
 
     def launch(self, batch: PackedBatch, readout: Readout) -> ScoredRows:
         """Run a batch up to the hidden states of its scored rows.

@@ -24,6 +24,7 @@ from packscore.results import Flow, MaskImpl
 from packscore.torch_engine.attention import SegmentPlan
 from packscore.torch_engine.forward import (
     ScoredRows,
+    decoder_modules,
     device_of,
     free_bytes,
     positions_of,
@@ -105,7 +106,7 @@ class TorchEngine:
         if self.pool is not None:
             self.pool.clear()
         check_supported(self._given)
-        foreign = foreign_part(self._given)
+        foreign = foreign_part(self._given, decoder_modules(self._model))
         if foreign:
             logger.warning("packscore runs each item by itself, for the model has %s", foreign)
         self._sizes = ModelSizes.of(self._model.config)

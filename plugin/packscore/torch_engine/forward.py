@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,12 @@ def device_of(model: PreTrainedModel) -> torch.device:
     device: torch.device = embedding.weight.device
     # offloaded: accelerate's hooks bring inputs to the right place
     return torch.device("cpu") if device.type == "meta" else device
+
+
+def decoder_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
+    """What a packed forward runs as it is, with its hooks."""
+    decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+    return decoder.modules()
 
 
 def positions_of(layout: SegmentLayout, device: torch.device) -> torch.Tensor:
