@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from packscore.errors import InputTypeError, UnsupportedModelError
-from packscore.model.plain import check_token_wise
+from packscore.model.plain import check_token_wise, modules_of
 
 
 def is_classifier(model: nn.Module) -> bool:
@@ -127,5 +127,5 @@ def is_patched(model: nn.Module) -> bool:
 
 def configs_of(model: nn.Module) -> list[tuple[nn.Module, PreTrainedConfig]]:
     """Every module that has a configuration, which it may share or, copied or replaced, may not."""
-    found = ((module, module.__dict__.get("config")) for module in model.modules())
+    found = ((module, module.__dict__.get("config")) for module in modules_of(model))
     return [(module, config) for module, config in found if isinstance(config, PreTrainedConfig)]

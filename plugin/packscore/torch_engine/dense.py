@@ -48,7 +48,7 @@ class DenseEngine:
         self._given = model
         self._model = base_model(model)
         self._head = head
-        self._foreign = foreign_part(model, decoder_modules(self._model))
+        self._foreign: str | None = None  # until the first refresh
         # one forward of everything is what dense means
         self.limits = Limits(2**62, 1, 1)
         self.costs = flops_cost_model(ModelSizes.of(self._model.config))
