@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,8 @@ def resolve_torch_device(device: str) -> tuple[str, str | None]:
     if device == "auto":
         return choose_device()[:2]
     if device in ("tpu", "jax"):
+        if device == "jax":
+            leave_absent_tpus_alone()
         return "cpu", device
     try:
         torch.empty(0, device=device)
@@ -82,6 +86,17 @@ def choose_device() -> tuple[str, str | None, str]:
     if torch.backends.mps.is_available():
         return "mps", None, "torch sees Apple's GPU"
     return "cpu", None, "there is no CUDA device, no TPU and no MPS"
+
+
+def leave_absent_tpus_alone() -> None:
+    """Tell jax, before it starts, that the CPU is all there is; where that is so.
+
+    Where libtpu is installed, jax starts it to find out that there is no TPU: forty threads, ten
+    lines on stderr, and now and then an abort as the process ends.
+    """
+    plugins = find_spec("jax_plugins") or entry_points(group="jax_plugins")  # a GPU's, say
+    if not plugins and not tpu_is_plugged_in():
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def tpu_is_plugged_in() -> bool:
