@@ -72,3 +72,16 @@ def quick_programs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.stages.Lowered, "compile", quickly)
         yield
+
+
+@pytest.fixture(scope="session")
+def broken_model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> str:
+    """The shipped reranker with NaN in the embedding of "é", and so in items that hold one."""
+    model, folder = _load_shipped(), str(tmp_path_factory.mktemp("broken"))
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer("é")["input_ids"], 0] = torch.nan
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

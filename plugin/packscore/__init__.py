@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from packscore.errors import InputTypeError as InputTypeError
     from packscore.errors import MaskTooLargeError as MaskTooLargeError
     from packscore.errors import MissingPackageError as MissingPackageError
+    from packscore.errors import NonFiniteScoreError as NonFiniteScoreError
     from packscore.errors import NotPatchedError as NotPatchedError
     from packscore.errors import PackscoreError as PackscoreError
     from packscore.errors import ScoringError as ScoringError
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from packscore.programs.program import ModelProgram as ModelProgram
     from packscore.results import Flow as Flow
     from packscore.results import MaskChoice as MaskChoice
+    from packscore.results import NonFiniteChoice as NonFiniteChoice
     from packscore.results import RankedDocument as RankedDocument
     from packscore.results import ScoreResult as ScoreResult
     from packscore.results import Usage as Usage
@@ -56,8 +58,8 @@ _HOMES = {
     "encoded": ("EncodedRequest",),
     "errors": (
         *("InputError", "InputTypeError", "MaskTooLargeError", "MissingPackageError"),
-        *("NotPatchedError", "PackscoreError", "ScoringError", "StalePrefixError"),
-        *("UnexpectedCompileError", "UnsupportedModelError"),
+        *("NonFiniteScoreError", "NotPatchedError", "PackscoreError", "ScoringError"),
+        *("StalePrefixError", "UnexpectedCompileError", "UnsupportedModelError"),
     ),
     "flows.planner": ("Explanation", "Plan", "Workload"),
     "integrations.cross_encoder": ("CrossEncoder",),
@@ -66,7 +68,9 @@ _HOMES = {
     "patching": ("patch_model", "patched", "unpatch_model"),
     "prefixes": ("Prefix",),
     "programs.program": ("ModelProgram",),
-    "results": ("Flow", "MaskChoice", "RankedDocument", "ScoreResult", "Usage"),
+    "results": (
+        *("Flow", "MaskChoice", "NonFiniteChoice", "RankedDocument", "ScoreResult", "Usage"),
+    ),
     "scoring": ("MultiItemScorer",),
     "shipped": ("shipped_model_path",),
     "text.prompts": ("PROMPTS", "PromptSpec"),

@@ -14,7 +14,12 @@ from torch import nn
 
 from packscore.calls import program_of
 from packscore.encoded import EncodedRequest
-from packscore.errors import InputError, NotPatchedError, UnsupportedModelError
+from packscore.errors import (
+    InputError,
+    NonFiniteScoreError,
+    NotPatchedError,
+    UnsupportedModelError,
+)
 from packscore.flows.engine import Engine, Readout
 from packscore.flows.jobs import LabelLogits
 from packscore.flows.label_runs import run_labels
@@ -25,7 +30,7 @@ from packscore.model.class_head import ClassHead, head_of
 from packscore.model.family import base_model, check_supported, is_patched
 from packscore.model.label_head import LabelHead
 from packscore.model.plain import random_part
-from packscore.results import FLOWS, Flow, MaskChoice, ScoreResult
+from packscore.results import FLOWS, Flow, MaskChoice, NonFiniteChoice, ScoreResult
 from packscore.text.encoding import ArgumentNames, Budget, RequestEncoder, request_encoder
 from packscore.text.labels import LabelIds, Labels
 from packscore.text.prompts import PromptSpec, resolve_prompt
@@ -53,11 +58,13 @@ def core_of(
     on_long: Literal["truncate", "error"],
     split_special_tokens: bool,
     prefix_cache_bytes: int,
+    on_non_finite: NonFiniteChoice,
 ) -> ScoringCore:
     """The parts of a scorer, from the arguments of `MultiItemScorer`."""
     check_supported(model)
     check_choice("mask_impl", mask_impl, get_args(MaskChoice))
     check_choice("on_long", on_long, ("truncate", "error"))
+    check_choice("on_non_finite", on_non_finite, get_args(NonFiniteChoice))
     check_count("prefix_cache_bytes", prefix_cache_bytes, least=0)
     masks: Literal["segment", "dense"] = "dense" if mask_impl == "dense" else "segment"
     check_patched(model, masks)
@@ -77,7 +84,9 @@ def core_of(
         split_special_tokens=split_special_tokens,
     )
     default_labels = head.resolve(labels, label_token_ids) or head.defaults(spec.labels)
-    return ScoringCore(model, encoder, head, default_labels, masks, prefix_cache_bytes)
+    return ScoringCore(
+        model, encoder, head, default_labels, masks, prefix_cache_bytes, on_non_finite
+    )
 
 
 class ScoringCore:
@@ -90,6 +99,7 @@ class ScoringCore:
       default_labels: of calls that name none.
       mask_impl: how items are kept apart.
       prefix_cache_bytes: what the pages of prefixes may take.
+      on_non_finite: what `check_finite` does.
     """
 
     def __init__(
@@ -100,6 +110,7 @@ class ScoringCore:
         default_labels: Labels | None,
         mask_impl: Literal["segment", "dense"],
         prefix_cache_bytes: int,
+        on_non_finite: NonFiniteChoice,
     ) -> None:
         self.model = model
         self.base = base_model(model)
@@ -108,6 +119,7 @@ class ScoringCore:
         self.default_labels = default_labels
         self.mask_impl = mask_impl
         self.prefix_cache_bytes = prefix_cache_bytes
+        self.on_non_finite = on_non_finite
         self._engine: tuple[ModelProgram | None, Engine] | None = None
         self._engine_lock = threading.Lock()
 
@@ -182,9 +194,8 @@ class ScoringCore:
         if flow is not None:
             check_choice("flow", flow, FLOWS)
         if not labels.are_single:
-            runner = self.runner
-            return run_labels(
-                runner,
+            found = run_labels(
+                self.runner,
                 requests,
                 labels,
                 over_vocabulary=over_vocabulary,
@@ -192,10 +203,14 @@ class ScoringCore:
                 lease=lease,
                 progress=progress,
             )
+            return [one if isinstance(one, Exception) else _with_gaps(one) for one in found]
         ids, over = self.head.to_compute(labels, over_vocabulary)
         readout = Readout(tuple(ids), over)
         found = self.runner.run(requests, readout, flow=flow, lease=lease, progress=progress)
-        return [self._read(result, labels, over_vocabulary) for result in found]
+        return [
+            one if isinstance(one, Exception) else self._read(one, labels, over_vocabulary)
+            for one in found
+        ]
 
     def run_one(self, request: EncodedRequest, labels: Labels, **options: Any) -> LabelLogits:
         """Label logits of one request; raises the error that it met."""
@@ -204,15 +219,26 @@ class ScoringCore:
             raise found
         return found
 
-    def _read(
-        self, found: LabelLogits | Exception, labels: Labels, over_vocabulary: bool
-    ) -> LabelLogits | Exception:
-        if isinstance(found, Exception):
-            return found
+    def _read(self, found: LabelLogits, labels: Labels, over_vocabulary: bool) -> LabelLogits:
         logits, normalizer = self.head.chosen(
             found.logits, found.normalizer, labels, over_vocabulary
         )
-        return replace(found, logits=logits, normalizer=normalizer)
+        return _with_gaps(replace(found, logits=logits, normalizer=normalizer))
+
+    def check_finite(self, indices: Sequence[Any], scores: Any, name: Callable[[Any], str]) -> None:
+        """Refuse scores that are not finite, unless the scorer reports them.
+
+        Args:
+          indices: where they are.
+          scores: what the error keeps.
+          name: of an index, for people.
+
+        Raises:
+          NonFiniteScoreError: there are some.
+        """
+        if not indices or self.on_non_finite == "report":
+            return
+        raise NonFiniteScoreError.at(indices, scores, name)
 
     @property
     def engine(self) -> Engine:
@@ -242,8 +268,17 @@ class ScoringCore:
                 f"model{part} is in train mode, where dropout is random; call model.eval()"
             )
 
-    @classmethod
     def scored(
+        self, found: LabelLogits, return_usage: bool, name: Callable[[Any], str]
+    ) -> list[list[float]] | ScoreResult[list[list[float]]]:
+        """The probabilities, with their usage where it is asked for; finite, see `check_finite`."""
+        gaps = found.usage.non_finite_items
+        if gaps:
+            self.check_finite(gaps, self.probabilities(found), name)
+        return self.result(found, return_usage)
+
+    @classmethod
+    def result(
         cls, found: LabelLogits, return_usage: bool
     ) -> list[list[float]] | ScoreResult[list[list[float]]]:
         """The probabilities, with their usage where it is asked for."""
@@ -267,7 +302,20 @@ class ScoringCore:
             log_odds = positive if is_alone else positive - found.logits[:, 0]
             activated = (activation_fn or torch.sigmoid)(log_odds)
         scores: Scores = activated.float().cpu().numpy()
+        if found.usage.non_finite_items:  # whatever the activation made of them
+            scores = scores.copy()
+            scores[list(found.usage.non_finite_items)] = np.nan
         return scores
+
+
+def _with_gaps(found: LabelLogits) -> LabelLogits:
+    """The same, NaN and listed in the usage where a logit or the normaliser is not finite."""
+    finite = torch.isfinite(found.logits).all(-1) & torch.isfinite(found.normalizer)
+    if bool(finite.all()):
+        return found
+    gaps = tuple(torch.nonzero(~finite)[:, 0].tolist())
+    logits = found.logits.masked_fill(~finite[:, None], torch.nan)
+    return replace(found, logits=logits, usage=replace(found.usage, non_finite_items=gaps))
 
 
 def check_patched(model: nn.Module, mask_impl: Literal["segment", "dense"]) -> None:

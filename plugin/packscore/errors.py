@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
+
+# Places that an error names; it keeps all of them.
+NAMED_INDICES = 5
 
 
 class PackscoreError(Exception):
@@ -38,6 +42,10 @@ class MissingPackageError(PackscoreError, ImportError):
 
     def __init__(self, feature: str, extra: str) -> None:
         super().__init__(f"{feature} needs more packages; pip install 'packscore[{extra}]'")
+        self._named = feature, extra
+
+    def __reduce__(self) -> Any:
+        return type(self), self._named
 
 
 class StalePrefixError(PackscoreError, RuntimeError):
@@ -55,3 +63,37 @@ class ScoringError(PackscoreError, RuntimeError):
     def __init__(self, message: str, scores: Any) -> None:
         super().__init__(message)
         self.scores = scores
+
+    def __reduce__(self) -> Any:
+        return type(self), (str(self), self.scores)
+
+
+class NonFiniteScoreError(ScoringError):
+    """A label's logit, or what normalises it, is NaN or infinite; `scores` keeps all others.
+
+    `indices` says where: of items, documents or pairs, or (request, item) for many requests.
+    `scores` is what `on_non_finite="report"` would have returned: NaN there. A ranking holds the
+    other documents alone, and a stream's are the scores that it had not yet yielded.
+    """
+
+    def __init__(self, message: str, scores: Any, indices: Sequence[Any]) -> None:
+        super().__init__(message, scores)
+        self.indices = tuple(indices)
+
+    @classmethod
+    def at(
+        cls, indices: Sequence[Any], scores: Any, name: Callable[[Any], str]
+    ) -> NonFiniteScoreError:
+        """The error of scores that are not finite at `indices`, by their names."""
+        names = ", ".join(name(i) for i in indices[:NAMED_INDICES])
+        more = ", ..." if len(indices) > NAMED_INDICES else ""
+        return cls(
+            f"{len(indices)} scores are not finite, for the model's logits are NaN or infinite at "
+            f"{names}{more}; the others are in this error's .scores; look for an overflow "
+            "(float16?) or weights that are not finite, or pass on_non_finite='report'",
+            scores,
+            indices,
+        )
+
+    def __reduce__(self) -> Any:
+        return type(self), (str(self), self.scores, self.indices)

@@ -14,6 +14,7 @@ from packscore.core import ScoringCore
 from packscore.encoded import TokenIds
 from packscore.errors import InputError, StalePrefixError
 from packscore.flows.engine import Engine
+from packscore.flows.jobs import LabelLogits
 from packscore.flows.page_pool import PrefixLease
 from packscore.flows.runner import Runner
 from packscore.inputs import Text, as_list
@@ -96,6 +97,7 @@ class Prefix:
         Raises:
           StalePrefixError: the query was released, or the model's weights changed since.
           InputError, InputTypeError: an argument cannot be scored.
+          NonFiniteScoreError: as `MultiItemScorer.score` raises it.
         """
         self._core.check_ready()
         self.check()
@@ -107,7 +109,7 @@ class Prefix:
         same = np.array_equal(request.prefix, self._tokens)
         lease = self._lease if same else None
         found = self._core.run_one(request, chosen, over_vocabulary=over_vocabulary, lease=lease)
-        return self._core.scored(found, return_usage)
+        return self._core.scored(found, return_usage, "items[{}]".format)
 
     def check(self) -> None:
         """Refuse to score what is no longer there.
@@ -174,7 +176,7 @@ def stream(
                 found = run(lease=lease if same else None)
             except StalePrefixError:  # the model changed since: it is not the caller's to hold
                 found = run()
-            yield from core.probabilities(found)
+            yield from _numbers_first(core, found, first)
             first += len(taken)
             # an item of no tokens takes room as well
             if sum(map(len, request.items)) + len(taken) < core.engine.limits.target_tokens:
@@ -182,6 +184,16 @@ def stream(
     finally:
         if lease is not None:
             lease.release()
+
+
+def _numbers_first(core: ScoringCore, found: LabelLogits, first: int) -> Iterator[list[float]]:
+    """The scores of a launch of a stream whose items before `first` were scored."""
+    scores, gaps = core.probabilities(found), found.usage.non_finite_items
+    if gaps and core.on_non_finite == "raise":
+        yield from scores[: gaps[0]]
+        del scores[: gaps[0]]
+    core.check_finite([first + i for i in gaps], scores, "items[{}]".format)
+    yield from scores
 
 
 def _still_held(engine: Engine, tokens: TokenIds, lease: PrefixLease | None) -> PrefixLease | None:

@@ -10,6 +10,8 @@ T = TypeVar("T")
 
 Flow = Literal["packed", "extend", "chunked", "plain"]
 FLOWS: tuple[Flow, ...] = ("packed", "extend", "chunked", "plain")
+# what a scorer does about scores that are no numbers
+NonFiniteChoice = Literal["raise", "report"]
 # how a scorer is asked to keep items apart, and what ran
 MaskChoice = Literal["auto", "segment", "dense"]
 MaskImpl = Literal["segment", "dense", "causal", "mixed"]
@@ -29,6 +31,8 @@ class Usage:
       padding_tokens: padding that ran through the model beside them.
       truncated_items: indices of items that lost their end to the budget.
       special_token_items: indices of items whose text holds a special token's.
+      non_finite_items: indices of items with a label's logit, or what normalises it, that is NaN or
+        infinite; their scores are NaN.
       flow: "packed" (prefix and items in one launch), "extend" (the prefix was in pages, items
         only), "chunked" (the prefix once, the items in several launches), "plain" (nothing shared),
         or "mixed" over queries.
@@ -45,6 +49,7 @@ class Usage:
     special_token_items: tuple[int, ...]
     flow: Flow | Literal["mixed"]
     mask_impl: MaskImpl
+    non_finite_items: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ def merge_usages(usages: Sequence[Usage], indices: Sequence[Sequence[int]]) -> U
         padding_tokens=total("padding_tokens"),
         truncated_items=where("truncated_items"),
         special_token_items=where("special_token_items"),
+        non_finite_items=where("non_finite_items"),
         flow=flows.pop() if len(flows) == 1 else "mixed",
         mask_impl=masks.pop() if len(masks) == 1 else "mixed",
     )

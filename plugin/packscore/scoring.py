@@ -16,7 +16,15 @@ from packscore.flows.page_pool import PREFIX_CACHE_BYTES
 from packscore.flows.planner import Explanation
 from packscore.inputs import Text, as_iterator, as_list, as_pairs, as_requests, check_count
 from packscore.prefixes import Prefix, stream
-from packscore.results import Flow, MaskChoice, RankedDocument, ScoreResult, Usage, merge_usages
+from packscore.results import (
+    Flow,
+    MaskChoice,
+    NonFiniteChoice,
+    RankedDocument,
+    ScoreResult,
+    Usage,
+    merge_usages,
+)
 from packscore.text.encoding import ArgumentNames, group_by_query
 from packscore.text.labels import LabelIds, Labels
 from packscore.text.prompts import PromptSpec
@@ -46,6 +54,9 @@ class MultiItemScorer:
       prefix_cache_bytes: keys and values of queries that may stay on the device, so that the next
         call with the same query, or the same start of one, need not compute it; the least recently
         used go first. 0 keeps none.
+      on_non_finite: where a label's logit is NaN or infinite, "raise" keeps the other scores in a
+        `NonFiniteScoreError`; "report" returns NaN, ranked behind all numbers, and lists the
+        items in the usage.
 
     Raises:
       UnsupportedModelError: the model cannot be scored exactly, or has no trained head.
@@ -67,6 +78,7 @@ class MultiItemScorer:
         on_long: Literal["truncate", "error"] = "truncate",
         split_special_tokens: bool = True,
         prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
+        on_non_finite: NonFiniteChoice = "raise",
     ) -> None:
         self._core = core_of(
             model,
@@ -80,6 +92,7 @@ class MultiItemScorer:
             on_long=on_long,
             split_special_tokens=split_special_tokens,
             prefix_cache_bytes=prefix_cache_bytes,
+            on_non_finite=on_non_finite,
         )
 
     @property
@@ -154,6 +167,7 @@ class MultiItemScorer:
         Raises:
           InputError, InputTypeError: an argument cannot be scored; raised before the model runs.
           NotPatchedError: the model was unpatched since.
+          NonFiniteScoreError: logits are NaN or infinite, and `on_non_finite` is "raise".
         """
         self._core.check_ready()
         over_vocabulary = not apply_softmax
@@ -161,7 +175,7 @@ class MultiItemScorer:
         found = as_list("items", items)
         request = self._core.encode(query, found, ArgumentNames(), chosen, item_first=item_first)
         result = self._core.run_one(request, chosen, over_vocabulary=over_vocabulary, flow=flow)
-        return self._core.scored(result, return_usage)
+        return self._core.scored(result, return_usage, "items[{}]".format)
 
     @overload
     def rank(
@@ -218,6 +232,7 @@ class MultiItemScorer:
         Raises:
           InputError, InputTypeError: an argument cannot be scored, or the scorer does not have two
             labels (negative, positive); raised before the model runs.
+          NonFiniteScoreError: as `score` raises it.
         """
         self._core.check_ready()
         check_count("top_k", top_k)
@@ -228,10 +243,13 @@ class MultiItemScorer:
         result = self._core.run_one(request, labels, over_vocabulary=False, flow=flow)
         scores, usage = self._core.activated(result, activation_fn), result.usage
         ranked: list[RankedDocument] = []
-        for i in np.argsort(-scores, kind="stable")[:top_k].tolist():
+        for i in np.argsort(-scores, kind="stable")[:top_k].tolist():  # NaN comes last
             ranked.append({"corpus_id": i, "score": float(scores[i])})
             if return_documents:
                 ranked[-1]["text"] = found[i]
+        gaps = usage.non_finite_items
+        numbers = ranked[: len(found) - len(gaps)]
+        self._core.check_finite(gaps, numbers, "documents[{}]".format)
         return ScoreResult(ranked, usage) if return_usage else ranked
 
     @overload
@@ -280,6 +298,7 @@ class MultiItemScorer:
         Raises:
           InputError, InputTypeError: a pair cannot be scored; raised before the model runs.
           ScoringError: the model failed on a query; its `scores` keeps those of all others.
+          NonFiniteScoreError: as `score` raises it.
         """
         self._core.check_ready()
         found = as_pairs("pairs", pairs)
@@ -308,7 +327,10 @@ class MultiItemScorer:
                 f"({error}); the scores of the others are in this error's .scores",
                 scores,
             ) from error
-        return ScoreResult(scores, merge_usages(usages, groups)) if return_usage else scores
+        usage = merge_usages(usages, groups)
+        gaps = usage.non_finite_items
+        self._core.check_finite(gaps, scores, "pairs[{}]".format)
+        return ScoreResult(scores, usage) if return_usage else scores
 
     @overload
     def score_many(
@@ -365,6 +387,7 @@ class MultiItemScorer:
           InputError, InputTypeError: a request cannot be scored; raised before the model runs.
           ScoringError: the model failed on a request; its `scores` is what would have been
             returned, with None for each that failed.
+          NonFiniteScoreError: as `score` raises it.
         """
         self._core.check_ready()
         over_vocabulary = not apply_softmax
@@ -380,7 +403,7 @@ class MultiItemScorer:
                 encoded, chosen, over_vocabulary=over_vocabulary, flow=flow, progress=bar.update
             )
         scored: list[Any] = [
-            None if isinstance(result, Exception) else self._core.scored(result, return_usage)
+            None if isinstance(result, Exception) else self._core.result(result, return_usage)
             for result in results
         ]
         failed = [(i, e) for i, e in enumerate(results) if isinstance(e, Exception)]
@@ -391,6 +414,13 @@ class MultiItemScorer:
                 f"({error}); the results of the others are in this error's .scores",
                 scored,
             ) from error
+        gaps = [
+            (i, k)
+            for i, result in enumerate(results)
+            if not isinstance(result, Exception)
+            for k in result.usage.non_finite_items
+        ]
+        self._core.check_finite(gaps, scored, "requests[{0[0]}][1][{0[1]}]".format)
         return scored
 
     def score_stream(
@@ -421,6 +451,7 @@ class MultiItemScorer:
         Raises:
           InputError, InputTypeError: an argument or an item cannot be scored; the scores of items
             before it, up to the last full launch, were yielded.
+          NonFiniteScoreError: as `score` raises it; the scores of items before were yielded.
         """
         check_count("max_items", max_items)
         self._core.check_ready()

@@ -192,6 +192,7 @@ def verify_parity(
         labels=labels,
         label_token_ids=label_token_ids,
         max_tokens=max_tokens,
+        on_non_finite="report",  # which no tolerance holds
     )
     if scorer.label_token_ids is None:
         raise InputError("labels are missing, and the prompt has none; pass labels=[...]")

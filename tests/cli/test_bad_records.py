@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
 import pytest
+from pyarrow import parquet
 
 from cli_helpers import MODEL, RECORDS, Cli
 
@@ -83,28 +85,46 @@ def test_on_long_error_refuses_the_record(cli: Cli) -> None:
     assert "items[1] has" in reported["reason"]
 
 
-def test_scores_that_are_not_finite_are_reported(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    from packscore.cli import run as running
+BROKEN = [RECORDS[0], {"query": "drinks", "items": ["tea", "café", "juice"]}]
 
-    made = running.score_task
 
-    def poisoned(*args: object, **kwargs: object) -> running.Task:
-        task = made(*args, **kwargs)
-
-        def run(record: running.Record) -> object:
-            result, usage = task(record)
-            if record.line == 2:
-                result["scores"][0][1] = float("nan")
-            return result, usage
-
-        return run
-
-    monkeypatch.setattr(running, "score_task", poisoned)
-    done = cli("score", cli.write("in.jsonl", RECORDS), "-o", "out.jsonl", *MODEL)
+def test_scores_that_are_not_finite_make_a_bad_record(cli: Cli, broken_model_folder: str) -> None:
+    done = cli("score", cli.write("in.jsonl", BROKEN), "-o", "out.jsonl", "-m", broken_model_folder)
     assert done.code == 3
     (reported,) = cli.read("out.jsonl.errors.jsonl")
-    assert reported == {"line": 2, "reason": "the model's scores are not finite"}
-    assert len(cli.read("out.jsonl")) == 2
+    assert reported["line"] == 2
+    assert "1 scores are not finite" in reported["reason"]
+    assert "items[1]" in reported["reason"]
+    assert len(cli.read("out.jsonl")) == 1
+
+
+def test_scores_that_are_not_finite_are_null_where_asked_for(
+    cli: Cli, broken_model_folder: str
+) -> None:
+    options = ("-m", broken_model_folder, "--on-non-finite", "report")
+    path = cli.write("in.jsonl", BROKEN)
+    done = cli("score", path, "-o", "out.jsonl", *options)
+    assert done.code == 0
+    assert "1 scores are not finite (non_finite_items)" in done.err
+    scored = cli.read("out.jsonl")[1]
+    assert scored["non_finite_items"] == [1]
+    assert [row[0] is None for row in scored["scores"]] == [False, True, False]
+    assert cli("rank", path, "-o", "ranked.jsonl", "--top-k", "3", *options).code == 0
+    ranked = cli.read("ranked.jsonl")[1]
+    assert ranked["non_finite_items"] == [1]
+    assert ranked["ranking"][-1] == {"corpus_id": 1, "score": None}
+    for suffix in ("csv", "parquet"):
+        assert cli("rank", path, "-o", f"out.{suffix}", *options).code == 0
+    with (cli.folder / "out.csv").open(newline="") as file:
+        assert [row["score"] == "" for row in csv.DictReader(file)][-3:] == [False, False, True]
+    table = parquet.read_table(cli.folder / "out.parquet").to_pylist()
+    assert table[1]["ranking"] == ranked["ranking"]
+    assert (
+        cli(
+            "score", path, "-o", "x.jsonl", "-m", broken_model_folder, "--on-non-finite", "skip"
+        ).code
+        == 2
+    )
 
 
 CSV_WITH_BAD_ROWS = (

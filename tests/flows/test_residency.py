@@ -13,7 +13,14 @@ import torch
 from transformers import PreTrainedModel
 
 from helpers import LABELS, engine_of, one_by_one, random_ids, random_qwen3
-from packscore import MultiItemScorer, StalePrefixError, patch_model, program_of, unpatch_model
+from packscore import (
+    MultiItemScorer,
+    NonFiniteScoreError,
+    StalePrefixError,
+    patch_model,
+    program_of,
+    unpatch_model,
+)
 from packscore.flows import packing
 from packscore.flows import page_pool as paging
 from packscore.flows.costs import flops_cost_model
@@ -125,7 +132,9 @@ def test_what_free_slots_hold_reaches_no_score(
     assert pool.num_pinned_pages == 0
     # the control: the same poison in slots that are read
     poison(scorer, spare=False)
-    assert np.isnan(scorer.score(prefixes[-1], ITEMS)).all()
+    with pytest.raises(NonFiniteScoreError) as info:
+        scorer.score(prefixes[-1], ITEMS)
+    assert len(info.value.indices) == len(ITEMS)
 
 
 @pytest.mark.parametrize("flow", ["packed", "chunked", "extend", "plain"])

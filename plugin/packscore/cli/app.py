@@ -68,6 +68,7 @@ def score(
     revision: opt.Revision = None,
     max_tokens: opt.MaxTokens = None,
     on_long: opt.OnLong = "truncate",
+    on_non_finite: opt.OnNonFinite = "raise",
     input_format: opt.InputFormat = None,
     output_format: opt.OutputFormat = None,
     query_field: opt.QueryField = "query",
@@ -93,6 +94,7 @@ def score(
             opt.split_ids(label_token_ids),
             max_tokens,
             on_long,
+            on_non_finite,
         )
         files = plan_files(
             input, output, errors, input_format, output_format, resume=resume, overwrite=overwrite
@@ -120,6 +122,7 @@ def rank(
     revision: opt.Revision = None,
     max_tokens: opt.MaxTokens = None,
     on_long: opt.OnLong = "truncate",
+    on_non_finite: opt.OnNonFinite = "raise",
     input_format: opt.InputFormat = None,
     output_format: opt.OutputFormat = None,
     query_field: opt.QueryField = "query",
@@ -145,6 +148,7 @@ def rank(
             opt.split_ids(label_token_ids),
             max_tokens,
             on_long,
+            on_non_finite,
         )
         files = plan_files(
             input, output, errors, input_format, output_format, resume=resume, overwrite=overwrite

@@ -14,7 +14,7 @@ from packscore.files.readers import parquet_module
 PARQUET_BATCH_ROWS = 1024
 Row = dict[str, Any]
 # What a run adds to a record.
-RESULT_FIELDS = frozenset({"scores", "ranking", "truncated_items", "items"})
+RESULT_FIELDS = frozenset({"scores", "ranking", "truncated_items", "non_finite_items", "items"})
 
 
 def result_columns(output_format: str, labels: list[str]) -> frozenset[str]:
@@ -59,6 +59,7 @@ def _rows(record: Row, labels: list[str], item_fields: bool) -> Iterator[Row]:
     record = dict(record)
     scores, ranking = record.pop("scores", None), record.pop("ranking", None)
     truncated = set(record.pop("truncated_items", ()))
+    record.pop("non_finite_items", None)  # their cells are empty
     items = record.pop("items", None)
     listed = {name for name in record if item_fields and isinstance(record[name], list)}
     for place in range(len(ranking if scores is None else scores)):

@@ -151,6 +151,7 @@ def load(options: ModelOptions, *, weights: bool = True) -> Loaded:
         label_token_ids=options.label_token_ids,
         max_tokens=options.max_tokens,
         on_long=options.on_long,
+        on_non_finite=options.on_non_finite,
     )
     ids = scorer.label_token_ids
     if ids is None:

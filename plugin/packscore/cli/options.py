@@ -12,6 +12,7 @@ from packscore.files.failures import UsageError
 from packscore.files.records import FieldNames
 
 if TYPE_CHECKING:
+    from packscore.results import NonFiniteChoice
     from packscore.text.labels import LabelIds
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -52,6 +53,12 @@ OnLong = Annotated[
     Literal["truncate", "error"],
     typer.Option(help="truncate cuts and reports an item over the budget; error refuses it."),
 ]
+OnNonFinite = Annotated[
+    Literal["raise", "report"],
+    typer.Option(
+        help="raise makes a bad record of scores that are NaN or infinite; report writes null."
+    ),
+]
 InputFormat = Annotated[
     str | None, typer.Option("--format", help="jsonl, csv or parquet; default: by the suffix.")
 ]
@@ -89,12 +96,12 @@ class ModelOptions:
       device: "auto", "tpu", "jax", or a torch device such as "cuda:1".
       dtype: one of DTYPES.
       prompt: a built-in name, or a JSON file with the parts of a `PromptSpec`.
-      instruction, max_tokens, on_long: as `MultiItemScorer` takes them.
+      instruction, max_tokens, on_long, on_non_finite: as `MultiItemScorer` takes them.
       labels: label texts, or None.
       label_token_ids: labels as ids, or None.
 
     Raises:
-      UsageError: `dtype` or `on_long` is not one of its values.
+      UsageError: `dtype`, `on_long` or `on_non_finite` is not one of its values.
     """
 
     model: str
@@ -107,10 +114,12 @@ class ModelOptions:
     label_token_ids: LabelIds | None
     max_tokens: int | None
     on_long: Literal["truncate", "error"]
+    on_non_finite: NonFiniteChoice = "raise"
 
     def __post_init__(self) -> None:
         _check_choice("--dtype", self.dtype, DTYPES)
         _check_choice("--on-long", self.on_long, ("truncate", "error"))
+        _check_choice("--on-non-finite", self.on_non_finite, ("raise", "report"))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,14 @@ from typing import Any, BinaryIO
 import torch
 from tqdm import tqdm
 
-from packscore import InputError, InputTypeError, MaskTooLargeError, MultiItemScorer, Usage
+from packscore import (
+    InputError,
+    InputTypeError,
+    MaskTooLargeError,
+    MultiItemScorer,
+    NonFiniteScoreError,
+    Usage,
+)
 from packscore.cli.convert import convert, result_columns
 from packscore.cli.exits import ExitCode, tell
 from packscore.cli.load import Loaded
@@ -26,7 +34,10 @@ from packscore.files.records import BadRecord, Record
 from packscore.results import Flow
 
 # What one record may be refused for; anything else stops the run.
-RECORD_ERRORS = (InputError, InputTypeError, MaskTooLargeError, MemoryError, torch.OutOfMemoryError)
+RECORD_ERRORS = (
+    *(InputError, InputTypeError, NonFiniteScoreError),
+    *(MaskTooLargeError, MemoryError, torch.OutOfMemoryError),
+)
 
 # By name, so that a record's scores do not depend on those scored before it: a resumed run writes
 # the bytes of an unbroken one.
@@ -45,6 +56,7 @@ class Counts:
     resumed: int = 0
     truncated: int = 0
     special: int = 0
+    non_finite: int = 0
 
 
 def score_task(scorer: MultiItemScorer, *, apply_softmax: bool, return_items: bool) -> Task:
@@ -59,7 +71,7 @@ def score_task(scorer: MultiItemScorer, *, apply_softmax: bool, return_items: bo
             return_usage=True,
         )
         result: dict[str, Any] = {"items": record.items} if return_items else {}
-        return result | {"scores": found.scores}, found.usage
+        return result | {"scores": [list(map(_or_null, row)) for row in found.scores]}, found.usage
 
     return run
 
@@ -76,9 +88,15 @@ def rank_task(scorer: MultiItemScorer, *, top_k: int | None, return_documents: b
             flow=FLOW,
             return_usage=True,
         )
-        return {"ranking": found.scores}, found.usage
+        ranking = [entry | {"score": _or_null(entry["score"])} for entry in found.scores]
+        return {"ranking": ranking}, found.usage
 
     return run
+
+
+def _or_null(score: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(score) else score
 
 
 def settings_of(
@@ -99,6 +117,7 @@ def settings_of(
         "label_token_ids": loaded.scorer.label_token_ids,
         "max_tokens": options.max_tokens,
         "on_long": options.on_long,
+        "on_non_finite": options.on_non_finite,
         "format": input_format,
         "query_field": read.names.query,
         "items_field": read.names.items,
@@ -186,11 +205,15 @@ def _run_one(
         result, usage = task(record)
         if usage.truncated_items:
             result["truncated_items"] = list(usage.truncated_items)
+        if usage.non_finite_items:
+            result["non_finite_items"] = list(usage.non_finite_items)
         journal.write_result(record, result)
     except RECORD_ERRORS as error:
         journal.write_error(_refused(record, str(error) or type(error).__name__))
     except NotFiniteError:
-        journal.write_error(_refused(record, "the model's scores are not finite"))
+        journal.write_error(
+            _refused(record, "holds a number that is not finite, which JSON has no word for")
+        )
     except OSError:
         raise
     except Exception as error:
@@ -200,6 +223,7 @@ def _run_one(
         counts.items += len(record.items)
         counts.truncated += len(usage.truncated_items)
         counts.special += len(usage.special_token_items)
+        counts.non_finite += len(usage.non_finite_items)
 
 
 def _refused(record: Record, reason: str) -> BadRecord:
@@ -280,5 +304,7 @@ def _tell_counts(plan: FilePlan, counts: Counts, num_bad: int, seconds: float) -
         tell(f"{counts.truncated:,} items lost their end to the budget (truncated_items)")
     if counts.special:
         tell(f"{counts.special:,} items hold the text of special tokens; it was read as text")
+    if counts.non_finite:
+        tell(f"{counts.non_finite:,} scores are not finite (non_finite_items)")
     if num_bad:
         tell(f"{num_bad:,} bad records, by line and reason in {plan.errors or 'stderr'}")

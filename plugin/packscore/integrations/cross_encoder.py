@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from math import inf, isnan
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -14,12 +15,15 @@ from packscore.errors import (
     InputError,
     InputTypeError,
     MissingPackageError,
+    NonFiniteScoreError,
+    ScoringError,
     UnsupportedModelError,
 )
-from packscore.inputs import short
+from packscore.inputs import check_choice, short
 from packscore.integrations.chat_template import PROBES, spec_of_chat_template
 from packscore.integrations.loading import kept_scorer
 from packscore.patching import patch_model
+from packscore.results import NonFiniteChoice
 from packscore.scoring import MultiItemScorer
 from packscore.text.encoding import group_by_query
 from packscore.text.prompts import PROMPTS, PromptSpec, resolve_prompt, template_fields
@@ -54,6 +58,7 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
         None takes the tokenizer's chat template, as sentence-transformers does.
       split_special_tokens: encode special tokens in texts as ordinary text; False is what
         sentence-transformers does, and lets a document forge the frame.
+      on_non_finite: as in `MultiItemScorer`; `rank` puts what is no number last.
       **kwargs: any other argument of `sentence_transformers.CrossEncoder`.
 
     Raises:
@@ -67,8 +72,11 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
         *,
         template: str | PromptSpec | None = None,
         split_special_tokens: bool = True,
+        on_non_finite: NonFiniteChoice = "raise",
         **kwargs: Any,
     ) -> None:
+        check_choice("on_non_finite", on_non_finite, get_args(NonFiniteChoice))
+        self.on_non_finite: NonFiniteChoice = on_non_finite
         self.template = None if template is None else resolve_prompt(template)
         self.split_special_tokens = split_special_tokens
         self._scorers: dict[str, MultiItemScorer] = {}
@@ -86,6 +94,7 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
         *,
         template: str | PromptSpec | None = None,
         split_special_tokens: bool = True,
+        on_non_finite: NonFiniteChoice = "raise",
     ) -> CrossEncoder:
         """A packed CrossEncoder that shares the modules of one that is loaded already.
 
@@ -95,7 +104,7 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
         Args:
           cross_encoder: a `sentence_transformers.CrossEncoder`.
           template: as in the constructor.
-          split_special_tokens: as in the constructor.
+          template, split_special_tokens, on_non_finite: as in the constructor.
 
         Returns:
           A `CrossEncoder` with the same weights, prompts, activation and device.
@@ -120,7 +129,18 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
             device=str(cross_encoder.device),
             template=template,
             split_special_tokens=split_special_tokens,
+            on_non_finite=on_non_finite,
         )
+
+    def rank(
+        self, query: Any, documents: Any, top_k: int | None = None, *args: Any, **kwargs: Any
+    ) -> list[Any]:
+        """As sentence-transformers' own, with what is no number behind all numbers."""
+        ranked: list[Any] = [*super().rank(query, documents, None, *args, **kwargs)]
+        # sorted by comparisons, which NaN fails all of: any order may have come out
+        ranked.sort(key=lambda entry: entry["corpus_id"])
+        ranked.sort(key=lambda entry: inf if isnan(entry["score"]) else -entry["score"])
+        return ranked[:top_k]
 
     @torch.inference_mode()
     def _inference(  # type: ignore[override]  # sentence-transformers' own says the same
@@ -141,6 +161,9 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
 
         Returns:
           float32[num_pairs], on the model's device.
+
+        Raises:
+          NonFiniteScoreError, ScoringError: as `MultiItemScorer.predict` raises them.
         """
         if kwargs:
             raise InputTypeError(
@@ -153,16 +176,33 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
         if prompt and self.template is None and not self._has_chat_frame:
             # without a frame for it, sentence-transformers puts the prompt before the query
             pairs = [(prompt + query, document) for query, document in pairs]
-        scores = torch.zeros(len(pairs), 1)
+        scores, failures = torch.zeros(len(pairs), 1), []
         scorer = self._scorer(prompt)
         launches = list(_launches(pairs, batch_size))
         for index in tqdm(launches, desc="Batches", disable=not show_progress_bar):
-            log_odds = scorer.predict([pairs[i] for i in index], activation_fn=nn.Identity())
+            try:
+                log_odds = scorer.predict([pairs[i] for i in index], activation_fn=nn.Identity())
+            except ScoringError as failure:
+                failures.append(failure)
+                log_odds = failure.scores
             scores[index, 0] = torch.from_numpy(log_odds)
+        gaps = scores[:, 0].isnan()  # which an activation may make numbers of
         scores = scores.to(target)
         if activation_fn is not None and pairs:
             scores = activation_fn(scores)
-        return scores.squeeze(-1) if scores.ndim > 1 else scores
+        scores = scores.squeeze(-1) if scores.ndim > 1 else scores
+        if gaps.any():
+            scores = scores.masked_fill(gaps.to(scores.device), torch.nan)
+        if failures:
+            raise ScoringError(
+                f"{len(failures)} of {len(launches)} launches failed, the first because "
+                f"{failures[0]}",
+                scores,
+            ) from failures[0]
+        if gaps.any() and self.on_non_finite == "raise":
+            where = gaps.nonzero()[:, 0].tolist()
+            raise NonFiniteScoreError.at(where, scores, "inputs[{}]".format)
+        return scores
 
     def _multi_process(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Refuse what would start other processes.
@@ -223,6 +263,7 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
             instruction=None if self.template is None else prompt,
             max_tokens=min(int(self.max_seq_length or limit), limit),
             split_special_tokens=self.split_special_tokens,
+            on_non_finite="report",  # `_inference` looks at all launches together
             **labels,
         )
 

@@ -48,7 +48,8 @@ class PackscoreReranker(BaseDocumentCompressor):
         Args:
           model_name_or_path: of a causal reranker.
           top_n: as in the constructor.
-          **options: `prompt` of the scorer, and arguments of the model's `from_pretrained`.
+          **options: `prompt` and `on_non_finite` of the scorer, and arguments of the model's
+            `from_pretrained`.
 
         Returns:
           The reranker.

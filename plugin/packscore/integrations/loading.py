@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from packscore.errors import InputTypeError
 from packscore.patching import patch_model
+from packscore.results import NonFiniteChoice
 from packscore.scoring import MultiItemScorer
 from packscore.text.prompts import PromptSpec
 
@@ -17,13 +18,17 @@ KEPT_SCORERS = 2
 
 
 def load_scorer(
-    model_name_or_path: str, *, prompt: str | PromptSpec = "qwen3-reranker", **model_kwargs: Any
+    model_name_or_path: str,
+    *,
+    prompt: str | PromptSpec = "qwen3-reranker",
+    on_non_finite: NonFiniteChoice = "raise",
+    **model_kwargs: Any,
 ) -> MultiItemScorer:
     """A scorer from a name or a folder.
 
     Args:
       model_name_or_path: of a causal reranker.
-      prompt: as in `MultiItemScorer`.
+      prompt, on_non_finite: as in `MultiItemScorer`.
       **model_kwargs: for `AutoModelForCausalLM.from_pretrained`; `dtype` is "auto" by default.
 
     Returns:
@@ -32,7 +37,9 @@ def load_scorer(
     options = {"dtype": "auto", **model_kwargs}
     model: Any = AutoModelForCausalLM.from_pretrained(model_name_or_path, **options)
     tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
-    return MultiItemScorer(patch_model(model.eval()), tokenizer, prompt=prompt)
+    return MultiItemScorer(
+        patch_model(model.eval()), tokenizer, prompt=prompt, on_non_finite=on_non_finite
+    )
 
 
 def kept_scorer(

@@ -5,16 +5,26 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NotRequired, TypeAlias, TypedDict
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 from transformers import Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from packscore.errors import InputError, InputTypeError
-from packscore.inputs import Text, as_list, check_count, short
+from packscore.errors import InputError, InputTypeError, ScoringError
+from packscore.inputs import Text, as_list, check_choice, check_count, short
 from packscore.integrations.loading import kept_scorer
+from packscore.integrations.pipeline_outputs import (
+    Label,
+    Outcome,
+    all_of,
+    entry_of,
+    gaps_in,
+    labelled,
+    numbers_first,
+    until_failure,
+)
 from packscore.model.family import base_model, class_count
 from packscore.patching import patch_model
 from packscore.scoring import MultiItemScorer
@@ -24,33 +34,13 @@ TASK = "multi-item-scoring"
 # What becomes an option of the scorer, and what acts on the labels and the entries of one call.
 SCORER_OPTIONS = (
     *("prompt", "instruction", "mask_impl", "max_tokens", "on_long", "split_special_tokens"),
-    "prefix_cache_bytes",
+    *("prefix_cache_bytes", "on_non_finite"),
 )
 LABEL_OPTIONS = ("labels", "label_token_ids")
 OUTPUT_OPTIONS = ("apply_softmax", "top_k", "return_items", "show_progress_bar")
 OPTIONS = (*SCORER_OPTIONS, *LABEL_OPTIONS, *OUTPUT_OPTIONS)
 ITEM_KEYS = {"query", "items", *LABEL_OPTIONS}
 SEQUENCE_KEYS = {"sequence", "candidate_labels"}
-# A text, an id, or the ids of a label of several tokens.
-Label: TypeAlias = str | int | tuple[int, ...]
-
-
-class ScoredItem(TypedDict):
-    """One entry of a request's result."""
-
-    index: int  # among the request's items
-    score: float
-    label: NotRequired[Label]
-    scores: NotRequired[dict[Label, float]]
-    item: NotRequired[Text]
-
-
-class LabelledSequence(TypedDict):
-    """The result of one sequence, as "zero-shot-classification" gives it."""
-
-    sequence: str
-    labels: list[str]
-    scores: list[float]
 
 
 @dataclass(frozen=True)
@@ -84,8 +74,8 @@ class MultiItemScoringPipeline(Pipeline):
       tokenizer: its tokenizer; without one, requests hold token ids.
       batch_size: requests scored in one launch. It changes no score.
       **kwargs: `prompt`, `instruction`, `mask_impl`, `max_tokens`, `on_long`,
-        `split_special_tokens` and `prefix_cache_bytes` of `MultiItemScorer`, and any option of a
-        call, as its default.
+        `split_special_tokens`, `prefix_cache_bytes` and `on_non_finite` of `MultiItemScorer`, and
+        any option of a call, as its default.
 
     Raises:
       InputError, InputTypeError: an option is unknown or has a value that cannot be.
@@ -143,26 +133,34 @@ class MultiItemScoringPipeline(Pipeline):
         _, options, _ = self._sanitize_parameters(**kwargs)
         options = self._merge(options)
         if isinstance(inputs, Mapping):
-            (found,) = self._run([self.preprocess(inputs)], 1, options, total=1)
+            ((found, failure),) = self._run([self.preprocess(inputs)], 1, options, total=1)
+            if failure is not None:
+                raise failure
             return found
         if isinstance(inputs, list | tuple):
             requests = [self.preprocess(x, name=f"inputs[{i}]") for i, x in enumerate(inputs)]
-            return list(self._run(requests, batch_size or 1, options, total=len(requests)))
+            return all_of(self._run(requests, batch_size or 1, options, total=len(requests)))
         lazy = (
             self.preprocess(x, name=f"inputs[{i}]") for i, x in enumerate(_each_request(inputs))
         )
         total = len(inputs) if hasattr(inputs, "__len__") else None
-        return self._run(lazy, batch_size or 1, options, total=total)
+        return until_failure(self._run(lazy, batch_size or 1, options, total=total))
 
     def _run(
         self, requests: Iterable[Request], batch_size: int, options: Any, *, total: int | None
-    ) -> Iterator[Any]:
+    ) -> Iterator[Outcome]:
+        """The result of each request, and what is wrong with it."""
         hidden = not options.get("show_progress_bar", False)
         remaining = iter(requests)
         with tqdm(total=total, unit="request", disable=hidden) as bar:
             while batch := list(itertools.islice(remaining, batch_size)):
                 for scored in self._forward({"requests": batch}, **options)["scored"]:
-                    yield self.postprocess(scored, **options)
+                    if isinstance(scored, ScoringError):
+                        yield None, scored
+                        continue
+                    found = self.postprocess(scored, **options)
+                    is_told = options.get("on_non_finite") == "report"
+                    yield found, None if is_told else gaps_in(scored.scores, found)
                 bar.update(len(batch))
 
     def _merge(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -226,7 +224,9 @@ class MultiItemScoringPipeline(Pipeline):
         scores = _score_requests(scorer, requests, labels, apply_softmax=softmax)
         return {
             "scored": [
-                Scored(request, rows, _label_names(label))
+                rows
+                if isinstance(rows, ScoringError)
+                else Scored(request, rows, _label_names(label))
                 for request, rows, label in zip(requests, scores, labels, strict=True)
             ]
         }
@@ -236,19 +236,19 @@ class MultiItemScoringPipeline(Pipeline):
         request, top_k = model_outputs.request, options.get("top_k")
         if request.is_sequence or request.are_sequences:
             found = [
-                _labelled(text, model_outputs.names or [], row, top_k)
+                labelled(text, model_outputs.names or [], row, top_k)
                 for text, row in zip(request.items, model_outputs.scores, strict=True)
             ]
             return found if request.are_sequences else found[0]
         entries = [
-            _entry(i, row, model_outputs.names) for i, row in enumerate(model_outputs.scores)
+            entry_of(i, row, model_outputs.names) for i, row in enumerate(model_outputs.scores)
         ]
         if options.get("return_items", False):
             for entry, item in zip(entries, request.items, strict=True):
                 entry["item"] = item
         if top_k is None:
             return entries
-        return sorted(entries, key=lambda entry: -entry["score"])[:top_k]
+        return sorted(entries, key=lambda entry: numbers_first(entry["score"]))[:top_k]
 
     def _classes(self) -> tuple[str, ...]:
         """The classes of a sequence classifier, which take the place of a prompt's labels."""
@@ -258,7 +258,9 @@ class MultiItemScoringPipeline(Pipeline):
 
     def _scorer(self, options: dict[str, Any]) -> MultiItemScorer:
         """The scorer of a prompt and its options, made once."""
+        check_choice("on_non_finite", options.get("on_non_finite", "raise"), ("raise", "report"))
         own = {name: options[name] for name in SCORER_OPTIONS if name in options}
+        own["on_non_finite"] = "report"  # `_run` says which request it was
         key = repr(sorted(own.items()))
         return kept_scorer(
             self._scorers, key, lambda: MultiItemScorer(self.model, self.tokenizer, **own)
@@ -271,18 +273,19 @@ def _score_requests(
     labels: list[dict[str, Any]],
     *,
     apply_softmax: bool,
-) -> list[list[list[float]]]:
+) -> list[list[list[float]] | ScoringError]:
     """The one place where a launch meets the scorer; requests of the same labels go at once."""
-    scores: list[list[list[float]]] = [[] for _ in requests]
+    scores: list[list[list[float]] | ScoringError] = [[] for _ in requests]
     groups: dict[str, list[int]] = {}
     for i, label in enumerate(labels):
         groups.setdefault(repr(label), []).append(i)
     for group in groups.values():
-        found = scorer.score_many(
-            [(requests[i].query, requests[i].items) for i in group],
-            **labels[group[0]],
-            apply_softmax=apply_softmax,
-        )
+        pairs = [(requests[i].query, requests[i].items) for i in group]
+        options = {**labels[group[0]], "apply_softmax": apply_softmax}
+        try:
+            found: list[Any] = scorer.score_many(pairs, **options)
+        except ScoringError as failure:
+            found = [failure if rows is None else rows for rows in failure.scores]
         for i, rows in zip(group, found, strict=True):
             scores[i] = rows
     return scores
@@ -293,25 +296,6 @@ def _label_names(labels: dict[str, Any]) -> list[Label] | None:
         # a label of several ids is a tuple: it becomes a key
         return [tuple(name) if isinstance(name, list) else name for name in values]
     return None
-
-
-def _entry(index: int, row: list[float], names: list[Label] | None) -> ScoredItem:
-    if names is None:
-        return {"index": index, "score": row[-1]}  # of (no, yes), or of a classifier's only class
-    best = max(range(len(row)), key=row.__getitem__)
-    scores = dict(zip(names, row, strict=True))
-    return {"index": index, "label": names[best], "score": row[best], "scores": scores}
-
-
-def _labelled(
-    text: Any, names: Sequence[Any], row: list[float], top_k: int | None
-) -> LabelledSequence:
-    order = sorted(range(len(row)), key=lambda i: -row[i])[:top_k]
-    return {
-        "sequence": text,
-        "labels": [names[i] for i in order],
-        "scores": [row[i] for i in order],
-    }
 
 
 def _sequence_request(name: str, sequence: Any, candidate_labels: Any) -> Request:

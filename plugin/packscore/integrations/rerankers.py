@@ -21,7 +21,8 @@ class PackscoreRanker(BaseRanker):  # type: ignore[misc]  # rerankers has no typ
 
     Args:
       model_name_or_path: of a causal reranker; or a `MultiItemScorer` or `packscore.CrossEncoder`.
-      **options: `prompt` of the scorer, and arguments of the model's `from_pretrained`.
+      **options: `prompt` and `on_non_finite` of the scorer, and arguments of the model's
+        `from_pretrained`.
 
     Raises:
       InputTypeError: it is neither a name nor a scorer.

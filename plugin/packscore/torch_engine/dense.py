@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -13,7 +15,7 @@ from transformers import PreTrainedModel
 from packscore.errors import MaskTooLargeError
 from packscore.flows.costs import flops_cost_model
 from packscore.flows.engine import Limits, Readout, RowLogits
-from packscore.flows.packing import PackedBatch
+from packscore.flows.packing import PackedBatch, Share, pack
 from packscore.flows.page_pool import PagePool
 from packscore.model.family import base_model, check_supported
 from packscore.model.label_head import LinearHead
@@ -78,11 +80,22 @@ class DenseEngine:
                 self._model, batch.layout, device, self._model.dtype
             )
             inputs["position_ids"] = positions_of(batch.layout, device)
-        return scored_rows(self._model, batch, inputs, readout)
+        found = scored_rows(self._model, batch, inputs, readout)
+        if len(found.values) > 1 and not bool(torch.isfinite(found.values).all()):
+            # behind a mask a value still counts, times zero: NaN and infinity reach all items
+            each = [scored_rows(self._model, one, {}, readout).values for one in _alone(batch)]
+            found = replace(found, values=torch.cat(each))
+        return found
 
     def read(self, launched: Sequence[ScoredRows]) -> RowLogits:
         """Logits and normaliser of all rows."""
         return read_rows(self._head, launched)
+
+
+def _alone(batch: PackedBatch) -> Iterator[PackedBatch]:
+    for share in batch.shares:
+        for item in share.items:
+            yield pack([Share(0, share.prefix, [item], np.arange(1))])
 
 
 def dense_mask(
