@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from packscore.errors import MissingPackageError as MissingPackageError
     from packscore.errors import NonFiniteScoreError as NonFiniteScoreError
     from packscore.errors import NotPatchedError as NotPatchedError
+    from packscore.errors import OutOfMemoryError as OutOfMemoryError
     from packscore.errors import PackscoreError as PackscoreError
     from packscore.errors import ScoringError as ScoringError
     from packscore.errors import StalePrefixError as StalePrefixError
@@ -58,8 +59,8 @@ _HOMES = {
     "encoded": ("EncodedRequest",),
     "errors": (
         *("InputError", "InputTypeError", "MaskTooLargeError", "MissingPackageError"),
-        *("NonFiniteScoreError", "NotPatchedError", "PackscoreError", "ScoringError"),
-        *("StalePrefixError", "UnexpectedCompileError", "UnsupportedModelError"),
+        *("NonFiniteScoreError", "NotPatchedError", "OutOfMemoryError", "PackscoreError"),
+        *("ScoringError", "StalePrefixError", "UnexpectedCompileError", "UnsupportedModelError"),
     ),
     "flows.planner": ("Explanation", "Plan", "Workload"),
     "integrations.cross_encoder": ("CrossEncoder",),

@@ -33,6 +33,10 @@ class MaskTooLargeError(PackscoreError, MemoryError):
     """A dense mask would not fit into the memory that is free."""
 
 
+class OutOfMemoryError(PackscoreError, MemoryError):
+    """The device's memory does not suffice for the smallest launch; the cause names the bytes."""
+
+
 class UnexpectedCompileError(PackscoreError, RuntimeError):
     """A request would compile a program, and `strict` forbids it."""
 

@@ -17,7 +17,6 @@ from tqdm import tqdm
 from packscore import (
     InputError,
     InputTypeError,
-    MaskTooLargeError,
     MultiItemScorer,
     NonFiniteScoreError,
     Usage,
@@ -36,7 +35,7 @@ from packscore.results import Flow
 # What one record may be refused for; anything else stops the run.
 RECORD_ERRORS = (
     *(InputError, InputTypeError, NonFiniteScoreError),
-    *(MaskTooLargeError, MemoryError, torch.OutOfMemoryError),
+    *(MemoryError, torch.OutOfMemoryError),  # packscore's own are MemoryErrors too
 )
 
 # By name, so that a record's scores do not depend on those scored before it: a resumed run writes

@@ -76,6 +76,10 @@ class Engine(Protocol):
         """
         ...
 
+    def is_out_of_memory(self, error: Exception) -> bool:
+        """Whether a launch failed, or its reading, for the device's memory was short."""
+        ...
+
     def launch(self, batch: PackedBatch, readout: Readout) -> Any:
         """Start a batch; what it returns is for `read`."""
         ...

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 
 from packscore.encoded import EncodedRequest, TokenIds
-from packscore.errors import StalePrefixError
+from packscore.errors import OutOfMemoryError, StalePrefixError
 from packscore.flows.costs import measured_cost_model
 from packscore.flows.engine import Engine, Readout
 from packscore.flows.jobs import LabelLogits, Run
 from packscore.flows.packing import Share, first_equal, pack
-from packscore.flows.page_pool import PrefixLease
+from packscore.flows.page_pool import PAGE_SIZE, PrefixLease
 from packscore.flows.planner import Explanation, Planner, Workload
 from packscore.results import FLOWS, Flow
+
+T = TypeVar("T")
+
+logger = logging.getLogger("packscore")
 
 # Requests that are planned together; more would hold their results back longer for no gain.
 WINDOW = 256
@@ -81,7 +88,7 @@ class Runner:
         lease: PrefixLease | None,
     ) -> list[LabelLogits | Exception]:
         try:
-            return [*Run(self.engine, self.planner, requests, readout, flow, lease).results()]
+            return [*self._results(requests, readout, flow, lease)]
         except Exception as error:
             # without a lease of the caller's the pages went while it ran: not its fault
             is_lost = isinstance(error, StalePrefixError) and lease is None
@@ -92,6 +99,61 @@ class Runner:
         for request in requests:
             alone += self._run_window([request], readout, flow, lease)
         return alone
+
+    def _results(
+        self,
+        requests: Sequence[EncodedRequest],
+        readout: Readout,
+        flow: Flow | None,
+        lease: PrefixLease | None,
+    ) -> list[LabelLogits]:
+        """The results of a run; where memory is short of smaller launches, in the end one by one.
+
+        Raises:
+          OutOfMemoryError: it is short for that too.
+        """
+
+        def attempt(flow: Flow | None, planner: Planner) -> list[LabelLogits]:
+            return Run(self.engine, planner, requests, readout, flow, lease).results()
+
+        num_tokens = sum(map(_num_tokens, requests))
+        try:
+            return self._within_memory(functools.partial(attempt, flow), num_tokens)
+        except OutOfMemoryError:
+            if flow is not None:
+                raise
+        # no pages, and nothing that keeps items apart
+        return self._within_memory(functools.partial(attempt, "plain"), 0)
+
+    def _within_memory(self, attempt: Callable[[Planner], T], num_tokens: int) -> T:
+        """What `attempt` gives, with launches of half the size for as long as memory is short.
+
+        Args:
+          attempt: launches what a planner plans, from the beginning.
+          num_tokens: how many it has in all.
+
+        Raises:
+          OutOfMemoryError: it is short for the smallest launches too.
+        """
+        limits = self.engine.limits
+        while True:
+            try:
+                return attempt(Planner(self.engine.costs, limits))
+            except Exception as error:
+                if not self.engine.is_out_of_memory(error):
+                    raise
+                # its frames hold what the launch had computed
+                failure = error.with_traceback(None)
+            most = min(limits.max_tokens, num_tokens) // 2
+            if most < PAGE_SIZE:
+                raise OutOfMemoryError(
+                    f"memory does not suffice for an item and its query at a time: {failure}; "
+                    "free some, pass a smaller max_tokens or prefix_cache_bytes, or load the model "
+                    "in a smaller dtype"
+                ) from failure
+            logger.warning("out of memory; trying launches of at most %d tokens", most)
+            target = min(limits.target_tokens, most)
+            limits = replace(limits, max_tokens=most, target_tokens=target)
 
     def explain(self, request: EncodedRequest) -> Explanation:
         """What `run` would choose for a request, now."""
@@ -127,18 +189,25 @@ class Runner:
         lease = pool.acquire(prefix) if pool and len(prefix) else None
         if lease is None or lease.is_whole:
             return lease
-        nothing = np.zeros(0, np.int64)
-        work = Workload(len(prefix), lease.cached_len, nothing, is_kept=True)
-        ends = self.planner.prefix_ends(work)
+        computed = functools.partial(self._compute, prefix, lease, readout)
         try:
-            for end in ends if ends[-1:] == (len(prefix),) else (*ends, len(prefix)):
-                batch = pack([Share(0, prefix[:end], [], nothing, lease)])
-                self.engine.read([self.engine.launch(batch, readout)])
-                lease.commit(end)
+            self._within_memory(computed, len(prefix))
         except BaseException:
             lease.release()
             raise
         return lease
+
+    def _compute(
+        self, prefix: TokenIds, lease: PrefixLease, readout: Readout, planner: Planner
+    ) -> None:
+        """Put into pages what they still miss of a prefix."""
+        nothing = np.zeros(0, np.int64)
+        work = Workload(len(prefix), lease.cached_len, nothing, is_kept=True)
+        ends = planner.prefix_ends(work)
+        for end in ends if ends[-1:] == (len(prefix),) else (*ends, len(prefix)):
+            batch = pack([Share(0, prefix[:end], [], nothing, lease)])
+            self.engine.read([self.engine.launch(batch, readout)])
+            lease.commit(end)
 
     def calibrate(self, seconds: float) -> None:
         """Replace the engine's costs by measured ones."""
@@ -152,3 +221,7 @@ class Runner:
         start = time.perf_counter()
         self.engine.read([self.engine.launch(batch, ANY_READOUT)])
         return 1e3 * (time.perf_counter() - start)
+
+
+def _num_tokens(request: EncodedRequest) -> int:
+    return len(request.prefix) + sum(map(len, request.items))

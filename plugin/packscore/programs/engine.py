@@ -6,10 +6,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import jax
 import numpy as np
 import torch
 
-from packscore.errors import UnsupportedModelError
+from packscore.errors import PackscoreError, UnsupportedModelError
 from packscore.flows.costs import CostModel, flops_cost_model, tpu_cost_model
 from packscore.flows.engine import Limits, Readout, RowLogits
 from packscore.flows.packing import PackedBatch
@@ -21,6 +22,9 @@ from packscore.programs.program import Launched, ModelProgram
 from packscore.programs.sizes import MAX_GROUPS, NAMED_PAGES, token_bucket
 from packscore.results import Flow, MaskImpl
 from packscore_kernels.hardware import chip_of
+
+# XLA's status, which its errors begin with.
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 
 
 class ProgramEngine:
@@ -76,6 +80,12 @@ class ProgramEngine:
             if self.pool is not None and pages is not None:
                 pages.on_lost = self.pool.clear
         self._generation = generation
+
+    def is_out_of_memory(self, error: Exception) -> bool:
+        """Whether the device, or the compiler for it, found no room."""
+        if isinstance(error, MemoryError):
+            return not isinstance(error, PackscoreError)
+        return isinstance(error, jax.errors.JaxRuntimeError) and OUT_OF_MEMORY in str(error)
 
     def launch(self, batch: PackedBatch, readout: Readout) -> Launched:
         """Start a batch; the host goes on while the device computes."""

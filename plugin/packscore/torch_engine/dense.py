@@ -27,6 +27,7 @@ from packscore.torch_engine.forward import (
     decoder_modules,
     device_of,
     free_bytes,
+    is_out_of_memory,
     positions_of,
     read_rows,
     scored_rows,
@@ -64,6 +65,10 @@ class DenseEngine:
         """Nothing is kept; look what the model is now."""
         check_supported(self._given)
         self._foreign = foreign_part(self._given, decoder_modules(self._model))
+
+    def is_out_of_memory(self, error: Exception) -> bool:
+        """Whether torch found no room."""
+        return is_out_of_memory(error)
 
     def launch(self, batch: PackedBatch, readout: Readout) -> ScoredRows:
         """Run a batch up to the hidden states of its scored rows.

@@ -27,6 +27,7 @@ from packscore.torch_engine.forward import (
     decoder_modules,
     device_of,
     free_bytes,
+    is_out_of_memory,
     positions_of,
     read_rows,
     scored_rows,
@@ -116,6 +117,10 @@ class TorchEngine:
             self.pool = PagePool(num_pages) if num_pages else None
         self._pages = KvPages(num_pages, PAGE_SIZE) if num_pages else None
         self._foreign, self._watch = foreign, watch
+
+    def is_out_of_memory(self, error: Exception) -> bool:
+        """Whether torch found no room."""
+        return is_out_of_memory(error)
 
     def launch(self, batch: PackedBatch, readout: Readout) -> ScoredRows:
         """Run a batch up to the hidden states of its scored rows."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from packscore.errors import UnsupportedModelError
+from packscore.errors import PackscoreError, UnsupportedModelError
 from packscore.flows.engine import Readout, RowLogits
 from packscore.flows.packing import PackedBatch
 from packscore.model.family import base_model, class_count
@@ -26,6 +26,15 @@ def free_bytes(device: torch.device) -> int:
         return int(psutil.virtual_memory().available)
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + kept
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether torch, or numpy, found no room; torch has no class of error for a CPU's memory."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    if isinstance(error, MemoryError):
+        return not isinstance(error, PackscoreError)
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def device_of(model: PreTrainedModel) -> torch.device:
