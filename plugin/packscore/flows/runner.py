@@ -72,7 +72,6 @@ class Runner:
           For each request its label logits, or the error that only it met.
         """
         self.engine.refresh()
-        flow = self.engine.only_flow or flow
         results: list[LabelLogits | Exception] = []
         for start in range(0, len(requests), WINDOW):
             window = requests[start : start + WINDOW]
@@ -87,6 +86,7 @@ class Runner:
         flow: Flow | None,
         lease: PrefixLease | None,
     ) -> list[LabelLogits | Exception]:
+        flow = self.engine.only_flow or flow
         try:
             return [*self._results(requests, readout, flow, lease)]
         except Exception as error:
@@ -180,7 +180,7 @@ class Runner:
         return pool is not None and len(prefix) > 0 and pool.has_room(prefix)
 
     def hold(self, prefix: TokenIds, readout: Readout = ANY_READOUT) -> PrefixLease | None:
-        """Compute a prefix into pages and hold it; None where the pages do not suffice.
+        """Compute a prefix into pages and hold it; None where pages do not suffice, or keep none.
 
         The readout is that of what comes next, so that one program serves both.
         """
@@ -192,8 +192,10 @@ class Runner:
         computed = functools.partial(self._compute, prefix, lease, readout)
         try:
             self._within_memory(computed, len(prefix))
-        except BaseException:
+        except BaseException as error:
             lease.release()
+            if isinstance(error, StalePrefixError) and self.engine.only_flow:
+                return None  # the launch itself found that nothing can be kept
             raise
         return lease
 

@@ -33,6 +33,7 @@ from packscore.torch_engine.forward import (
     scored_rows,
     whole_rows,
 )
+from packscore.torch_engine.hooks import changes_by_hooks, hooked
 from packscore_kernels.attention.layout import PREFIX_SEGMENT, SegmentLayout
 
 logger = logging.getLogger("packscore")
@@ -52,6 +53,7 @@ class DenseEngine:
         self._model = base_model(model)
         self._head = head
         self._foreign: str | None = None  # until the first refresh
+        self._hooked: list[nn.Module] = []
         # one forward of everything is what dense means
         self.limits = Limits(2**62, 1, 1)
         self.costs = flops_cost_model(ModelSizes.of(self._model.config))
@@ -65,6 +67,7 @@ class DenseEngine:
         """Nothing is kept; look what the model is now."""
         check_supported(self._given)
         self._foreign = foreign_part(self._given, decoder_modules(self._model))
+        self._hooked = hooked(decoder_modules(self._model))
 
     def is_out_of_memory(self, error: Exception) -> bool:
         """Whether torch found no room."""
@@ -85,9 +88,11 @@ class DenseEngine:
                 self._model, batch.layout, device, self._model.dtype
             )
             inputs["position_ids"] = positions_of(batch.layout, device)
-        found = scored_rows(self._model, batch, inputs, readout)
-        if len(found.values) > 1 and not bool(torch.isfinite(found.values).all()):
-            # behind a mask a value still counts, times zero: NaN and infinity reach all items
+        is_alone = len(batch.layout.scored_rows) == 1
+        with changes_by_hooks(() if is_alone else self._hooked) as changed:
+            found = scored_rows(self._model, batch, inputs, readout)
+        # behind a mask a value still counts, times zero: NaN and infinity reach all items
+        if not is_alone and (changed or not bool(torch.isfinite(found.values).all())):
             each = [scored_rows(self._model, one, {}, readout).values for one in _alone(batch)]
             found = replace(found, values=torch.cat(each))
         return found

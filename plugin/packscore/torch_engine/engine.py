@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from packscore.errors import StalePrefixError
 from packscore.flows.costs import flops_cost_model
 from packscore.flows.engine import Limits, Readout, RowLogits
 from packscore.flows.packing import PackedBatch
@@ -33,6 +34,7 @@ from packscore.torch_engine.forward import (
     scored_rows,
     whole_rows,
 )
+from packscore.torch_engine.hooks import changes_by_hooks, hooked
 from packscore.torch_engine.pages import KvPages, LaunchPages, PageWrite
 
 logger = logging.getLogger("packscore")
@@ -70,6 +72,7 @@ class TorchEngine:
         self.most = Limits(MAX_TOKENS, target, MAX_GROUPS)
         self._lock = threading.Lock()
         self.pool: PagePool | None = None
+        self._foreign: str | None = None
         self._renew()
         self.costs = flops_cost_model(self._sizes)
         self._fitting_tokens = self._fitting()
@@ -107,23 +110,36 @@ class TorchEngine:
         if self.pool is not None:
             self.pool.clear()
         check_supported(self._given)
+        self._hooked = hooked(decoder_modules(self._model))
         foreign = foreign_part(self._given, decoder_modules(self._model))
-        if foreign:
-            logger.warning("packscore runs each item by itself, for the model has %s", foreign)
         self._sizes = ModelSizes.of(self._model.config)
         page_bytes = self._sizes.page_bytes(PAGE_SIZE, self._model.dtype.itemsize)
-        num_pages = 0 if foreign else self._cache_bytes // page_bytes
+        num_pages = self._cache_bytes // page_bytes
         if self.pool is None or self.pool.num_pages != num_pages:
             self.pool = PagePool(num_pages) if num_pages else None
         self._pages = KvPages(num_pages, PAGE_SIZE) if num_pages else None
-        self._foreign, self._watch = foreign, watch
+        self._foreign, self._watch = None, watch
+        if foreign:
+            self._run_whole(foreign)
+
+    def _run_whole(self, foreign: str) -> None:
+        """From now on run the model's own whole forward, an item at a time, and keep no pages."""
+        logger.warning("packscore runs each item by itself, for the model has %s", foreign)
+        self._foreign = foreign
+        if self.pool is not None:
+            self.pool.clear()
+        self.pool = self._pages = None
 
     def is_out_of_memory(self, error: Exception) -> bool:
         """Whether torch found no room."""
         return is_out_of_memory(error)
 
     def launch(self, batch: PackedBatch, readout: Readout) -> ScoredRows:
-        """Run a batch up to the hidden states of its scored rows."""
+        """Run a batch up to the hidden states of its scored rows.
+
+        Raises:
+          StalePrefixError: a hook mixed tokens, or may have; another launch runs without pages.
+        """
         if self._foreign:
             return whole_rows(self._given, batch, readout)
         writes = [
@@ -140,7 +156,17 @@ class TorchEngine:
             inputs["segment_plan"] = SegmentPlan.build(batch.layout, writes)
             inputs["kv_pages"] = LaunchPages(self._pages) if self._pages else None
             inputs["position_ids"] = positions_of(batch.layout, device)
-        return scored_rows(self._model, batch, inputs, readout)
+        is_alone = not inputs and len(batch.layout.scored_rows) == 1
+        with changes_by_hooks(() if is_alone else self._hooked) as changed:
+            found = scored_rows(self._model, batch, inputs, readout)
+        if changed:
+            with self._lock:
+                self._run_whole(f"a hook that changes what it sees, on a {changed[0]}")
+            raise StalePrefixError(
+                f"the prefix went into pages before a hook on a {changed[0]} changed what it sees; "
+                "open a new one with scorer.prefix(query)"
+            )
+        return found
 
     def read(self, launched: Sequence[ScoredRows]) -> RowLogits:
         """Logits and normaliser of all rows."""

@@ -12,12 +12,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from packscore.errors import PackscoreError, UnsupportedModelError
+from packscore.errors import PackscoreError, StalePrefixError, UnsupportedModelError
 from packscore.flows.engine import Readout, RowLogits
 from packscore.flows.packing import PackedBatch
 from packscore.model.family import base_model, class_count
 from packscore.model.label_head import LinearHead
 from packscore_kernels.attention.layout import SegmentLayout
+
+CHANGED = "what runs the model changed while a request did; score it again"
 
 
 def free_bytes(device: torch.device) -> int:
@@ -83,10 +85,13 @@ def whole_rows(model: nn.Module, batch: PackedBatch, readout: Readout) -> Scored
 
     Raises:
       UnsupportedModelError: the forward takes no token ids, or gives no logits of its last token.
+      StalePrefixError: the batch only puts a prefix into pages, which nothing reads any more.
     """
     base = base_model(model)
     num_classes = class_count(base)
     rows: list[torch.Tensor] = []
+    if not all(share.items for share in batch.shares):
+        raise StalePrefixError(CHANGED)
     with torch.inference_mode():
         for share in batch.shares:
             for item in share.items:
@@ -115,7 +120,13 @@ def _call(model: nn.Module, ids: torch.Tensor) -> Any:
 
 
 def read_rows(head: LinearHead, launched: Sequence[ScoredRows]) -> RowLogits:
-    """The head on the rows of several launches at once, so that its weight is read once."""
+    """The head on the rows of several launches at once, so that its weight is read once.
+
+    Raises:
+      StalePrefixError: some rows are of another kind of forward than others.
+    """
+    if len({one.are_logits for one in launched}) > 1:
+        raise StalePrefixError(CHANGED)
     (readout,) = {one.readout for one in launched}
     label_ids = list(readout.label_ids)
     with torch.inference_mode():
