@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -194,3 +196,18 @@ def test_a_missing_package_names_the_extra() -> None:
     command = [sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def pickled(thing: Any) -> Any:
+    return pickle.loads(pickle.dumps(thing))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
+@pytest.mark.parametrize("make", [PackscoreReranker, PackscoreRerank, PackscoreRanker])
+def test_adapters_are_copied_and_pickled_with_their_scorer(make: Any, duplicate: Any) -> None:
+    path = shipped_model_path()  # a path is a name too
+    adapter = make(path) if make is PackscoreRanker else make.from_pretrained(path)
+    expected = adapter._ranking(QUERY, TEXTS, 3)
+    other = duplicate(adapter)
+    assert other._ranking(QUERY, TEXTS, 3) == expected
+    assert other._ranking.scorer.model is not adapter._ranking.scorer.model

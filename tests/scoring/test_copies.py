@@ -12,6 +12,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import datasets
+import joblib
 import numpy as np
 import pytest
 import torch
@@ -105,3 +107,21 @@ def test_in_other_processes(method: str) -> None:
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         scores = pool.submit(score_in_process, scorer, PREFIX).result(timeout=300)
     assert np.abs(np.array(scores) - np.array(expected)).max() <= PROBABILITY_MAX_FLOAT32
+
+
+def test_in_workers_of_joblib() -> None:
+    scorer = MultiItemScorer(patch_model(random_qwen3()), label_token_ids=LABELS)
+    expected = scorer.score(PREFIX, ITEMS)
+    with joblib.parallel_config("loky", n_jobs=2):
+        found = joblib.Parallel()(joblib.delayed(score_in_process)(scorer, PREFIX) for _ in "ab")
+    for scores in found:
+        assert np.abs(np.array(scores) - np.array(expected)).max() <= PROBABILITY_MAX_FLOAT32
+
+
+def test_in_a_map_over_a_data_set() -> None:
+    scorer = MultiItemScorer(patch_model(random_qwen3()), label_token_ids=LABELS)
+    queries = [PREFIX[:k] for k in (9, 12, 20, 5)]
+    expected = [scorer.score(query, ITEMS) for query in queries]
+    rows = datasets.Dataset.from_dict({"query": queries})
+    found = rows.map(lambda row: {"scores": score_in_process(scorer, row["query"])}, num_proc=2)
+    assert np.abs(np.array(found["scores"]) - np.array(expected)).max() <= PROBABILITY_MAX_FLOAT32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from packscore.errors import MissingPackageError
@@ -29,7 +30,7 @@ class PackscoreRanker(BaseRanker):  # type: ignore[misc]  # rerankers has no typ
     """
 
     def __init__(self, model_name_or_path: Any, **options: Any) -> None:
-        named = isinstance(model_name_or_path, str)
+        named = isinstance(model_name_or_path, str | os.PathLike)
         scorer = load_scorer(model_name_or_path, **options) if named else model_name_or_path
         self._ranking = Ranking(scorer)
 
