@@ -129,12 +129,13 @@ class _Sample:
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         whole = sum(t.numel() for t in tensors) <= WHOLE_MODEL
-        self._views: dict[torch.device, dict[int, list[torch.Tensor]]] = {}
+        # apart, because runs of memory are joined many times faster than others
+        self._views: dict[tuple[torch.device, int, bool], list[torch.Tensor]] = {}
         for tensor in tensors:
             view = None if tensor.is_meta else _bits(tensor, whole)
             if view is not None:
-                sizes = self._views.setdefault(view.device, {})
-                sizes.setdefault(view.element_size(), []).append(view)
+                kind = view.device, view.element_size(), view.is_contiguous()
+                self._views.setdefault(kind, []).append(view)
         self._bits = self._read()
 
     def differs(self) -> bool:
@@ -143,7 +144,7 @@ class _Sample:
 
     @torch.inference_mode()
     def _read(self) -> list[torch.Tensor]:
-        return [torch.cat(views) for sizes in self._views.values() for views in sizes.values()]
+        return [torch.cat(views) for views in self._views.values()]
 
 
 @torch.inference_mode()
@@ -174,31 +175,28 @@ def _walk(model: nn.Module) -> tuple[list[nn.Module], list[Any], list[torch.Tens
     """
     modules: list[nn.Module] = []
     objects: list[Any] = []
-    tensors: list[torch.Tensor] = []
-    stack = [model]
+    tensors: list[Any] = []
+    stack: list[Any] = [model]
     objects += global_hooks._global_forward_hooks.values()
     objects += global_hooks._global_forward_pre_hooks.values()
     while stack:
         module = stack.pop()
+        if module is None:
+            continue
         own = module.__dict__
-        forward = theirs(own.get("forward"))
         modules.append(module)
         objects += (weakref.ref(module), type(module).forward, *map(own.get, NUMBERS))
-        if forward is not None:
+        if "forward" in own and (forward := theirs(own["forward"])) is not None:
             objects.append(_weak(forward))
-        for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"]):
-            if hooks:
-                objects += map(_weak, hooks.values())
-        for named in (own["_parameters"], own["_buffers"]):
-            if named:
-                tensors += filter(_is_there, named.values())
-        if own["_modules"]:
-            stack += filter(_is_there, own["_modules"].values())
+        if own["_forward_hooks"]:
+            objects += map(_weak, own["_forward_hooks"].values())
+        if own["_forward_pre_hooks"]:
+            objects += map(_weak, own["_forward_pre_hooks"].values())
+        tensors += own["_parameters"].values()
+        tensors += own["_buffers"].values()
+        stack += own["_modules"].values()
+    tensors = [tensor for tensor in tensors if tensor is not None]
     return modules, objects + tensors, tensors
-
-
-def _is_there(thing: object) -> bool:
-    return thing is not None
 
 
 def _weak(thing: Any) -> Any:
