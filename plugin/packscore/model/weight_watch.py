@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Iterable
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import nn
@@ -36,6 +36,8 @@ class _Signs:
         self.count = 0
         self._steps: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
         self._trained: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+        # by id: tensors compare by their values
+        self._learned: WeakValueDictionary[int, torch.Tensor] = WeakValueDictionary()
         self._lock = threading.Lock()
 
     def stepped(self, optimizer: Optimizer, *_: Any) -> None:
@@ -43,6 +45,13 @@ class _Signs:
         with self._lock:
             self.count += 1
             self._steps[optimizer] = self.count
+            for p in _parameters_of(optimizer):
+                if p.grad is not None and id(p) not in self._learned:
+                    self._learned[id(p)] = p
+
+    def has_learned(self, parameter: torch.Tensor) -> bool:
+        """Whether an optimizer stepped with a gradient of it since `listen`."""
+        return self._learned.get(id(parameter)) is parameter
 
     def trained(self, module: nn.Module) -> None:
         """The patched attention calls it in train mode."""
@@ -55,6 +64,10 @@ class _Signs:
         with self._lock:
             steps = [optimizer for optimizer, at in self._steps.items() if at > count]
             return steps, [module for module, at in self._trained.items() if at > count]
+
+
+def _parameters_of(optimizer: Optimizer) -> Iterable[torch.Tensor]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
 SIGNS = _Signs()
@@ -120,7 +133,7 @@ class WeightWatch:
 
     def _are_held_by(self, optimizers: Iterable[Optimizer]) -> bool:
         own = {t.untyped_storage().data_ptr() for t in self._tensors if t.data_ptr()}
-        held = (p for one in optimizers for group in one.param_groups for p in group["params"])
+        held = (p for one in optimizers for p in _parameters_of(one))
         return any(p.untyped_storage().data_ptr() in own for p in held)
 
 
