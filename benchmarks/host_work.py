@@ -43,6 +43,16 @@ from workloads import add_request_arguments, config_of
 
 CHIP = "v6e"
 LABEL_IDS = (1, 2)
+LINES = {
+    "pack": "pack",
+    "schedule": "schedule of the attention",
+    "arrays": "both, and every array of the program",
+    "run_blind": "all: plan, pages, arrays, scores as lists",
+    "run": "all, and the look at the model",
+    "score_blind": "scorer.score of lists of ids, without a look",
+    "score": "scorer.score of lists of ids",
+    "look": "looks at the model, one behind the other",
+}
 
 
 def model_without_values() -> Qwen3ForCausalLM:
@@ -184,15 +194,9 @@ def main() -> None:
         found = {**about, "rounds": args.rounds, "bucket": bucket, "model": counts, "ms": ms}
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     print(f"query {args.prefix}, {args.items} items x {args.item_len}, bucket {bucket}")
-    print(f"pack                                       {ms['pack']:6.2f} ms")
-    print(f"schedule of the attention                  {ms['schedule']:6.2f} ms")
-    print(f"both, and every array of the program       {ms['arrays']:6.2f} ms")
-    print(f"all: plan, pages, arrays, scores as lists  {ms['run_blind']:6.2f} ms")
-    print(f"and the look at the model                  {ms['run']:6.2f} ms")
-    print(f"scorer.score of lists, without the look    {ms['score_blind']:6.2f} ms")
-    print(f"scorer.score of lists                      {ms['score']:6.2f} ms")
     print(", ".join(f"{count} {name}" for name, count in counts.items()))
-    print(f"one look at them                           {ms['look']:6.2f} ms")
+    for name, text in LINES.items():
+        print(f"{text:44}{ms[name]:6.2f} ms")
 
 
 if __name__ == "__main__":
