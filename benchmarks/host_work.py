@@ -177,7 +177,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=51)
     parser.add_argument("--json", type=Path, help="write the results there")
     args = parser.parse_args()
-    about = provenance.made("python benchmarks/host_work.py", "torch", "transformers", "jax")
+    command = f"python benchmarks/host_work.py --rounds {args.rounds}"
+    about = provenance.made(command, "torch", "transformers", "jax")
     torch.set_num_threads(1)
     model = model_without_values()
     scorer = scorer_that_answers_at_once(model)
@@ -191,7 +192,8 @@ def main() -> None:
         "buffers": len(list(model.buffers())),
     }
     if args.json:
-        found = {**about, "rounds": args.rounds, "bucket": bucket, "model": counts, "ms": ms}
+        found = {**about, "rounds": args.rounds, "bucket": bucket, "model": counts}
+        found["ms"] = {name: round(x, 4) for name, x in ms.items()}
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     print(f"query {args.prefix}, {args.items} items x {args.item_len}, bucket {bucket}")
     print(", ".join(f"{count} {name}" for name, count in counts.items()))
