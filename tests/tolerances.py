@@ -16,6 +16,10 @@ LOG_ODDS_REORDERED = 1e-5
 # Log-odds, and log-probabilities of labels of several tokens, against the unpacked model: 1e-5 of a
 # probability of a half is 4e-5 of its log-odds; the errors of five tokens, independent, twice that.
 LOG_ODDS_FLOAT32 = 1e-4
+# A class's only logit of up to 8, of two layers: known to 2 ** -22, and so is what it is summed of.
+CLASS_LOGIT_FLOAT32 = 1e-5
+# The same where products are rounded to bfloat16: 0.03 for the hidden state and 0.03 for the logit.
+CLASS_LOGIT_BFLOAT16 = 0.06
 # In bfloat16 a logit of 8 is known to 0.03; two of them move a probability by 0.25 * 0.06 at most.
 PROBABILITY_MAX_BFLOAT16 = 0.02
 PROBABILITY_MEAN_BFLOAT16 = 0.01

@@ -100,7 +100,7 @@ class Prefix:
           NonFiniteScoreError: as `MultiItemScorer.score` raises it.
         """
         self._core.check_ready()
-        self.check()
+        self._check_held()
         over_vocabulary = not apply_softmax
         chosen = self._core.labels(labels, label_token_ids, over_vocabulary=over_vocabulary)
         request = self._core.encode(self._query, as_list("items", items), ArgumentNames(), chosen)
@@ -108,6 +108,8 @@ class Prefix:
         # is held by content
         same = np.array_equal(request.prefix, self._tokens)
         lease = self._lease if same else None
+        if not same:  # a run with the lease looks at the model itself
+            self.check()
         found = self._core.run_one(request, chosen, over_vocabulary=over_vocabulary, lease=lease)
         return self._core.scored(found, return_usage, "items[{}]".format)
 
@@ -117,12 +119,17 @@ class Prefix:
         Raises:
           StalePrefixError: the query was released, or the model's weights changed since.
         """
+        self._check_held()
+        self._engine.refresh()
+        self._check_held()
+
+    def _check_held(self) -> None:
+        """The same by what was last seen of the model."""
         if self._core.engine is not self._engine:
             raise StalePrefixError(
                 "the prefix was computed before the model was patched anew; open a new one with "
                 "scorer.prefix(query)"
             )
-        self._engine.refresh()
         if self._lease is not None:
             self._lease.check()
 
@@ -197,13 +204,16 @@ def _numbers_first(core: ScoringCore, found: LabelLogits, first: int) -> Iterato
 
 
 def _still_held(engine: Engine, tokens: TokenIds, lease: PrefixLease | None) -> PrefixLease | None:
-    """The same lease, or a new one where weights or the engine have changed since."""
-    engine.refresh()
+    """The same lease, or a new one where weights or the engine were seen to have changed since.
+
+    The run with it looks at the model.
+    """
     if lease is not None and lease.pool is engine.pool and not lease.is_stale:
         return lease
     if lease is not None:
         lease.release()
-    return Runner(engine).hold(tokens)
+    runner = Runner(engine)
+    return runner.hold(tokens) if runner.can_hold(tokens) else None
 
 
 def _names_from(first: int) -> ArgumentNames:

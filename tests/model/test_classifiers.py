@@ -143,7 +143,8 @@ def test_the_head_of_an_adapter_is_used() -> None:
     assert (found - expected).abs().max() <= PROBABILITY_MAX_FLOAT32
 
 
-def test_a_head_that_loading_drew_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fused", [False, True], ids=["counted", "fused"])
+def test_a_head_that_loading_drew_is_refused(tmp_path: Path, fused: bool) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(
         shipped_model_path(), num_labels=2, dtype=torch.float32
     ).eval()
@@ -151,10 +152,14 @@ def test_a_head_that_loading_drew_is_refused(tmp_path: Path) -> None:
     for device in DEVICES:
         with pytest.raises(UnsupportedModelError, match=message):
             MultiItemScorer(patch_model(model, device=device))
-    # trained for one step
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model(torch.tensor([[1, 2]]), labels=torch.tensor([1])).loss.backward()
-    optimizer.step()
+    # a step of all but the head, and one of all
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
+    for learns in (False, True):
+        with pytest.raises(UnsupportedModelError, match=message):
+            MultiItemScorer(model)
+        model.score.requires_grad_(learns)
+        model(torch.tensor([[1, 2]]), labels=torch.tensor([1])).loss.backward()
+        optimizer.step()
     trained = MultiItemScorer(model).score([1], [[2], [3]])
     model.save_pretrained(tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32)

@@ -57,10 +57,11 @@ def run_labels(
             if found is not None:
                 results[number] = found
                 del copied[number]
-    ran = runner.run(
-        list(copied.values()), _readout(labels), flow=flow, lease=lease, progress=items_done
-    )
-    results.update(zip(copied, ran, strict=True))
+    if copied:
+        ran = runner.run(
+            list(copied.values()), _readout(labels), flow=flow, lease=lease, progress=items_done
+        )
+        results.update(zip(copied, ran, strict=True))
     return [_read(results[number], labels, over_vocabulary) for number in range(len(requests))]
 
 
@@ -89,7 +90,7 @@ def _nesting_pays(
         missing = len(request.prefix) - runner.cached_len(request.prefix)
         pairs = missing * (len(request.prefix) - missing / 2)
         nested_ms += runner.engine.costs.launch(missing, pairs) if missing else 0.0
-    return nested_ms < runner.explain(copied).chosen.cost_ms
+    return nested_ms < runner.predicted(copied).chosen.cost_ms
 
 
 def _groups_ms(runner: Runner, request: EncodedRequest, contexts: Sequence[TokenIds]) -> float:

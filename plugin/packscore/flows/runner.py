@@ -158,6 +158,10 @@ class Runner:
     def explain(self, request: EncodedRequest) -> Explanation:
         """What `run` would choose for a request, now."""
         self.engine.refresh()
+        return self.predicted(request)
+
+    def predicted(self, request: EncodedRequest) -> Explanation:
+        """The same for the model that was seen last."""
         prefix = request.prefix
         distinct = np.unique(first_equal(request.items))
         lens = np.sort(np.array([len(request.items[i]) for i in distinct], np.int64))

@@ -15,6 +15,7 @@ from packscore.errors import InputError, InputTypeError, UnsupportedModelError
 from packscore.inputs import as_list, short
 from packscore.model.family import class_count, is_classifier
 from packscore.model.label_head import LabelHead, LinearHead
+from packscore.model.weight_watch import SIGNS
 from packscore.text.labels import LabelIds, Labels
 from packscore.text.tokenizer import PieceTokenizer
 
@@ -170,7 +171,8 @@ def _came_from_checkpoint(parameter: torch.Tensor) -> bool:
 def _is_as_drawn(weight: torch.Tensor) -> bool:
     if _came_from_checkpoint(weight) or weight.is_inference():
         return False
-    return weight._version == VERSION_OF_A_DRAWN_WEIGHT
+    # fused optimizers count no version
+    return weight._version == VERSION_OF_A_DRAWN_WEIGHT and not SIGNS.has_learned(weight)
 
 
 def head_of(model: PreTrainedModel, tokenizer: PieceTokenizer | None) -> LabelHead | ClassHead:

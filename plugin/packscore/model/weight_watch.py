@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Iterable
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import nn
@@ -36,6 +36,8 @@ class _Signs:
         self.count = 0
         self._steps: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
         self._trained: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+        # by id: tensors compare by their values
+        self._learned: WeakValueDictionary[int, torch.Tensor] = WeakValueDictionary()
         self._lock = threading.Lock()
 
     def stepped(self, optimizer: Optimizer, *_: Any) -> None:
@@ -43,6 +45,13 @@ class _Signs:
         with self._lock:
             self.count += 1
             self._steps[optimizer] = self.count
+            for p in _parameters_of(optimizer):
+                if p.grad is not None and id(p) not in self._learned:
+                    self._learned[id(p)] = p
+
+    def has_learned(self, parameter: torch.Tensor) -> bool:
+        """Whether an optimizer stepped with a gradient of it since `listen`."""
+        return self._learned.get(id(parameter)) is parameter
 
     def trained(self, module: nn.Module) -> None:
         """The patched attention calls it in train mode."""
@@ -55,6 +64,10 @@ class _Signs:
         with self._lock:
             steps = [optimizer for optimizer, at in self._steps.items() if at > count]
             return steps, [module for module, at in self._trained.items() if at > count]
+
+
+def _parameters_of(optimizer: Optimizer) -> Iterable[torch.Tensor]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
 SIGNS = _Signs()
@@ -120,7 +133,7 @@ class WeightWatch:
 
     def _are_held_by(self, optimizers: Iterable[Optimizer]) -> bool:
         own = {t.untyped_storage().data_ptr() for t in self._tensors if t.data_ptr()}
-        held = (p for one in optimizers for group in one.param_groups for p in group["params"])
+        held = (p for one in optimizers for p in _parameters_of(one))
         return any(p.untyped_storage().data_ptr() in own for p in held)
 
 
@@ -129,12 +142,13 @@ class _Sample:
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         whole = sum(t.numel() for t in tensors) <= WHOLE_MODEL
-        self._views: dict[torch.device, dict[int, list[torch.Tensor]]] = {}
+        # apart, because runs of memory are joined many times faster than others
+        self._views: dict[tuple[torch.device, int, bool], list[torch.Tensor]] = {}
         for tensor in tensors:
             view = None if tensor.is_meta else _bits(tensor, whole)
             if view is not None:
-                sizes = self._views.setdefault(view.device, {})
-                sizes.setdefault(view.element_size(), []).append(view)
+                kind = view.device, view.element_size(), view.is_contiguous()
+                self._views.setdefault(kind, []).append(view)
         self._bits = self._read()
 
     def differs(self) -> bool:
@@ -143,7 +157,7 @@ class _Sample:
 
     @torch.inference_mode()
     def _read(self) -> list[torch.Tensor]:
-        return [torch.cat(views) for sizes in self._views.values() for views in sizes.values()]
+        return [torch.cat(views) for views in self._views.values()]
 
 
 @torch.inference_mode()
@@ -174,31 +188,28 @@ def _walk(model: nn.Module) -> tuple[list[nn.Module], list[Any], list[torch.Tens
     """
     modules: list[nn.Module] = []
     objects: list[Any] = []
-    tensors: list[torch.Tensor] = []
-    stack = [model]
+    tensors: list[Any] = []
+    stack: list[Any] = [model]
     objects += global_hooks._global_forward_hooks.values()
     objects += global_hooks._global_forward_pre_hooks.values()
     while stack:
         module = stack.pop()
+        if module is None:
+            continue
         own = module.__dict__
-        forward = theirs(own.get("forward"))
         modules.append(module)
         objects += (weakref.ref(module), type(module).forward, *map(own.get, NUMBERS))
-        if forward is not None:
+        if "forward" in own and (forward := theirs(own["forward"])) is not None:
             objects.append(_weak(forward))
-        for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"]):
-            if hooks:
-                objects += map(_weak, hooks.values())
-        for named in (own["_parameters"], own["_buffers"]):
-            if named:
-                tensors += filter(_is_there, named.values())
-        if own["_modules"]:
-            stack += filter(_is_there, own["_modules"].values())
+        if own["_forward_hooks"]:
+            objects += map(_weak, own["_forward_hooks"].values())
+        if own["_forward_pre_hooks"]:
+            objects += map(_weak, own["_forward_pre_hooks"].values())
+        tensors += own["_parameters"].values()
+        tensors += own["_buffers"].values()
+        stack += own["_modules"].values()
+    tensors = [tensor for tensor in tensors if tensor is not None]
     return modules, objects + tensors, tensors
-
-
-def _is_there(thing: object) -> bool:
-    return thing is not None
 
 
 def _weak(thing: Any) -> Any:
