@@ -26,7 +26,9 @@ Score = Callable[[list[list[int]]], np.ndarray]
 
 def scores_of(model: PreTrainedModel, mask_impl: str) -> Score:
     # no pages: the control would leave causal keys in them
-    scorer = MultiItemScorer(model, mask_impl=mask_impl, prefix_cache_bytes=0)
+    scorer = MultiItemScorer(
+        model, mask_impl=mask_impl, prefix_cache_bytes=0, on_non_finite="report"
+    )
     return lambda items: np.array(scorer.score(PREFIX, items, label_token_ids=LABELS))
 
 

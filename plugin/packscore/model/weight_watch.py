@@ -14,13 +14,21 @@ import torch
 from torch import nn
 from torch.nn.modules import module as global_hooks
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from transformers import PreTrainedConfig
 
 from packscore.model.plain import theirs
 
 # What decides which adapters of a PEFT layer are in effect, and how strongly.
 ADAPTER_STATE = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
-# Numbers that modules of the known families compute with beside their weights.
-NUMBERS = ("scaling", "variance_epsilon", "eps", "attention_scaling", "is_causal")
+# Values of this kind on a module are what it computes with beside its weights. Some are seen
+# otherwise: sizes by the tensors, train mode by forwards, and a layer's place by where it is.
+VALUES = (bool, int, float, str, type(None))
+SEEN_OTHERWISE = frozenset(
+    {
+        *("training", "layer_idx", "name_or_path"),
+        *("vocab_size", "num_embeddings", "in_features", "out_features"),
+    }
+)
 # Values of every tensor that are compared: all of a model or a tensor that is no larger, of others
 # so many, spread over the tensor.
 WHOLE_MODEL = 2**19
@@ -118,7 +126,8 @@ class WeightWatch:
         return [*(t.data_ptr() for t in self._tensors), *(t.dtype for t in self._tensors)]
 
     def _now(self, modules: Iterable[nn.Module]) -> list[Any]:
-        return [*map(_version, self._tensors), *_adapters(modules), *_autocast()]
+        versions = map(_version, self._tensors)
+        return [*versions, *_adapters(modules), *_autocast(), *_configurations(modules)]
 
     def _was_trained(self, modules: Iterable[nn.Module]) -> bool:
         count = SIGNS.count
@@ -198,7 +207,9 @@ def _walk(model: nn.Module) -> tuple[list[nn.Module], list[Any], list[torch.Tens
             continue
         own = module.__dict__
         modules.append(module)
-        objects += (weakref.ref(module), type(module).forward, *map(own.get, NUMBERS))
+        kind = type(module)
+        names = _NAMES.get(kind) or _names_of(kind, own)
+        objects += (weakref.ref(module), kind.forward, *map(own.get, names))
         if "forward" in own and (forward := theirs(own["forward"])) is not None:
             objects.append(_weak(forward))
         if own["_forward_hooks"]:
@@ -210,6 +221,17 @@ def _walk(model: nn.Module) -> tuple[list[nn.Module], list[Any], list[torch.Tens
         stack += own["_modules"].values()
     tensors = [tensor for tensor in tensors if tensor is not None]
     return modules, objects + tensors, tensors
+
+
+# Of every class the names of its values, as its first instance had them.
+_NAMES: dict[type[nn.Module], tuple[str, ...]] = {}
+
+
+def _names_of(kind: type[nn.Module], own: dict[str, Any]) -> tuple[str, ...]:
+    names = [n for n, x in own.items() if isinstance(x, VALUES) and not n.startswith("_")]
+    # one at least, so that a class without any is known too
+    _NAMES[kind] = tuple(n for n in names if n not in SEEN_OTHERWISE) or ("is_causal",)
+    return _NAMES[kind]
 
 
 def _weak(thing: Any) -> Any:
@@ -226,12 +248,12 @@ def _version(tensor: torch.Tensor) -> int:
         return 0
 
 
-def numbers_of(model: nn.Module) -> dict[str, Any]:
+def values_of(model: nn.Module) -> dict[str, Any]:
     """What modules compute with beside their weights, by its name in the model."""
     return {
         f"{name}.{key}": module.__dict__[key]
         for name, module in model.named_modules(remove_duplicate=False)
-        for key in NUMBERS
+        for key in _names_of(type(module), module.__dict__)
         if key in module.__dict__
     }
 
@@ -246,6 +268,16 @@ def _is_adapter(module_class: Any, known: dict[Any, bool] = {}) -> bool:  # noqa
     if module_class not in known:
         known[module_class] = hasattr(module_class, "merged_adapters")
     return known[module_class]
+
+
+def _configurations(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
+    """What is set in the model's configuration, and in a wrapped one's."""
+    owners = (module.__dict__.get("config") for module in modules if module._modules)
+    found = {id(config): config for config in owners if isinstance(config, PreTrainedConfig)}
+    return [
+        {name: x for name, x in config.__dict__.items() if name[0] != "_"}
+        for config in found.values()
+    ]
 
 
 def _autocast() -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from packscore.errors import UnsupportedModelError
 from packscore.model.family import is_classifier, output_head
-from packscore.model.weight_watch import WeightWatch, numbers_of
+from packscore.model.weight_watch import WeightWatch, values_of
 from packscore_kernels.hardware import shape_of
 
 # Bytes to which arrays must be aligned that jax reads in place; others it copies.
@@ -75,8 +75,9 @@ class DeviceWeights:
         return self._watch.sees_change(model)
 
     def fits(self, model: PreTrainedModel) -> bool:
-        """Whether the model's parameters are those that the skeleton has."""
-        return _shapes(model) == _shapes(self._skeleton)
+        """Whether the model has the skeleton's parameters, and runs as many layers."""
+        num_layers = [one.config.num_hidden_layers for one in (model, self._skeleton)]
+        return num_layers[0] == num_layers[1] and _shapes(model) == _shapes(self._skeleton)
 
     def follow(self, model: PreTrainedModel) -> None:
         """Take the weights again, unless torch wrote them where jax reads them.
@@ -148,7 +149,7 @@ def _check_same_modules(model: PreTrainedModel, skeleton: PreTrainedModel) -> No
             f"parameter {odd[0]!r} is not one of a plain {type(model).__name__}; merge "
             "adapters (merge_and_unload()) and load weights unquantised"
         )
-    numbers, expected_numbers = numbers_of(model), numbers_of(skeleton)
+    numbers, expected_numbers = values_of(model), values_of(skeleton)
     for name, number in expected_numbers.items():
         if numbers.get(name) != number:
             raise UnsupportedModelError(
