@@ -141,15 +141,16 @@ class ScoringCore:
         labels: Labels | None = None,
         *,
         item_first: bool = False,
+        is_pooled: bool = True,
     ) -> EncodedRequest:
-        """Token ids of a query and its items, up to where the head reads them.
+        """Token ids of a query and its items, with `is_pooled` up to where the head reads them.
 
         The model has room for the tokens of `labels` behind each.
         """
         extra = labels.num_extra_tokens if labels else 0
         encoded = self.encoder.encode(query, items, names, item_first=item_first, extra=extra)
         self._check_embedded(encoded)
-        return self.head.pooled(encoded)
+        return self.head.pooled(encoded) if is_pooled else encoded
 
     def _check_embedded(self, request: EncodedRequest) -> None:
         """Refuse texts whose tokens the model does not know."""

@@ -203,9 +203,11 @@ def packed_attention(
     sm_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     device = query.device.type
     if torch.is_autocast_enabled(device):
-        # as in the attention it stands for: one dtype for all three
+        # as in the attention it stands for: one dtype for all three, and float64 stays
         dtype = torch.get_autocast_dtype(device)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        query, key, value = (
+            x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value)
+        )
     out = segment_attention(
         query,
         key,

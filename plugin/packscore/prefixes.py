@@ -158,7 +158,8 @@ class Prefix:
 def prefix_tokens(core: ScoringCore, query: Text) -> TokenIds:
     """i64[prefix_len]: the tokens of a query with its prompt, before any item."""
     item: Any = SOME_ITEM if core.encoder.takes_text else [0]
-    return core.encode(query, [item], ArgumentNames()).prefix
+    # not up to where a head reads: the item may be what a classifier takes for padding
+    return core.encode(query, [item], ArgumentNames(), is_pooled=False).prefix
 
 
 def stream(

@@ -20,6 +20,8 @@ from model_changes import (
     Change,
     bfloat16,
     fused_step,
+    hook_on_the_model,
+    layer_in_two_places,
     layer_replaced,
     step,
     written_through_data,
@@ -148,6 +150,15 @@ def test_values_that_no_sample_holds_are_the_users_to_tell() -> None:
     assert error <= TOLERANCES[torch.float32].max_abs
 
 
+def test_layers_of_one_number_under_a_hook() -> None:
+    """They run whole, and a cache would let one attend to the other's keys."""
+    model, scorer = fresh(None)
+    layer_in_two_places(model)
+    hook_on_the_model(model)
+    error = (torch.tensor(scorer.score(PREFIX, ITEMS)) - reference(model)).abs().max()
+    assert error <= TOLERANCES[torch.float32].max_abs
+
+
 class Halved(Qwen3ForCausalLM):
     def forward(self, input_ids: Any = None, **options: Any) -> Any:
         output = super().forward(input_ids=input_ids, **options)
@@ -240,6 +251,14 @@ def test_under_autocast_and_behind_it(device: str | None) -> None:
             assert error.max() <= TOLERANCES[torch.bfloat16].max_abs
             assert error.mean() <= TOLERANCES[torch.bfloat16].mean_abs
     assert (torch.tensor(scorer.score(PREFIX, ITEMS)) - alone).abs().max() <= 1e-5
+
+
+def test_float64_under_autocast_stays_float64() -> None:
+    model, scorer = fresh(None)
+    model.double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        error = (torch.tensor(scorer.score(PREFIX, ITEMS)) - reference(model)).abs().max()
+    assert error <= TOLERANCES[torch.float32].max_abs
 
 
 @pytest.mark.parametrize("device", [None, "jax"])

@@ -242,3 +242,15 @@ def test_one_warmup_serves_scores_and_plain_calls() -> None:
     scorer.score(PREFIX, ITEMS[:5])
     model(torch.tensor([PREFIX, PREFIX]))
     assert program.compile_count == 8
+
+
+@pytest.mark.parametrize("prefix", [[], [5, 0]], ids=["none", "ends-in-padding"])
+def test_a_stream_and_a_held_query_before_which_is_nothing_to_read(prefix: list[int]) -> None:
+    """Classes are read in the items, and the query need hold no token that is read."""
+    model, items = random_classifier(), [[7], [8, 9]]
+    scorer = MultiItemScorer(patch_model(model))
+    expected = torch.tensor(scorer.score(prefix, items))
+    with scorer.prefix(prefix) as held:
+        found = [list(scorer.score_stream(prefix, iter(items))), held.score(items)]
+    for scores in found:
+        assert (torch.tensor(scores) - expected).abs().max() <= PROBABILITY_REORDERED

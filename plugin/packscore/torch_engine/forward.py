@@ -111,6 +111,11 @@ def whole_rows(model: nn.Module, batch: PackedBatch, readout: Readout) -> Scored
 
 def _call(model: nn.Module, ids: torch.Tensor) -> Any:
     try:
+        # in a cache, layers that bear one number would attend to each other's keys
+        return model(input_ids=ids, use_cache=False)
+    except TypeError:  # a forward of its own, which may know no such argument
+        pass
+    try:
         return model(input_ids=ids)
     except TypeError as error:
         raise UnsupportedModelError(
