@@ -122,12 +122,12 @@ def random_decoder(family: str, **options: Any) -> PreTrainedModel:
     if family == "qwen3":
         return random_qwen3(**options)
     if family == "qwen2":
-        model: PreTrainedModel = Qwen2ForCausalLM(Qwen2Config(**SMALL, **options))
+        model: PreTrainedModel = Qwen2ForCausalLM(Qwen2Config(**{**SMALL, **options}))
     elif family == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**SMALL, **options))
+        model = LlamaForCausalLM(LlamaConfig(**{**SMALL, **options}))
     else:
         moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, **moe, head_dim=16, **options))
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**SMALL, **moe, "head_dim": 16, **options}))
     return _spread_scores(model, seed=0)
 
 

@@ -1,0 +1,399 @@
+"""A model that is called and changed at random; every score is held against the unpatched model."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from ledger import BooksError, LostError, WrongError
+from subjects import KINDS, PLAIN, STEPS, Subject, has_hooks, layers_of, take_hooks_away
+from transformers import AttentionInterface, AttentionMaskInterface
+from world import PAIR, Ids, Request, World, part_with_dropout
+
+from helpers import engine_of, random_ids
+from packscore import InputError, NotPatchedError, StalePrefixError, patch_model, unpatch_model
+from packscore.calls import program_of
+from packscore.flows.page_pool import PAGE_SIZE
+from packscore.integrations.pipeline import MultiItemScoringPipeline
+from packscore.model.family import REGISTERED_NAMES
+from packscore.verify import verify_parity
+from packscore_kernels.hardware import cdiv
+
+# tokens: the ends of pages and of buckets, and anything between
+EDGES = (0, 1, 16, 63, 64, 65, 127, 128, 129, 200)
+PREFIX_LENS = st.sampled_from((*EDGES, 255, 256, 257, 400, 600)) | st.integers(0, 600)
+ITEM_LENS = st.integers(0, 40) | st.sampled_from(EDGES) | st.integers(0, 200)
+# (trunk, tokens of it, tokens of its own): new, shared with an earlier one, or continued
+PREFIXES = st.tuples(st.integers(0, 1), PREFIX_LENS, st.sampled_from((0, 0, 0, 5, 40)))
+# groups of items: (tokens, how many, kind); a group that comes again is of equal items
+GROUPS = st.tuples(ITEM_LENS, st.sampled_from((1, 1, 2, 5, 12, 30)), st.integers(0, 2))
+ITEMS = st.lists(GROUPS, min_size=1, max_size=4)
+# of programs: what fits into one bucket
+SMALL_PREFIXES = st.tuples(st.integers(0, 1), st.integers(0, 70), st.sampled_from((0, 0, 5)))
+SMALL_GROUPS = st.tuples(st.integers(0, 6), st.integers(1, 3), st.integers(0, 1))
+SMALL_ITEMS = st.lists(SMALL_GROUPS, min_size=1, max_size=2)
+SUBJECTS = st.builds(
+    Subject,
+    kind=st.sampled_from(KINDS),
+    dtype=st.sampled_from(("float32", "float32", "float64", "bfloat16")),
+    num_kv_heads=st.sampled_from((1, 2, 4)),
+    num_layers=st.integers(1, 3),
+    tied=st.booleans(),
+    is_wrapped=st.sampled_from((False, False, True)),
+    has_small_cache=st.booleans(),
+)
+AUTOCAST = st.sampled_from((False, False, False, True))
+FLOW = st.sampled_from((None, None, None, "packed", "chunked", "plain"))
+
+
+def prefix_of(spec: tuple[int, int, int]) -> Ids:
+    trunk, length, own = spec
+    return [1 + t % 300 for t in (*random_ids(600, seed=trunk)[:length], *random_ids(own, seed=9))]
+
+
+def items_of(groups: list[tuple[int, int, int]], prefix: Ids) -> list[Ids]:
+    """At most 60 items; without a prefix each has a token."""
+    found = [
+        [1 + t % 300 for t in random_ids(max(length, int(not prefix)), seed=20 * kind + k % 12)]
+        for length, count, kind in groups
+        for k in range(count)
+    ]
+    return found[:60]
+
+
+def has(attribute: str) -> Callable[[Any], bool]:
+    return lambda machine: bool(getattr(machine, attribute, None))
+
+
+class ModelMachine(World, RuleBasedStateMachine):
+    """The rules: calls, changes, and what is held between them."""
+
+    @initialize(subject=SUBJECTS)
+    def begin(self, subject: Subject) -> None:
+        if self.engine == "jax":  # what programs take; each model has its own to compile
+            dtype = "bfloat16" if subject.dtype == "bfloat16" else "float32"
+            subject = replace(subject, kind="qwen3", dtype=dtype, is_wrapped=False)
+        if subject.kind == "qwen3_moe":  # float64 it has not, and of 16 bits one is another expert
+            subject = replace(subject, dtype="float32")
+        self.start(replace(subject, engine=self.engine))
+
+    def request(self, data: Any) -> Request:
+        small = self.engine == "jax"
+        prefix = prefix_of(data.draw(SMALL_PREFIXES if small else PREFIXES, "prefix"))
+        return prefix, items_of(data.draw(SMALL_ITEMS if small else ITEMS, "items"), prefix)
+
+    def run(self, call: Callable[[], object], autocast: bool = False) -> None:
+        autocast = autocast and self.subject.kind != "qwen3_moe"
+
+        def made() -> None:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                call()
+
+        self.num_changes += autocast
+        with self.watched():
+            made()
+        self.num_changes += autocast
+        self.last = made
+
+    # calls
+
+    @rule(data=st.data(), over_labels=st.booleans(), autocast=AUTOCAST, flow=FLOW)
+    def score(self, data: Any, over_labels: bool, autocast: bool, flow: Any) -> None:
+        prefix, items = self.request(data)
+
+        def call() -> tuple[Any, str]:
+            found = self.scorer.score(
+                prefix, items, apply_softmax=over_labels, flow=flow, return_usage=True
+            )
+            return found.scores, found.usage.flow
+
+        def has_no_such_flow(error: Any) -> bool:
+            return isinstance(error, InputError) and str(error).startswith("flow=")
+
+        options: Any = {"over_labels": over_labels, "may_refuse": has_no_such_flow}
+        self.run(lambda: self.check("score", [(prefix, items)], call, **options), autocast)
+
+    @rule(data=st.data())
+    def rank(self, data: Any) -> None:
+        prefix, items = self.request(data)
+
+        def call() -> tuple[Any, str]:
+            found = self.scorer.rank(prefix, items, return_usage=True)
+            scores = [one["score"] for one in found.scores]
+            if scores != sorted(scores, reverse=True):
+                raise WrongError("documents are not ranked by their scores")
+            by_item = {one["corpus_id"]: one["score"] for one in found.scores}
+            return [by_item[i] for i in range(len(items))], found.usage.flow
+
+        self.run(lambda: self.check("rank", [(prefix, items)], call, is_positive_alone=True))
+
+    @rule(data=st.data(), count=st.integers(1, 3))
+    def predict(self, data: Any, count: int) -> None:
+        requests = [self.request(data) for _ in range(count)]
+        pairs = [(prefix, item) for prefix, items in requests for item in items]
+
+        def call() -> tuple[Any, str]:
+            found = self.scorer.predict(pairs, return_usage=True)
+            return found.scores, found.usage.flow
+
+        self.run(lambda: self.check("predict", requests, call, is_positive_alone=True))
+
+    @rule(data=st.data(), count=st.integers(1, 4), over_labels=st.booleans())
+    def score_many(self, data: Any, count: int, over_labels: bool) -> None:
+        requests = [self.request(data) for _ in range(count)]
+
+        def call() -> tuple[Any, str]:
+            found = self.scorer.score_many(requests, apply_softmax=over_labels, return_usage=True)
+            flows = {one.usage.flow for one in found}
+            rows = [row for one in found for row in one.scores]
+            return rows, flows.pop() if len(flows) == 1 else "mixed"
+
+        self.run(lambda: self.check("score_many", requests, call, over_labels=over_labels))
+
+    @rule(data=st.data(), max_items=st.sampled_from((None, 1, 7)))
+    def score_stream(self, data: Any, max_items: int | None) -> None:
+        prefix, items = self.request(data)
+
+        def call() -> tuple[Any, str]:
+            rows = self.scorer.score_stream(prefix, iter(items), max_items=max_items)
+            return list(rows), "stream"
+
+        self.run(lambda: self.check("score_stream", [(prefix, items)], call))
+
+    @precondition(lambda self: self.engine != "jax")  # it has pages, and so programs, of its own
+    @rule(data=st.data())
+    def verify(self, data: Any) -> None:
+        prefix, items = self.request(data)
+        labels = None if self.is_class else PAIR
+
+        def call() -> tuple[Any, str]:
+            report = verify_parity(
+                self.model,
+                samples=[(prefix, items)],
+                label_token_ids=labels,
+                mask_impl=self.scorer.mask_impl,
+                tolerance=self.tolerance(),
+                show=False,
+            )
+            # eager attention is causal whatever it is told
+            is_other = self.is_rough or "not_causal" in self.changes
+            if report.verdict == "different" and not is_other:
+                raise WrongError(f"verify {self.told()}: off by {report.max_abs:.2g}")
+            rows = self.scorer.score(prefix, items)
+            return rows, "verify"
+
+        self.run(lambda: self.check("verify", [(prefix, items)], call))
+
+    @precondition(lambda self: self.engine != "dense" and not self.is_class)
+    @rule(data=st.data())
+    def through_the_pipeline(self, data: Any) -> None:
+        prefix, items = self.request(data)
+
+        def call() -> tuple[Any, str]:
+            if self.pipeline is None:
+                self.pipeline = MultiItemScoringPipeline(
+                    model=self.base, label_token_ids=PAIR, prefix_cache_bytes=self.cache_bytes
+                )
+            found = self.pipeline({"query": prefix, "items": items}, apply_softmax=True)
+            return [[one["scores"][label] for label in PAIR] for one in found], "pipeline"
+
+        if self.base is self.model:  # a pipeline takes no wrapped model
+            check = "pipeline", [(prefix, items)], call
+            self.run(lambda: self.check(*check, over_labels=True))
+
+    # what is held
+
+    def may_not_hold(self, prefix: Ids, error: Any) -> bool:
+        if not isinstance(error, InputError) or "prefix_cache_bytes" not in str(error):
+            return False
+        pool = engine_of(self.scorer).pool
+        room = pool.num_pages - pool.num_pinned_pages if pool else 0
+        return cdiv(len(prefix), PAGE_SIZE) > room
+
+    @precondition(lambda self: len(self.held) < 3)
+    @rule(data=st.data())
+    def hold(self, data: Any) -> None:
+        prefix, _ = self.request(data)
+        with self.watched():
+            try:
+                held = self.scorer.prefix(prefix)
+            except Exception as error:
+                if not (self.is_documented(error) or self.may_not_hold(prefix, error)):
+                    raise LostError(f"prefix {self.told()}: {error!r}") from error
+            else:
+                self.held.append((held, prefix, self.num_changes))
+
+    @precondition(has("held"))
+    @rule(data=st.data(), which=st.integers(0, 2), over_labels=st.booleans())
+    def score_held(self, data: Any, which: int, over_labels: bool) -> None:
+        held, prefix, changes = self.held[which % len(self.held)]
+        _, items = self.request(data)
+        items = [item or [7] for item in items]
+
+        def call() -> tuple[Any, str]:
+            found = held.score(items, apply_softmax=over_labels, return_usage=True)
+            return found.scores, found.usage.flow
+
+        def is_stale(error: Any) -> bool:
+            return isinstance(error, StalePrefixError) and self.num_changes > changes
+
+        options: Any = {"over_labels": over_labels, "may_refuse": is_stale}
+        with self.watched():
+            self.check("held", [(prefix, items)], call, **options)
+
+    @precondition(has("held"))
+    @rule(which=st.integers(0, 2), is_released=st.booleans())
+    def let_one_go(self, which: int, is_released: bool) -> None:
+        held, _, _ = self.held.pop(which % len(self.held))
+        if is_released:
+            held.release()
+        del held
+        gc.collect(0)
+
+    @precondition(lambda self: self.stream is None)
+    @rule(data=st.data())
+    def open_a_stream(self, data: Any) -> None:
+        prefix, items = self.request(data)
+        try:
+            stream = self.scorer.score_stream(prefix, iter(items), max_items=1)
+        except Exception as error:
+            if not self.is_documented(error):
+                raise LostError(f"stream {self.told()}: {error!r}") from error
+        else:
+            self.stream = stream, (prefix, items), 0
+
+    @precondition(has("stream"))
+    @rule(count=st.integers(1, 3), then_drop=st.booleans())
+    def take_from_the_stream(self, count: int, then_drop: bool) -> None:
+        """Each row is a launch of its own, of the model as it is then."""
+        stream, (prefix, items), at = self.stream or (None, ([], []), 0)
+        taken = items[at : at + count]
+        is_whole = False
+        if taken:
+            with self.watched():
+                is_whole = self.check(
+                    "open stream",
+                    [(prefix, taken)],
+                    lambda: ([next(stream) for _ in taken], "stream"),
+                )
+        self.stream = None
+        if is_whole and not then_drop:
+            self.stream = stream, (prefix, items), at + count
+
+    # what changes
+
+    @rule(name=st.sampled_from(sorted(STEPS)))
+    def change_the_model(self, name: str) -> None:
+        step = STEPS[name]
+        if step.fits(self.model):
+            with self.watched():
+                step.make(self.model)
+            self.changed(name, step.refused)
+
+    @precondition(lambda self: has_hooks(self.model))
+    @rule()
+    def take_hooks_away(self) -> None:
+        take_hooks_away(self.model)
+        self.changed("hooks_away")
+
+    @precondition(lambda self: self.engine != "jax")  # there it is how calls are served
+    @rule()
+    def take_forwards_away(self) -> None:
+        for module in self.model.modules():
+            module.__dict__.pop("forward", None)
+        self.changed("forwards_away")
+
+    @rule()
+    def train_and_eval(self) -> None:
+        self.changed("train_and_eval")
+        self.model.train()
+        self.check_refused(InputError, "is in train mode")
+        self.model.eval()
+
+    @rule()
+    def train_a_part(self) -> None:
+        part = part_with_dropout(layers_of(self.model)[0])
+        self.changed("train_a_part", PLAIN)
+        part.train()
+        self.check_refused(InputError, "is in train mode")
+        part.eval()
+
+    @rule()
+    def unpatch_and_patch(self) -> None:
+        if self.engine == "dense":
+            patch_model(self.model)  # which it need not be
+        unpatch_model(self.model)
+        self.changed("unpatch_and_patch")
+        if self.engine == "dense":
+            return
+        self.check_refused(NotPatchedError, "model is not patched")
+        try:
+            patch_model(self.model, device=self.device)
+        except Exception as error:
+            if not any(text in str(error) for text in self.refusals):
+                raise LostError(f"patch {self.told()}: {error!r}") from error
+            self.ledger.refused[type(error).__name__] += 1
+
+    @rule(is_pickled=st.booleans())
+    def go_on_with_a_copy(self, is_pickled: bool) -> None:
+        """Also as in a process that has patched nothing."""
+        before = self.scorer
+        try:
+            copied: Any = pickle.dumps(before) if is_pickled else copy.deepcopy(before)
+        except (AttributeError, TypeError, pickle.PicklingError):
+            return  # of hooks that are no module's
+        self.let_go()
+        if is_pickled:
+            for name in REGISTERED_NAMES.values():
+                AttentionInterface._global_mapping.pop(name, None)
+                AttentionMaskInterface._global_mapping.pop(name, None)
+            copied = pickle.loads(copied)
+        self.scorer = copied
+        self.changed("pickled" if is_pickled else "copied")
+
+    @precondition(lambda self: not self.is_class)
+    @rule(length=st.integers(1, 70))
+    def generate(self, length: int) -> None:
+        given = torch.tensor([prefix_of((0, length, 0))])
+        options: Any = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+        with self.watched():
+            try:
+                want = self.plain().generate(input_ids=given, **options)
+            except Exception:
+                return  # the model itself cannot
+            found = self.model.generate(input_ids=given, **options)
+        if not torch.equal(found, want):
+            raise WrongError(f"generate {self.told()}: {found.tolist()} and not {want.tolist()}")
+        self.ledger.calls["generate", self.engine] += 1
+
+    @precondition(lambda self: self.last is not None and self.engine_now == "jax")
+    @rule()
+    def again_and_again(self) -> None:
+        """The same call compiles nothing once its prefix is in pages."""
+        last = self.last
+        assert last is not None
+        counts = []
+        for _ in range(3):
+            with self.watched():
+                last()
+            program = program_of(self.base)
+            counts.append(program.compile_count if program else 0)
+        if counts[2] > counts[1]:
+            raise BooksError(f"{self.told()}: programs made ready are {counts}")
+
+    @invariant()
+    def pages_are_accounted_for(self) -> None:
+        if hasattr(self, "scorer"):
+            self.check_pages()
+
+    def teardown(self) -> None:
+        if hasattr(self, "scorer"):
+            self.let_go()
+            self.check_pages()
