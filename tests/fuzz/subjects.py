@@ -170,12 +170,12 @@ def only_the_embedding_steps(model: Any) -> None:
 
 
 def row_through_a_view(model: Any) -> None:
-    layers_of(model)[0].input_layernorm.weight.detach()[3:9].mul_(1.7)
+    layers_of(model)[0].post_attention_layernorm.weight.detach()[3:9].mul_(1.7)
 
 
 def values_in_place(model: Any) -> None:
     with torch.no_grad():
-        layers_of(model)[-1].input_layernorm.weight.mul_(1.2)
+        base_model(model).get_decoder().norm.weight.mul_(1.2)
 
 
 def values_through_numpy(model: Any) -> None:

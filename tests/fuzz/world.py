@@ -67,6 +67,8 @@ class World:
         self.num_changes += 1
         if refused:
             self.refusals.add(refused)
+        if self.subject.tied:  # and is no longer, behind some
+            self.refusals.add("parameter 'lm_head.weight' is not one of a plain")
 
     @property
     def device(self) -> str | None:

@@ -121,8 +121,10 @@ class LinearHead:
 
     def _linear(self, hidden: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
         weight, bias = self._head.weight, self._head.bias
-        hidden = hidden.to(weight.device).float()
-        return F.linear(hidden, weight[rows].float(), None if bias is None else bias[rows].float())
+        # float64 stays, which autocast leaves alone
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        of_rows = weight[rows].to(dtype), None if bias is None else bias[rows].to(dtype)
+        return F.linear(hidden.to(weight.device, dtype), *of_rows).float()
 
 
 class LabelHead(LinearHead):
