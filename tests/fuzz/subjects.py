@@ -159,6 +159,16 @@ def plain_step(model: Any) -> None:
     step(base_model(model), foreach=False)
 
 
+def unfrozen(make: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Adapters freeze what they are put on, and merged ones have no gradient themselves."""
+
+    def made(model: Any) -> None:
+        model.requires_grad_(True)
+        make(model)
+
+    return made
+
+
 def only_the_embedding_steps(model: Any) -> None:
     """Sparse in effect: a few rows change."""
     base = base_model(model)
@@ -197,8 +207,8 @@ def is_counted(model: Any) -> bool:
     return not any(p.is_inference() for p in model.parameters())
 
 
-def has_gradients(model: Any) -> bool:
-    return is_counted(model) and any(p.requires_grad for p in model.parameters())
+def can_step(model: Any) -> bool:
+    return is_counted(model) and base_model(model).dtype != torch.float16
 
 
 PLAIN = "is not one of a plain"
@@ -225,7 +235,7 @@ def _fits_change(name: str) -> Callable[[Any], bool]:
         if name == "module_wrapped":
             return hasattr(layers_of(model)[0].input_layernorm, "weight")
         if name in ("fused_step", "foreach_step"):
-            return has_gradients(model) and base.dtype != torch.float16
+            return can_step(model)
         if name in ("state_assigned", "under_inference_mode"):
             return is_counted(model) and is_language_model(model)
         writes = ("written_through_data", "vector_to_parameters", "state_loaded", "rotary_buffer")
@@ -234,8 +244,9 @@ def _fits_change(name: str) -> Callable[[Any], bool]:
     return fits
 
 
-def _on_base(make: Callable[[Any], None]) -> Callable[[Any], None]:
-    return lambda model: make(base_model(model))
+def _on_base(name: str, make: Callable[[Any], None]) -> Callable[[Any], None]:
+    steps = name in ("fused_step", "foreach_step")
+    return lambda model: (unfrozen(make) if steps else make)(base_model(model))
 
 
 OWN: dict[str, Step] = {
@@ -250,7 +261,7 @@ OWN: dict[str, Step] = {
         adapter_unmerged, None, lambda model: has_adapter(model) and is_counted(model)
     ),
     "adapter_scaled": Step(adapter_scaled, None, has_adapter),
-    "plain_step": Step(plain_step, None, has_gradients),
+    "plain_step": Step(unfrozen(plain_step), None, can_step),
     "only_the_embedding_steps": Step(only_the_embedding_steps, None, is_counted),
     "row_through_a_view": Step(row_through_a_view, None, is_counted),
     "values_in_place": Step(values_in_place, None, is_counted),
@@ -263,8 +274,25 @@ OWN: dict[str, Step] = {
     "return_dict_off": Step(return_dict_off),
 }
 STEPS: dict[str, Step] = OWN | {
-    one.name: Step(_on_base(one.make), one.refused, _fits_change(one.name)) for one in CHANGES
+    one.name: Step(_on_base(one.name, one.make), one.refused, _fits_change(one.name))
+    for one in CHANGES
 }
+
+
+# by what they are, so that a draw takes each kind as often
+VALUES = (
+    *("fused_step", "foreach_step", "plain_step", "only_the_embedding_steps", "state_loaded"),
+    *("written_through_data", "one_value_through_numpy", "vector_to_parameters", "rotary_buffer"),
+    *("row_through_a_view", "values_in_place", "values_through_numpy"),
+)
+ADAPTERS = tuple(name for name in STEPS if name.startswith("adapter"))
+MODULES = (
+    *("layer_replaced", "layer_in_two_places", "layer_appended", "layer_removed", "parametrized"),
+    *("head_replaced", "head_with_a_bias", "head_of_two", "module_wrapped"),
+    *("state_assigned", "under_inference_mode"),
+    *("bfloat16", "float16", "float32", "float64"),
+)
+OTHERS = tuple(sorted(set(STEPS) - {*VALUES, *ADAPTERS, *MODULES}))
 
 
 def _hooks(model: Any) -> list[Any]:
