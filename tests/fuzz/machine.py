@@ -22,9 +22,9 @@ from subjects import (
     STEPS,
     VALUES,
     Subject,
-    has_hooks,
     layers_of,
-    take_hooks_away,
+    put_back,
+    what_runs,
 )
 from transformers import AttentionInterface, AttentionMaskInterface
 from world import PAIR, Ids, Request, World, part_with_dropout
@@ -62,6 +62,7 @@ SUBJECTS = st.builds(
     has_small_cache=st.booleans(),
 )
 AUTOCAST = st.sampled_from((False, False, False, True))
+MOSTLY = st.sampled_from((True, True, True, False))
 FLOW = st.sampled_from((None, None, None, "packed", "chunked", "plain"))
 
 
@@ -87,14 +88,15 @@ def has(attribute: str) -> Callable[[Any], bool]:
 class ModelMachine(World, RuleBasedStateMachine):
     """The rules: calls, changes, and what is held between them."""
 
-    @initialize(subject=SUBJECTS)
-    def begin(self, subject: Subject) -> None:
+    @initialize(subject=SUBJECTS, data=st.data())
+    def begin(self, subject: Subject, data: Any) -> None:
         if self.engine == "jax":  # what programs take; each model has its own to compile
             dtype = "bfloat16" if subject.dtype == "bfloat16" else "float32"
             subject = replace(subject, kind="qwen3", dtype=dtype, is_wrapped=False)
         if subject.kind == "qwen3_moe":  # float64 it has not, and of 16 bits one is another expert
             subject = replace(subject, dtype="float32")
         self.start(replace(subject, engine=self.engine))
+        self.score(data, over_labels=True, autocast=False, flow=None)  # leaves pages behind
 
     def request(self, data: Any) -> Request:
         small = self.engine == "jax"
@@ -301,41 +303,39 @@ class ModelMachine(World, RuleBasedStateMachine):
 
     # what changes
 
-    def make_a_change(self, name: str) -> None:
-        step = STEPS[name]
-        if step.fits(self.model):
-            with self.watched():
-                step.make(self.model)
-            self.changed(name, step.refused)
+    def make_a_change(self, name: str, looks: bool = False, stays: bool = True) -> None:
+        """A change, perhaps the last call once more, and perhaps the change taken back."""
+        step, before = STEPS[name], what_runs(self.model)
+        if not step.fits(self.model):
+            return
+        with self.watched():
+            step.make(self.model)
+        self.changed(name, step.refused)
+        self.look_again(looks)
+        if not stays:
+            put_back(before)
+            self.changed(f"{name} taken back")
+            self.look_again(looks)
 
-    @rule(name=st.sampled_from(VALUES))
-    def change_values(self, name: str) -> None:
-        self.make_a_change(name)
+    def look_again(self, looks: bool = True) -> None:
+        if looks and self.last is not None:
+            self.last()
 
-    @rule(name=st.sampled_from(MODULES))
-    def change_modules(self, name: str) -> None:
-        self.make_a_change(name)
+    @rule(name=st.sampled_from(VALUES), looks=MOSTLY)
+    def change_values(self, name: str, looks: bool) -> None:
+        self.make_a_change(name, looks)
 
-    @rule(name=st.sampled_from(OTHERS))
-    def change_what_runs(self, name: str) -> None:
-        self.make_a_change(name)
+    @rule(name=st.sampled_from(MODULES), looks=MOSTLY)
+    def change_modules(self, name: str, looks: bool) -> None:
+        self.make_a_change(name, looks)
 
-    @rule(name=st.sampled_from(ADAPTERS))
-    def change_adapters(self, name: str) -> None:
-        self.make_a_change(name)
+    @rule(name=st.sampled_from(ADAPTERS), looks=MOSTLY)
+    def change_adapters(self, name: str, looks: bool) -> None:
+        self.make_a_change(name, looks)
 
-    @precondition(lambda self: has_hooks(self.model))
-    @rule()
-    def take_hooks_away(self) -> None:
-        take_hooks_away(self.model)
-        self.changed("hooks_away")
-
-    @precondition(lambda self: self.engine != "jax")  # there it is how calls are served
-    @rule()
-    def take_forwards_away(self) -> None:
-        for module in self.model.modules():
-            module.__dict__.pop("forward", None)
-        self.changed("forwards_away")
+    @rule(name=st.sampled_from(OTHERS), looks=MOSTLY, is_taken_back=MOSTLY)
+    def change_what_runs(self, name: str, looks: bool, is_taken_back: bool) -> None:
+        self.make_a_change(name, looks, stays=not is_taken_back)
 
     @rule()
     def train_and_eval(self) -> None:
@@ -343,6 +343,7 @@ class ModelMachine(World, RuleBasedStateMachine):
         self.model.train()
         self.check_refused(InputError, "is in train mode")
         self.model.eval()
+        self.look_again()
 
     @rule()
     def train_a_part(self) -> None:
@@ -351,6 +352,7 @@ class ModelMachine(World, RuleBasedStateMachine):
         part.train()
         self.check_refused(InputError, "is in train mode")
         part.eval()
+        self.look_again()
 
     @rule()
     def unpatch_and_patch(self) -> None:
@@ -368,8 +370,8 @@ class ModelMachine(World, RuleBasedStateMachine):
                 raise LostError(f"patch {self.told()}: {error!r}") from error
             self.ledger.refused[type(error).__name__] += 1
 
-    @rule(is_pickled=st.booleans())
-    def go_on_with_a_copy(self, is_pickled: bool) -> None:
+    @rule(is_pickled=st.booleans(), data=st.data())
+    def go_on_with_a_copy(self, is_pickled: bool, data: Any) -> None:
         """Also as in a process that has patched nothing."""
         before = self.scorer
         try:
@@ -384,6 +386,7 @@ class ModelMachine(World, RuleBasedStateMachine):
             copied = pickle.loads(copied)
         self.scorer = copied
         self.changed("pickled" if is_pickled else "copied")
+        self.score(data, over_labels=True, autocast=False, flow=None)
 
     @precondition(lambda self: not self.is_class)
     @rule(length=st.integers(1, 70))

@@ -295,14 +295,28 @@ MODULES = (
 OTHERS = tuple(sorted(set(STEPS) - {*VALUES, *ADAPTERS, *MODULES}))
 
 
-def _hooks(model: Any) -> list[Any]:
-    return [x for m in model.modules() for x in (m._forward_hooks, m._forward_pre_hooks) if x]
+Runs = list[tuple[nn.Module, dict[str, Any], dict[Any, Any], dict[Any, Any]]]
+NAMES = ("forward", "is_causal", "variance_epsilon")
 
 
-def has_hooks(model: Any) -> bool:
-    return bool(_hooks(model))
+def what_runs(model: Any) -> Runs:
+    """What every module has of its own to run: what stands on it, its hooks."""
+    return [
+        (
+            module,
+            {name: module.__dict__[name] for name in NAMES if name in module.__dict__},
+            dict(module._forward_hooks),
+            dict(module._forward_pre_hooks),
+        )
+        for module in model.modules()
+    ]
 
 
-def take_hooks_away(model: Any) -> None:
-    for hooks in _hooks(model):
-        hooks.clear()
+def put_back(found: Runs) -> None:
+    for module, own, hooks, pre_hooks in found:
+        for name in NAMES:
+            module.__dict__.pop(name, None)
+        module.__dict__.update(own)
+        for now, before in ((module._forward_hooks, hooks), (module._forward_pre_hooks, pre_hooks)):
+            now.clear()
+            now.update(before)
