@@ -10,12 +10,27 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from draws import (
+    ACTIONS,
+    AUTOCAST,
+    FLOW,
+    ITEMS,
+    MOSTLY,
+    PREFIXES,
+    SMALL_ITEMS,
+    SMALL_PREFIXES,
+    SUBJECTS,
+    action,
+    has,
+    items_of,
+    only_if,
+    prefix_of,
+)
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from ledger import BooksError, LostError, WrongError
 from subjects import (
     ADAPTERS,
-    KINDS,
     MODULES,
     OTHERS,
     PLAIN,
@@ -29,7 +44,7 @@ from subjects import (
 from transformers import AttentionInterface, AttentionMaskInterface
 from world import PAIR, Ids, Request, World, part_with_dropout
 
-from helpers import engine_of, random_ids
+from helpers import engine_of
 from packscore import InputError, NotPatchedError, StalePrefixError, patch_model, unpatch_model
 from packscore.calls import program_of
 from packscore.flows.page_pool import PAGE_SIZE
@@ -37,52 +52,6 @@ from packscore.integrations.pipeline import MultiItemScoringPipeline
 from packscore.model.family import REGISTERED_NAMES
 from packscore.verify import verify_parity
 from packscore_kernels.hardware import cdiv
-
-# tokens: the ends of pages and of buckets, and anything between
-EDGES = (0, 1, 16, 63, 64, 65, 127, 128, 129, 200)
-PREFIX_LENS = st.sampled_from((*EDGES, 255, 256, 257, 400, 600)) | st.integers(0, 600)
-ITEM_LENS = st.integers(0, 40) | st.sampled_from(EDGES) | st.integers(0, 200)
-# (trunk, tokens of it, tokens of its own): new, shared with an earlier one, or continued
-PREFIXES = st.tuples(st.integers(0, 1), PREFIX_LENS, st.sampled_from((0, 0, 0, 5, 40)))
-# groups of items: (tokens, how many, kind); a group that comes again is of equal items
-GROUPS = st.tuples(ITEM_LENS, st.sampled_from((1, 1, 2, 5, 12, 30)), st.integers(0, 2))
-ITEMS = st.lists(GROUPS, min_size=1, max_size=4)
-# of programs: what fits into one bucket
-SMALL_PREFIXES = st.tuples(st.integers(0, 1), st.integers(0, 70), st.sampled_from((0, 0, 5)))
-SMALL_GROUPS = st.tuples(st.integers(0, 6), st.integers(1, 3), st.integers(0, 1))
-SMALL_ITEMS = st.lists(SMALL_GROUPS, min_size=1, max_size=2)
-SUBJECTS = st.builds(
-    Subject,
-    kind=st.sampled_from(KINDS),
-    dtype=st.sampled_from(("float32", "float32", "float64", "bfloat16")),
-    num_kv_heads=st.sampled_from((1, 2, 4)),
-    num_layers=st.integers(1, 3),
-    tied=st.booleans(),
-    is_wrapped=st.sampled_from((False, False, True)),
-    has_small_cache=st.booleans(),
-)
-AUTOCAST = st.sampled_from((False, False, False, True))
-MOSTLY = st.sampled_from((True, True, True, False))
-FLOW = st.sampled_from((None, None, None, "packed", "chunked", "plain"))
-
-
-def prefix_of(spec: tuple[int, int, int]) -> Ids:
-    trunk, length, own = spec
-    return [1 + t % 300 for t in (*random_ids(600, seed=trunk)[:length], *random_ids(own, seed=9))]
-
-
-def items_of(groups: list[tuple[int, int, int]], prefix: Ids) -> list[Ids]:
-    """At most 60 items; without a prefix each has a token."""
-    found = [
-        [1 + t % 300 for t in random_ids(max(length, int(not prefix)), seed=20 * kind + k % 12)]
-        for length, count, kind in groups
-        for k in range(count)
-    ]
-    return found[:60]
-
-
-def has(attribute: str) -> Callable[[Any], bool]:
-    return lambda machine: bool(getattr(machine, attribute, None))
 
 
 class ModelMachine(World, RuleBasedStateMachine):
@@ -118,7 +87,7 @@ class ModelMachine(World, RuleBasedStateMachine):
 
     # calls
 
-    @rule(data=st.data(), over_labels=st.booleans(), autocast=AUTOCAST, flow=FLOW)
+    @action(weight=2, data=st.data(), over_labels=st.booleans(), autocast=AUTOCAST, flow=FLOW)
     def score(self, data: Any, over_labels: bool, autocast: bool, flow: Any) -> None:
         prefix, items = self.request(data)
 
@@ -134,7 +103,7 @@ class ModelMachine(World, RuleBasedStateMachine):
         options: Any = {"over_labels": over_labels, "may_refuse": has_no_such_flow}
         self.run(lambda: self.check("score", [(prefix, items)], call, **options), autocast)
 
-    @rule(data=st.data())
+    @action(data=st.data())
     def rank(self, data: Any) -> None:
         prefix, items = self.request(data)
 
@@ -148,7 +117,7 @@ class ModelMachine(World, RuleBasedStateMachine):
 
         self.run(lambda: self.check("rank", [(prefix, items)], call, is_positive_alone=True))
 
-    @rule(data=st.data(), count=st.integers(1, 3))
+    @action(data=st.data(), count=st.integers(1, 3))
     def predict(self, data: Any, count: int) -> None:
         requests = [self.request(data) for _ in range(count)]
         pairs = [(prefix, item) for prefix, items in requests for item in items]
@@ -159,7 +128,7 @@ class ModelMachine(World, RuleBasedStateMachine):
 
         self.run(lambda: self.check("predict", requests, call, is_positive_alone=True))
 
-    @rule(data=st.data(), count=st.integers(1, 4), over_labels=st.booleans())
+    @action(data=st.data(), count=st.integers(1, 4), over_labels=st.booleans())
     def score_many(self, data: Any, count: int, over_labels: bool) -> None:
         requests = [self.request(data) for _ in range(count)]
 
@@ -171,7 +140,7 @@ class ModelMachine(World, RuleBasedStateMachine):
 
         self.run(lambda: self.check("score_many", requests, call, over_labels=over_labels))
 
-    @rule(data=st.data(), max_items=st.sampled_from((None, 1, 7)))
+    @action(data=st.data(), max_items=st.sampled_from((None, 1, 7)))
     def score_stream(self, data: Any, max_items: int | None) -> None:
         prefix, items = self.request(data)
 
@@ -181,8 +150,8 @@ class ModelMachine(World, RuleBasedStateMachine):
 
         self.run(lambda: self.check("score_stream", [(prefix, items)], call))
 
-    @precondition(lambda self: self.engine != "jax")  # it has pages, and so programs, of its own
-    @rule(data=st.data())
+    @only_if(lambda self: self.engine != "jax")  # it has pages, and so programs, of its own
+    @action(data=st.data())
     def verify(self, data: Any) -> None:
         prefix, items = self.request(data)
         labels = None if self.is_class else PAIR
@@ -205,8 +174,8 @@ class ModelMachine(World, RuleBasedStateMachine):
 
         self.run(lambda: self.check("verify", [(prefix, items)], call))
 
-    @precondition(lambda self: self.engine != "dense" and not self.is_class)
-    @rule(data=st.data())
+    @only_if(lambda self: self.engine != "dense" and not self.is_class)
+    @action(data=st.data())
     def through_the_pipeline(self, data: Any) -> None:
         prefix, items = self.request(data)
 
@@ -231,8 +200,8 @@ class ModelMachine(World, RuleBasedStateMachine):
         room = pool.num_pages - pool.num_pinned_pages if pool else 0
         return cdiv(len(prefix), PAGE_SIZE) > room
 
-    @precondition(lambda self: len(self.held) < 3)
-    @rule(data=st.data())
+    @only_if(lambda self: len(self.held) < 3)
+    @action(data=st.data())
     def hold(self, data: Any) -> None:
         prefix, _ = self.request(data)
         with self.watched():
@@ -244,8 +213,8 @@ class ModelMachine(World, RuleBasedStateMachine):
             else:
                 self.held.append((held, prefix, self.num_changes))
 
-    @precondition(has("held"))
-    @rule(data=st.data(), which=st.integers(0, 2), over_labels=st.booleans())
+    @only_if(has("held"))
+    @action(data=st.data(), which=st.integers(0, 2), over_labels=st.booleans())
     def score_held(self, data: Any, which: int, over_labels: bool) -> None:
         held, prefix, changes = self.held[which % len(self.held)]
         _, items = self.request(data)
@@ -262,8 +231,8 @@ class ModelMachine(World, RuleBasedStateMachine):
         with self.watched():
             self.check("held", [(prefix, items)], call, **options)
 
-    @precondition(has("held"))
-    @rule(which=st.integers(0, 2), is_released=st.booleans())
+    @only_if(has("held"))
+    @action(which=st.integers(0, 2), is_released=st.booleans())
     def let_one_go(self, which: int, is_released: bool) -> None:
         held, _, _ = self.held.pop(which % len(self.held))
         if is_released:
@@ -271,8 +240,8 @@ class ModelMachine(World, RuleBasedStateMachine):
         del held
         gc.collect(0)
 
-    @precondition(lambda self: self.stream is None)
-    @rule(data=st.data())
+    @only_if(lambda self: self.stream is None)
+    @action(data=st.data())
     def open_a_stream(self, data: Any) -> None:
         prefix, items = self.request(data)
         try:
@@ -283,8 +252,8 @@ class ModelMachine(World, RuleBasedStateMachine):
         else:
             self.stream = stream, (prefix, items), 0
 
-    @precondition(has("stream"))
-    @rule(count=st.integers(1, 3), then_drop=st.booleans())
+    @only_if(has("stream"))
+    @action(count=st.integers(1, 3), then_drop=st.booleans())
     def take_from_the_stream(self, count: int, then_drop: bool) -> None:
         """Each row is a launch of its own, of the model as it is then."""
         stream, (prefix, items), at = self.stream or (None, ([], []), 0)
@@ -321,23 +290,23 @@ class ModelMachine(World, RuleBasedStateMachine):
         if looks and self.last is not None:
             self.last()
 
-    @rule(name=st.sampled_from(VALUES), looks=MOSTLY)
+    @action(weight=3, name=st.sampled_from(VALUES), looks=MOSTLY)
     def change_values(self, name: str, looks: bool) -> None:
         self.make_a_change(name, looks)
 
-    @rule(name=st.sampled_from(MODULES), looks=MOSTLY)
+    @action(weight=3, name=st.sampled_from(MODULES), looks=MOSTLY)
     def change_modules(self, name: str, looks: bool) -> None:
         self.make_a_change(name, looks)
 
-    @rule(name=st.sampled_from(ADAPTERS), looks=MOSTLY)
+    @action(name=st.sampled_from(ADAPTERS), looks=MOSTLY)
     def change_adapters(self, name: str, looks: bool) -> None:
         self.make_a_change(name, looks)
 
-    @rule(name=st.sampled_from(OTHERS), looks=MOSTLY, is_taken_back=MOSTLY)
+    @action(weight=3, name=st.sampled_from(OTHERS), looks=MOSTLY, is_taken_back=MOSTLY)
     def change_what_runs(self, name: str, looks: bool, is_taken_back: bool) -> None:
         self.make_a_change(name, looks, stays=not is_taken_back)
 
-    @rule()
+    @action()
     def train_and_eval(self) -> None:
         self.changed("train_and_eval")
         self.model.train()
@@ -345,7 +314,7 @@ class ModelMachine(World, RuleBasedStateMachine):
         self.model.eval()
         self.look_again()
 
-    @rule()
+    @action()
     def train_a_part(self) -> None:
         part = part_with_dropout(layers_of(self.model)[0])
         self.changed("train_a_part", PLAIN)
@@ -354,7 +323,7 @@ class ModelMachine(World, RuleBasedStateMachine):
         part.eval()
         self.look_again()
 
-    @rule()
+    @action()
     def unpatch_and_patch(self) -> None:
         if self.engine == "dense":
             patch_model(self.model)  # which it need not be
@@ -370,7 +339,7 @@ class ModelMachine(World, RuleBasedStateMachine):
                 raise LostError(f"patch {self.told()}: {error!r}") from error
             self.ledger.refused[type(error).__name__] += 1
 
-    @rule(is_pickled=st.booleans(), data=st.data())
+    @action(is_pickled=st.booleans(), data=st.data())
     def go_on_with_a_copy(self, is_pickled: bool, data: Any) -> None:
         """Also as in a process that has patched nothing."""
         before = self.scorer
@@ -388,8 +357,8 @@ class ModelMachine(World, RuleBasedStateMachine):
         self.changed("pickled" if is_pickled else "copied")
         self.score(data, over_labels=True, autocast=False, flow=None)
 
-    @precondition(lambda self: not self.is_class)
-    @rule(length=st.integers(1, 70))
+    @only_if(lambda self: not self.is_class)
+    @action(length=st.integers(1, 70))
     def generate(self, length: int) -> None:
         given = torch.tensor([prefix_of((0, length, 0))])
         options: Any = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
@@ -403,8 +372,8 @@ class ModelMachine(World, RuleBasedStateMachine):
             raise WrongError(f"generate {self.told()}: {found.tolist()} and not {want.tolist()}")
         self.ledger.calls["generate", self.engine] += 1
 
-    @precondition(has("last"))
-    @rule(times=st.sampled_from((1, 1, 3)))
+    @only_if(has("last"))
+    @action(times=st.sampled_from((1, 1, 3)))
     def once_more(self, times: int) -> None:
         """The same call; the third compiles nothing, for its prefix is in pages."""
         last, counts = self.last, []
@@ -415,6 +384,12 @@ class ModelMachine(World, RuleBasedStateMachine):
             counts.append(program.compile_count if program else 0)
         if times == 3 and counts[2] > counts[1]:
             raise BooksError(f"{self.told()}: programs made ready are {counts}")
+
+    @rule(data=st.data())
+    def step(self, data: Any) -> None:
+        possible = [name for name in ACTIONS if getattr(self, name).when(self)]
+        chosen = getattr(self, data.draw(st.sampled_from(possible), "action"))
+        chosen(**{key: data.draw(of, key) for key, of in chosen.given.items()})
 
     @invariant()
     def pages_are_accounted_for(self) -> None:
