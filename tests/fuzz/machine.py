@@ -55,7 +55,7 @@ from packscore_kernels.hardware import cdiv
 
 
 class ModelMachine(World, RuleBasedStateMachine):
-    """The rules: calls, changes, and what is held between them."""
+    """Calls, changes, and what is held between them."""
 
     @initialize(subject=SUBJECTS, data=st.data())
     def begin(self, subject: Subject, data: Any) -> None:
@@ -201,20 +201,21 @@ class ModelMachine(World, RuleBasedStateMachine):
         return cdiv(len(prefix), PAGE_SIZE) > room
 
     @only_if(lambda self: len(self.held) < 3)
-    @action(data=st.data())
+    @action(weight=3, data=st.data())
     def hold(self, data: Any) -> None:
         prefix, _ = self.request(data)
         with self.watched():
             try:
                 held = self.scorer.prefix(prefix)
             except Exception as error:
-                if not (self.is_documented(error) or self.may_not_hold(prefix, error)):
+                is_known = self.is_documented(error) or self.may_not_hold(prefix, error)
+                if not is_known and not self.fails_itself():
                     raise LostError(f"prefix {self.told()}: {error!r}") from error
             else:
                 self.held.append((held, prefix, self.num_changes))
 
     @only_if(has("held"))
-    @action(data=st.data(), which=st.integers(0, 2), over_labels=st.booleans())
+    @action(weight=2, data=st.data(), which=st.integers(0, 2), over_labels=st.booleans())
     def score_held(self, data: Any, which: int, over_labels: bool) -> None:
         held, prefix, changes = self.held[which % len(self.held)]
         _, items = self.request(data)
@@ -232,7 +233,7 @@ class ModelMachine(World, RuleBasedStateMachine):
             self.check("held", [(prefix, items)], call, **options)
 
     @only_if(has("held"))
-    @action(which=st.integers(0, 2), is_released=st.booleans())
+    @action(weight=3, which=st.integers(0, 2), is_released=st.booleans())
     def let_one_go(self, which: int, is_released: bool) -> None:
         held, _, _ = self.held.pop(which % len(self.held))
         if is_released:
@@ -339,7 +340,7 @@ class ModelMachine(World, RuleBasedStateMachine):
                 raise LostError(f"patch {self.told()}: {error!r}") from error
             self.ledger.refused[type(error).__name__] += 1
 
-    @action(is_pickled=st.booleans(), data=st.data())
+    @action(weight=2, is_pickled=st.booleans(), data=st.data())
     def go_on_with_a_copy(self, is_pickled: bool, data: Any) -> None:
         """Also as in a process that has patched nothing."""
         before = self.scorer

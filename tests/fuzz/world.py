@@ -197,6 +197,14 @@ class World:
         is_refused = isinstance(error, UnsupportedModelError) and self.engine_now == "jax"
         return is_refused and any(text in str(error) for text in self.refusals)
 
+    def fails_itself(self) -> bool:
+        """Whether the unpatched model does."""
+        try:
+            self.expected([([1, 2], [[3]])], True, self.plain())
+        except Exception:
+            return True
+        return False
+
     def check_refused(self, kind: type[Exception], says: str) -> None:
         try:
             self.scorer.score([1, 2], [[3], [4, 5]])
