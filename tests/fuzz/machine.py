@@ -198,7 +198,8 @@ class ModelMachine(World, RuleBasedStateMachine):
             return False
         pool = engine_of(self.scorer).pool
         room = pool.num_pages - pool.num_pinned_pages if pool else 0
-        return cdiv(len(prefix), PAGE_SIZE) > room
+        # the page that it shares a start with is held while it is copied
+        return cdiv(len(prefix), PAGE_SIZE) >= room
 
     @only_if(lambda self: len(self.held) < 3)
     @action(weight=3, data=st.data())
@@ -288,7 +289,7 @@ class ModelMachine(World, RuleBasedStateMachine):
             self.look_again(looks)
 
     def look_again(self, looks: bool = True) -> None:
-        if looks and self.last is not None:
+        if looks and self.last:
             self.last()
 
     @action(weight=3, name=st.sampled_from(VALUES), looks=MOSTLY)
