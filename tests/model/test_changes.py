@@ -22,6 +22,7 @@ from model_changes import (
     fused_step,
     hook_on_the_model,
     layer_in_two_places,
+    layer_removed,
     layer_replaced,
     step,
     written_through_data,
@@ -328,3 +329,15 @@ def test_pages_go_with_the_model_and_are_accounted_for() -> None:
         pool = engine_of(scorer).pool
         assert pool.num_pinned_pages == 0
         assert pool.num_free_pages == pool.num_pages - 1
+
+
+@pytest.mark.usefixtures("quick_programs")
+def test_fewer_layers_of_more_pages_are_not_the_same_pages() -> None:
+    """Two layers of 96 pages are an array of the shape of three layers of 64."""
+    model = patch_model(random_qwen3(tied=False, num_layers=3), device="jax")
+    room = 64 * 3 * 128 * 2 * 2 * 16 * 4
+    scorer = MultiItemScorer(model, label_token_ids=LABELS, prefix_cache_bytes=room)
+    scorer.score(PREFIX, ITEMS)
+    layer_removed(model)
+    error = (torch.tensor(scorer.score(PREFIX, ITEMS)) - reference(model)).abs().max()
+    assert error <= TOLERANCES[torch.float32].max_abs

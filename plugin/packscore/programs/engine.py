@@ -74,7 +74,10 @@ class ProgramEngine:
             self.pool.clear()
         num_pages = program.num_pages(self._cache_bytes)
         pages = program.device_pages(num_pages) if num_pages else None
-        if pages is None or self._pages is None or pages.struct != self._pages.struct:
+        # fewer layers of more pages may be an array of the same shape
+        is_as_large = self.pool is not None and self.pool.num_pages == num_pages
+        has_pages = pages is not None and self._pages is not None and is_as_large
+        if not has_pages or pages.struct != self._pages.struct:  # type: ignore[union-attr]
             self.pool = PagePool(num_pages) if num_pages else None
             self._pages = pages
             if self.pool is not None and pages is not None:
