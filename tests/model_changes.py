@@ -159,6 +159,24 @@ def hook_that_steers(model: Any) -> None:
     model.model.layers[0].mlp.register_forward_hook(lambda _, __, out: out + vector.to(out.dtype))
 
 
+@change("a forward hook of the Qwen3MLP")
+def hook_that_mixes_tokens(model: Any) -> None:
+    model.model.layers[0].mlp.register_forward_hook(lambda _, __, out: out + out.mean(1, True))
+
+
+@change("a forward hook of the Qwen3DecoderLayer")
+def hook_that_writes_in_place(model: Any) -> None:
+    def last(_: Any, __: Any, out: torch.Tensor) -> None:
+        out[:, -1] *= 1.5
+
+    model.model.layers[0].register_forward_hook(last)
+
+
+@change("is not one of a plain")
+def fewer_layers_by_the_configuration(model: Any) -> None:
+    model.config.num_hidden_layers -= 1
+
+
 @change("a forward hook of the Linear 'lm_head'")
 def hook_on_the_head(model: Any) -> None:
     model.lm_head.register_forward_hook(lambda _, __, out: 3 * out)

@@ -55,6 +55,21 @@ def test_a_prefix_is_computed_once(length: int) -> None:
     assert pool.num_free_pages == 8 - cdiv(length, PAGE)
 
 
+def test_a_page_that_would_be_copied_is_given_up_where_only_that_leaves_room() -> None:
+    pool = PagePool(3, PAGE)
+    first = ids(PAGE + MIN_SHARED_TOKENS + 3)
+    keep(pool, first)
+    other = np.concatenate([first[:-3], ids(2 * PAGE - MIN_SHARED_TOKENS, seed=1)])
+    assert pool.has_room(other)
+    lease = pool.acquire(other)
+    assert lease is not None
+    assert (lease.cached_len, lease.copied_page, len(lease.pages)) == (PAGE, None, 3)
+    lease.commit()
+    lease.release()
+    check_books(pool, [])
+    assert pool.cached_len(other) == 3 * PAGE
+
+
 @pytest.mark.parametrize("shared", [PAGE, 2 * PAGE, PAGE + MIN_SHARED_TOKENS, 2 * PAGE + 31])
 def test_prefixes_share_their_common_start(shared: int) -> None:
     pool = PagePool(16, PAGE)

@@ -198,8 +198,7 @@ class ModelMachine(World, RuleBasedStateMachine):
             return False
         pool = engine_of(self.scorer).pool
         room = pool.num_pages - pool.num_pinned_pages if pool else 0
-        # the page that it shares a start with is held while it is copied
-        return cdiv(len(prefix), PAGE_SIZE) >= room
+        return cdiv(len(prefix), PAGE_SIZE) > room
 
     @only_if(lambda self: len(self.held) < 3)
     @action(weight=3, data=st.data())

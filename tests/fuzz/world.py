@@ -171,6 +171,9 @@ class World:
             if self.is_documented(cause) or may_refuse(cause):
                 self.ledger.refused[type(cause).__name__] += 1
                 return False
+            if str(cause) == self.own_failure():
+                self.ledger.undefined[f"{self.change}: {str(cause)[:70]}"] += 1
+                return False
             raise LostError(f"{name} {self.told()}: {cause!r}") from error
         want = want[:, 1] if is_positive_alone else want
         found = np.asarray(rows, np.float64)
@@ -196,6 +199,15 @@ class World:
         """Programs refuse by name what they cannot follow, and only after such a change."""
         is_refused = isinstance(error, UnsupportedModelError) and self.engine_now == "jax"
         return is_refused and any(text in str(error) for text in self.refusals)
+
+    def own_failure(self) -> str | None:
+        """What the model itself says to a call, as it is and where it is; None: nothing."""
+        try:
+            with torch.inference_mode():
+                self.model(input_ids=torch.tensor([[1, 2, 3]]))
+        except Exception as error:
+            return str(error)
+        return None
 
     def fails_itself(self) -> bool:
         """Whether the unpatched model does."""

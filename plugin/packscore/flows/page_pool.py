@@ -173,16 +173,13 @@ class PagePool:
     def cached_len(self, tokens: TokenIds) -> int:
         """How many tokens of a prefix `acquire` would find; pins nothing."""
         with self._changing():
-            _, _, shared = self._find(tokens)
+            _, _, shared = self._found(tokens)
             return shared
 
     def has_room(self, tokens: TokenIds) -> bool:
         """Whether `acquire` would give a lease now; evicts nothing."""
         with self._changing():
-            path, partial, cached = self._find(tokens)
-            found = [*path, partial] if partial else path
-            evictable = len(self._unpinned) - sum(node in self._unpinned for node in found)
-            return self._missing(tokens, path, partial, cached) <= len(self._free) + evictable
+            return self._have_room(tokens, *self._found(tokens))
 
     def acquire(self, tokens: TokenIds) -> PrefixLease | None:
         """Pin what the tree holds of a prefix, and pages for the rest of it.
@@ -194,7 +191,7 @@ class PagePool:
           The lease, or None where the pages that are not pinned do not suffice.
         """
         with self._changing():
-            path, partial, cached = self._find(tokens)
+            path, partial, cached = self._found(tokens)
             is_whole = cached == len(tokens)
             pinned = [*path, partial] if partial else path
             for node in pinned:
@@ -226,6 +223,25 @@ class PagePool:
             self._free.update(node.page for node in self._unpinned)
             self._unpinned.clear()
             self._root = self._new_root()
+
+    def _found(self, tokens: TokenIds) -> tuple[list[_Node], _Node | None, int]:
+        """What `_find` gives; without the page in common up to a token if only that leaves room.
+
+        It stays where it is while it is copied, and so takes a page more.
+        """
+        path, partial, cached = self._find(tokens)
+        is_copied = partial is not None and cached < len(tokens)
+        if is_copied and not self._have_room(tokens, path, partial, cached):
+            return path, None, len(path) * self.page_size
+        return path, partial, cached
+
+    def _have_room(
+        self, tokens: TokenIds, path: list[_Node], partial: _Node | None, cached: int
+    ) -> bool:
+        """Whether pages that nobody pins suffice for a prefix beside what was found of it."""
+        found = [*path, partial] if partial else path
+        evictable = len(self._unpinned) - sum(node in self._unpinned for node in found)
+        return self._missing(tokens, path, partial, cached) <= len(self._free) + evictable
 
     def _find(self, tokens: TokenIds) -> tuple[list[_Node], _Node | None, int]:
         """Full pages in common, a page in common up to some token, and how many tokens that is."""
