@@ -348,6 +348,10 @@ class ModelMachine(World, RuleBasedStateMachine):
             copied: Any = pickle.dumps(before) if is_pickled else copy.deepcopy(before)
         except (AttributeError, TypeError, pickle.PicklingError):
             return  # of hooks that are no module's
+        except RuntimeError as error:
+            if "parametrized" in str(error):
+                return  # which torch cannot pickle
+            raise
         self.let_go()
         if is_pickled:
             for name in REGISTERED_NAMES.values():
