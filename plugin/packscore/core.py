@@ -56,7 +56,7 @@ def core_of(
     label_token_ids: LabelIds | None,
     max_tokens: int | None,
     on_long: Literal["truncate", "error"],
-    split_special_tokens: bool,
+    split_special_tokens: bool | None,
     prefix_cache_bytes: int,
     on_non_finite: NonFiniteChoice,
 ) -> ScoringCore:

@@ -49,8 +49,10 @@ class MultiItemScorer:
       label_token_ids: default labels as token ids instead, one each or one list each.
       max_tokens: budget of query and one item; None takes the prompt's or the model's own.
       on_long: "truncate" cuts the end of items over the budget and reports them, "error" raises.
-      split_special_tokens: encode special tokens in texts as ordinary text, so that a document
-        cannot forge the prompt's frame.
+      split_special_tokens: encode special tokens in texts, and others that look like markup, as
+        ordinary text. None does so where a prompt frames the texts, so that a document can forge
+        nothing of it, and not where the caller supplies the whole text ("plain"), which is encoded
+        as the tokenizer would.
       prefix_cache_bytes: keys and values of queries that may stay on the device, so that the next
         call with the same query, or the same start of one, need not compute it; the least recently
         used go first. 0 keeps none.
@@ -76,7 +78,7 @@ class MultiItemScorer:
         label_token_ids: LabelIds | None = None,
         max_tokens: int | None = None,
         on_long: Literal["truncate", "error"] = "truncate",
-        split_special_tokens: bool = True,
+        split_special_tokens: bool | None = None,
         prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
         on_non_finite: NonFiniteChoice = "raise",
     ) -> None:

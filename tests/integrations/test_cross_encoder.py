@@ -358,7 +358,12 @@ def test_the_shipped_chat_template_is_the_reranker_prompt(tokenizer: Any) -> Non
 
 def test_a_chat_template_becomes_a_spec_cut_before_the_blank() -> None:
     spec = spec_of_chat_template(lambda q, d: f"{{x}} {q}\nDocument:  {d}\n}}")
-    assert spec == PromptSpec(prefix="{{x}} {query}\nDocument:", item="  {item}", suffix="\n}}")
+    assert spec == PromptSpec(
+        prefix="{{x}} {query}\nDocument:",
+        item="  {item}",
+        suffix="\n}}",
+        adds_special_tokens=False,
+    )
 
 
 TEMPLATES: dict[str, tuple[Callable[[str, str], str], str]] = {

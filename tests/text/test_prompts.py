@@ -35,9 +35,10 @@ FRAGMENTS = [
         "ﬁ",
         "Å",
     ),
-    *("<think>", "</think>", "<", "|>", "{item}", "{", "}", "\x00", "\\n"),
+    *("<", "|>", "{item}", "{", "}", "\x00", "\\n"),
 ]
-SPECIALS = ["<|im_end|>", "<|im_start|>", "<|endoftext|>"]
+# special tokens, and two that were merely added
+SPECIALS = ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<think>", "</think>"]
 
 
 def documents(fragments: list[str], count: int) -> list[str]:

@@ -48,6 +48,7 @@ def spec_of_chat_template(render: Render) -> PromptSpec:
         prefix=f"{_escape(head)}{{query}}{_escape(shared)}",
         item=f"{middle[len(shared) :]}{{item}}",
         suffix=_escape(suffix),
+        adds_special_tokens=False,
     )
     for query, document in PROBES:
         if render(query, document) != head + query + middle + document + suffix:

@@ -56,8 +56,8 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
       model_name_or_path: as in sentence-transformers.
       template: the prompt's frame, a name ("qwen3-reranker", "yes-no", "plain") or a `PromptSpec`;
         None takes the tokenizer's chat template, as sentence-transformers does.
-      split_special_tokens: encode special tokens in texts as ordinary text; False is what
-        sentence-transformers does, and lets a document forge the frame.
+      split_special_tokens: as in `MultiItemScorer`; None reads special tokens in texts as ordinary
+        text where a template frames them; False is what sentence-transformers does.
       on_non_finite: as in `MultiItemScorer`; `rank` puts what is no number last.
       **kwargs: any other argument of `sentence_transformers.CrossEncoder`.
 
@@ -71,7 +71,7 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
         model_name_or_path: str | None = None,
         *,
         template: str | PromptSpec | None = None,
-        split_special_tokens: bool = True,
+        split_special_tokens: bool | None = None,
         on_non_finite: NonFiniteChoice = "raise",
         **kwargs: Any,
     ) -> None:
@@ -93,7 +93,7 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
         cross_encoder: sentence_transformers.CrossEncoder,
         *,
         template: str | PromptSpec | None = None,
-        split_special_tokens: bool = True,
+        split_special_tokens: bool | None = None,
         on_non_finite: NonFiniteChoice = "raise",
     ) -> CrossEncoder:
         """A packed CrossEncoder that shares the modules of one that is loaded already.
@@ -313,11 +313,12 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
         Raises:
           UnsupportedModelError: it puts tokens of its own between or behind them.
         """
-        leading = PieceTokenizer(self.tokenizer).leading_ids
+        pieces = PieceTokenizer(self.tokenizer)
+        leading, trailing = pieces.leading_ids, pieces.trailing_ids
         for query, document in PROBES:
             found = self.tokenizer(query, document)["input_ids"]
             parts = self.tokenizer([query, document], add_special_tokens=False)["input_ids"]
-            if found != [*leading, *parts[0], *parts[1]]:
+            if found != [*leading, *parts[0], *parts[1], *trailing]:
                 raise UnsupportedModelError(
                     f"tokenizer={type(self.tokenizer).__name__} has no chat template and adds "
                     "tokens of its own to a pair; pass template=PromptSpec(...) that spells them"

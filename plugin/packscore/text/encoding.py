@@ -114,12 +114,13 @@ class PlainEncoder:
         budget: Budget,
         vocabulary: Vocabulary,
         *,
-        split_special_tokens: bool,
+        split_special_tokens: bool | None,
     ) -> None:
         self._tokenizer = tokenizer
         self._budget = budget
         self._vocabulary = vocabulary
-        self._split_special_tokens = split_special_tokens
+        # the caller supplies the whole text: it is encoded as the tokenizer would
+        self._split_special_tokens = bool(split_special_tokens)
 
     @property
     def takes_text(self) -> bool:
@@ -135,7 +136,7 @@ class PlainEncoder:
         item_first: bool = False,
         extra: int = 0,
     ) -> EncodedRequest:
-        """Token ids of `query` and `items`; the tokenizer's BOS comes before what comes first.
+        """Token ids of `query` and `items`; the tokenizer's BOS comes first, its EOS last.
 
         Raises:
           InputTypeError, InputError: they are not text or ids that can be scored.
@@ -173,11 +174,12 @@ class PlainEncoder:
                 f"{name(0)}={short(values[0])} is text and the scorer has no tokenizer; "
                 "pass token ids, or give MultiItemScorer a tokenizer"
             )
-        leading = np.array(self._tokenizer.leading_ids if comes_first else [], np.int64)
-        encoded = self._tokenizer.encode(
-            [[(text, not self._split_special_tokens)] for text in values]
+        leading = self._tokenizer.leading_ids if comes_first else []
+        trailing = [] if comes_first else self._tokenizer.trailing_ids
+        encoded = self._tokenizer.encode_strings(
+            values, split_special_tokens=self._split_special_tokens
         )
-        return [np.concatenate([leading, ids]) for ids in encoded]
+        return [np.array([*leading, *ids, *trailing], np.int64) for ids in encoded]
 
 
 class PromptEncoder:
@@ -196,17 +198,19 @@ class PromptEncoder:
         spec: PromptSpec,
         *,
         instruction: str,
-        split_special_tokens: bool,
+        split_special_tokens: bool | None,
     ) -> None:
         self._tokenizer = tokenizer
         self._budget = budget
         self._spec = spec
         self._instruction = instruction
-        self._split_special_tokens = split_special_tokens
+        # the frame is ours: documents are text, and can forge nothing of it
+        self._split_special_tokens = split_special_tokens is None or split_special_tokens
         (self._item_head, _), *rest = parse_template(spec.item)
         # what follows the document in the item's template survives truncation like the suffix
         literals = [literal for literal, _ in [*rest, *parse_template(spec.suffix)]]
         self._tail: Pieces = [("".join(literals), True)]
+        self._before, self._behind = self._added()
         self._cut_is_exact = self._try_cut()
 
     def encode(
@@ -233,17 +237,22 @@ class PromptEncoder:
             raise InputError(f"{names.query}={query!r} is empty, and the prompt asks about it")
         prefix_pieces = self._prefix(query)
         prefix, tail = self._tokenizer.encode([prefix_pieces, self._tail])
+        prefix, tail = np.append(self._before, prefix), np.append(tail, self._behind)
         budget = self._budget.beside(extra)
         room = budget.check_room(len(prefix), len(tail), names)
         shared, limit = ([], room) if self._cut_is_exact else (prefix_pieces, room + len(prefix))
         # the tail is encoded with its item, for they may merge where no special token starts it
         texts = [[*shared, *self._body(item)] for item in items]
-        encoded = self._tokenizer.encode([[*text, *self._tail] for text in texts])
+        before = self._before[:0] if self._cut_is_exact else self._before
+        encoded = [
+            np.concatenate([before, ids, self._behind])
+            for ids in self._tokenizer.encode([[*text, *self._tail] for text in texts])
+        ]
         truncated = [i for i, ids in enumerate(encoded) if len(ids) > limit]
         for i, body in zip(
             truncated, self._tokenizer.encode([texts[i] for i in truncated]), strict=True
         ):
-            encoded[i] = budget.fit(body, tail, limit, names.item(i))
+            encoded[i] = budget.fit(np.append(before, body), tail, limit, names.item(i))
         if not self._cut_is_exact:
             shared_len = common_prefix_len(encoded)
             prefix, encoded = encoded[0][:shared_len], [ids[shared_len:] for ids in encoded]
@@ -259,6 +268,18 @@ class PromptEncoder:
                 pieces.append((values[name], not self._split_special_tokens))
         return pieces
 
+    def _added(self) -> tuple[TokenIds, TokenIds]:
+        """What the tokenizer puts around a text, where the prompt does not spell it itself."""
+        before, behind = self._tokenizer.leading_ids, self._tokenizer.trailing_ids
+        first, last = self._tokenizer.encode([self._prefix("a"), self._tail])
+        adds = self._spec.adds_special_tokens
+        is_spelled = first[: len(before)].tolist() == before
+        ends_so = last[len(last) - len(behind) :].tolist() == behind
+        return (
+            np.array(before if adds and not is_spelled else [], np.int64),
+            np.array(behind if adds and not ends_so else [], np.int64),
+        )
+
     def _body(self, item: str) -> Pieces:
         return [(self._item_head, True), (item, not self._split_special_tokens)]
 
@@ -271,10 +292,13 @@ class PromptEncoder:
         prefix = self._prefix("a")
         bodies = [[*self._body(probe), *self._tail] for probe in PROBES]
         composed = [[*prefix, *body] for body in bodies]
-        whole = self._tokenizer.encode_strings(
-            ["".join(text for text, _ in pieces) for pieces in composed], split_special_tokens=False
-        )
-        if [ids.tolist() for ids in self._tokenizer.encode(composed)] != whole:
+        texts = ["".join(text for text, _ in pieces) for pieces in composed]
+        whole = self._tokenizer.encode_strings(texts, split_special_tokens=False)
+        found = self._tokenizer.encode(composed)
+        added = [np.concatenate([self._before, ids, self._behind]).tolist() for ids in found]
+        is_added = len(self._before) or len(self._behind)
+        expected = self._tokenizer.encode_whole(texts) if is_added else whole
+        if [ids.tolist() for ids in found] != whole or added != expected:
             raise InputError(
                 "prompt: this tokenizer changes the text around the template's special tokens; "
                 "pass token ids, or a template without them"
@@ -292,7 +316,7 @@ def request_encoder(
     vocabulary: Vocabulary,
     *,
     instruction: str | None,
-    split_special_tokens: bool,
+    split_special_tokens: bool | None,
 ) -> RequestEncoder:
     """What encodes requests in a prompt's way; an instruction of None is the prompt's.
 

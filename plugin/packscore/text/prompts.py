@@ -27,8 +27,10 @@ class PromptSpec:
       labels: default label texts; two labels mean (negative, positive).
       max_tokens: budget of prefix + item + suffix; None is the model's own maximum.
       joins_ids: encode prefix and item on their own and join the ids, also where a tokenizer would
-        merge characters across the cut. The special tokens that the tokenizer puts before a text
-        (a BOS) come first.
+        merge characters across the cut.
+      adds_special_tokens: with the special tokens that the tokenizer puts before and behind a text
+        (a BOS, an EOS), where the prompt does not spell them. False is for a prompt that is whole
+        as it is, as a chat template's is.
 
     Raises:
       InputError: a field is unknown, missing or in the wrong part.
@@ -41,6 +43,7 @@ class PromptSpec:
     labels: tuple[str, ...] = ()
     max_tokens: int | None = None
     joins_ids: bool = False
+    adds_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         _check_fields("prefix", self.prefix, SHARED_FIELDS)

@@ -3,31 +3,43 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from packscore.encoded import TokenIds
+from packscore.errors import InputError
+from packscore.inputs import short
 
+# What markup begins and ends with, where it was added as no special token: <think>, [DOC].
+MARKS = frozenset("<>[]{}|")
+# What stands for a mark where texts hold none: private characters, and still found in a text.
+UNWRITTEN = "\ue000{}\ue000"
 Pieces = list[tuple[str, bool]]  # (text, whether special tokens in it count as such)
 
 
 class PieceTokenizer:
-    """Encodes texts made of pieces, in some of which special tokens are ordinary text."""
+    """Encodes texts made of pieces, in some of which special tokens are ordinary text.
+
+    So are, in those, tokens that were merely added and look like markup: `<think>` frames an answer
+    as `<|im_end|>` ends a turn. Words that were added stay tokens everywhere.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = copy.deepcopy(tokenizer)
-        self._special_ids = {
+        self._marks = {
             str(token): index
             for index, token in tokenizer.added_tokens_decoder.items()
-            if token.special
+            if token.special or _is_mark(str(token))
         }
         self.vocab_size = len(tokenizer)
-        longest_first = sorted(self._special_ids, key=len, reverse=True)
-        self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        longest_first = sorted(self._marks, key=len, reverse=True)
+        self._mark_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     def encode(self, texts: Sequence[Pieces]) -> list[TokenIds]:
         """Token ids of every text, i64[num_tokens] each, without added special tokens."""
@@ -45,32 +57,87 @@ class PieceTokenizer:
     def encode_strings(
         self, texts: list[str], *, split_special_tokens: bool = True
     ) -> list[list[int]]:
-        """Token ids of plain strings, in one call of the tokenizer."""
+        """Token ids of plain strings, in one call of the tokenizer.
+
+        Args:
+          texts: the strings.
+          split_special_tokens: read special tokens, and others that look like markup, as text.
+
+        Raises:
+          InputError: a text spells one that the tokenizer's own model holds, so that it cannot.
+        """
         if not texts:
             return []
+        if not split_special_tokens:
+            return self._call(texts, split_special_tokens=False)
+        if self._text_only is None:
+            encoded = self._call(texts, split_special_tokens=True)
+        else:
+            found = self._text_only.encode_batch_fast(texts, add_special_tokens=False)
+            encoded = [one.ids for one in found]
+        for text, ids in zip(texts, encoded, strict=True):
+            if self.mentions_special(text):
+                self._check_split(text, ids)
+        return encoded
+
+    def encode_whole(self, texts: list[str]) -> list[list[int]]:
+        """What the tokenizer makes of each text by itself, with what it adds before and behind."""
+        return [self._tokenizer(text, verbose=False)["input_ids"] for text in texts]
+
+    def _call(self, texts: list[str], **options: Any) -> list[list[int]]:
         encoded: list[list[int]] = self._tokenizer(
             texts,
             add_special_tokens=False,
             return_attention_mask=False,
             return_token_type_ids=False,
-            split_special_tokens=split_special_tokens,
             verbose=False,
+            **options,
         )["input_ids"]
         return encoded
 
-    def mentions_special(self, text: str) -> bool:
-        """Whether the text of a special token occurs in `text`."""
-        return self._special_pattern.search(text) is not None
+    def _check_split(self, text: str, ids: list[int]) -> None:
+        for mark in self._mark_pattern.findall(text):
+            if self._marks[mark] in ids:
+                raise InputError(
+                    f"{short(text)} spells {mark!r}, which this tokenizer cannot read as text; "
+                    "take it out, or pass split_special_tokens=False"
+                )
 
     @cached_property
+    def _text_only(self) -> Tokenizer | None:
+        """The tokenizer without its marks; None where it is written in Python."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            return None
+        parts = json.loads(backend.to_str())
+        parts |= {"truncation": None, "padding": None}
+        for token in parts["added_tokens"]:  # they stay, for the others' ids count them
+            if token["content"] in self._marks:
+                token["content"] = UNWRITTEN.format(token["content"])
+        found: Tokenizer = Tokenizer.from_str(json.dumps(parts))
+        return found
+
+    def mentions_special(self, text: str) -> bool:
+        """Whether `text` spells a special token, or another that looks like markup."""
+        return self._mark_pattern.search(text) is not None
+
+    @property
     def leading_ids(self) -> list[int]:
         """The special tokens that this tokenizer puts before a text, such as a BOS."""
-        with_special = list(self._tokenizer("a", verbose=False)["input_ids"])
-        (plain,) = self.encode_strings(["a"])
-        for start in range(len(with_special) - len(plain) + 1):
-            if with_special[start : start + len(plain)] == plain:
-                return with_special[:start]
-        return []
+        return self._around[0]
+
+    @property
+    def trailing_ids(self) -> list[int]:
+        """Those that it puts behind one, such as an EOS."""
+        return self._around[1]
+
+    @cached_property
+    def _around(self) -> tuple[list[int], list[int]]:
+        ((whole,), (plain,)) = self.encode_whole(["a"]), self.encode_strings(["a"])
+        for start in range(len(whole) - len(plain) + 1):
+            if whole[start : start + len(plain)] == plain:
+                return whole[:start], whole[start + len(plain) :]
+        return [], []
 
     def _runs(self, pieces: Pieces) -> list[str | int]:
         """Text between special tokens as strings, special tokens as their ids.
@@ -82,8 +149,13 @@ class PieceTokenizer:
         text = ""
         for piece, specials_count in pieces:
             start = 0
-            for match in self._special_pattern.finditer(piece) if specials_count else ():
-                runs += [text + piece[start : match.start()], self._special_ids[match.group()]]
+            for match in self._mark_pattern.finditer(piece) if specials_count else ():
+                runs += [text + piece[start : match.start()], self._marks[match.group()]]
                 text, start = "", match.end()
             text += piece[start:]
         return [run for run in [*runs, text] if run != ""]
+
+
+def _is_mark(token: str) -> bool:
+    """Whether an added token looks like markup, and not like a word that was added."""
+    return token[:1] in MARKS and token[-1:] in MARKS
