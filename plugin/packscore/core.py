@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +25,12 @@ from packscore.flows.jobs import LabelLogits
 from packscore.flows.label_runs import run_labels
 from packscore.flows.page_pool import PrefixLease
 from packscore.flows.runner import Runner
-from packscore.inputs import check_choice, check_count
+from packscore.inputs import check_count
 from packscore.model.class_head import ClassHead, head_of
 from packscore.model.family import base_model, check_supported, is_patched
 from packscore.model.label_head import LabelHead
 from packscore.model.plain import random_part
-from packscore.results import FLOWS, Flow, MaskChoice, NonFiniteChoice, ScoreResult
+from packscore.results import Flow, MaskChoice, NonFiniteChoice, ScoreResult
 from packscore.text.encoding import ArgumentNames, Budget, RequestEncoder, request_encoder
 from packscore.text.labels import LabelIds, Labels
 from packscore.text.prompts import PromptSpec, resolve_prompt
@@ -62,10 +62,6 @@ def core_of(
 ) -> ScoringCore:
     """The parts of a scorer, from the arguments of `MultiItemScorer`."""
     check_supported(model)
-    check_choice("mask_impl", mask_impl, get_args(MaskChoice))
-    check_choice("on_long", on_long, ("truncate", "error"))
-    check_choice("on_non_finite", on_non_finite, get_args(NonFiniteChoice))
-    check_count("prefix_cache_bytes", prefix_cache_bytes, least=0)
     masks: Literal["segment", "dense"] = "dense" if mask_impl == "dense" else "segment"
     check_patched(model, masks)
     base = base_model(model)
@@ -192,8 +188,6 @@ class ScoringCore:
         progress: Callable[[int], object] = lambda _: None,
     ) -> list[LabelLogits | Exception]:
         """Label logits of every request, or the error that it met."""
-        if flow is not None:
-            check_choice("flow", flow, FLOWS)
         if not labels.are_single:
             found = run_labels(
                 self.runner,

@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from packscore.calls import leave, program_of, serve
 from packscore.errors import InputError
+from packscore.inputs import checked
 from packscore.model.family import (
     BASES,
     REGISTERED_NAMES,
@@ -34,6 +35,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 MARK = "_packscore"  # the attribute of a patched model
 
 
+@checked
 def patch_model(
     model: ModelT, *, device: str | None = None, compile_cache: str | Path | None = None
 ) -> ModelT:

@@ -17,7 +17,7 @@ from packscore.flows.engine import Engine
 from packscore.flows.jobs import LabelLogits
 from packscore.flows.page_pool import PrefixLease
 from packscore.flows.runner import Runner
-from packscore.inputs import Text, as_list
+from packscore.inputs import Text, as_list, checked
 from packscore.results import ScoreResult
 from packscore.text.encoding import ArgumentNames
 from packscore.text.labels import LabelIds, Labels
@@ -83,6 +83,7 @@ class Prefix:
         return_usage: Literal[True],
     ) -> ScoreResult[list[list[float]]]: ...
 
+    @checked
     def score(
         self,
         items: Iterable[Text],

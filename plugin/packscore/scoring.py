@@ -14,7 +14,7 @@ from packscore.encoded import EncodedRequest
 from packscore.errors import ScoringError
 from packscore.flows.page_pool import PREFIX_CACHE_BYTES
 from packscore.flows.planner import Explanation
-from packscore.inputs import Text, as_iterator, as_list, as_pairs, as_requests, check_count
+from packscore.inputs import Text, as_iterator, as_list, as_pairs, as_requests, checked
 from packscore.prefixes import Prefix, stream
 from packscore.results import (
     Flow,
@@ -66,6 +66,7 @@ class MultiItemScorer:
       InputError, InputTypeError: an option does not exist or does not fit the others.
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
@@ -135,6 +136,7 @@ class MultiItemScorer:
         return_usage: Literal[True],
     ) -> ScoreResult[list[list[float]]]: ...
 
+    @checked
     def score(
         self,
         query: Text,
@@ -205,6 +207,7 @@ class MultiItemScorer:
         return_usage: Literal[True],
     ) -> ScoreResult[list[RankedDocument]]: ...
 
+    @checked
     def rank(
         self,
         query: Text,
@@ -237,7 +240,6 @@ class MultiItemScorer:
           NonFiniteScoreError: as `score` raises it.
         """
         self._core.check_ready()
-        check_count("top_k", top_k)
         found = as_list("documents", documents)
         names = ArgumentNames(item="documents[{}]".format)
         labels = self._core.head.for_ranking(self._core.default_labels)
@@ -276,6 +278,7 @@ class MultiItemScorer:
         return_usage: Literal[True],
     ) -> ScoreResult[Scores]: ...
 
+    @checked
     def predict(
         self,
         pairs: Iterable[Sequence[Text]],
@@ -360,6 +363,7 @@ class MultiItemScorer:
         return_usage: Literal[True],
     ) -> list[ScoreResult[list[list[float]]]]: ...
 
+    @checked
     def score_many(
         self,
         requests: Iterable[tuple[Text, Iterable[Text]]],
@@ -425,6 +429,7 @@ class MultiItemScorer:
         self._core.check_finite(gaps, scored, "requests[{0[0]}][1][{0[1]}]".format)
         return scored
 
+    @checked
     def score_stream(
         self,
         query: Text,
@@ -455,7 +460,6 @@ class MultiItemScorer:
             before it, up to the last full launch, were yielded.
           NonFiniteScoreError: as `score` raises it; the scores of items before were yielded.
         """
-        check_count("max_items", max_items)
         self._core.check_ready()
         over_vocabulary = not apply_softmax
         chosen = self._core.labels(labels, label_token_ids, over_vocabulary=over_vocabulary)
@@ -489,6 +493,7 @@ class MultiItemScorer:
         print(explanation)
         return explanation
 
+    @checked
     def calibrate(self, *, seconds: float = 5.0) -> None:
         """Measure launches of this model on this machine, for the planner's choices.
 

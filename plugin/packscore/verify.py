@@ -15,7 +15,7 @@ from torch import nn
 
 from packscore.encoded import EncodedRequest
 from packscore.errors import InputError
-from packscore.inputs import Text, as_list, as_pairs
+from packscore.inputs import Text, as_list, as_pairs, checked
 from packscore.model.family import base_model, is_classifier, is_patched
 from packscore.patching import ModelT, patch_model, switch_attention
 from packscore.results import MaskChoice
@@ -144,6 +144,7 @@ class ParityReport:
         return "equal"
 
 
+@checked
 def verify_parity(
     model: nn.Module,
     tokenizer: Any = None,

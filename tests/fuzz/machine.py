@@ -209,7 +209,7 @@ class ModelMachine(World, RuleBasedStateMachine):
                 held = self.scorer.prefix(prefix)
             except Exception as error:
                 is_known = self.is_documented(error) or self.may_not_hold(prefix, error)
-                if not is_known and not self.fails_itself():
+                if not is_known and str(error) != self.own_failure() and not self.fails_itself():
                     raise LostError(f"prefix {self.told()}: {error!r}") from error
             else:
                 self.held.append((held, prefix, self.num_changes))

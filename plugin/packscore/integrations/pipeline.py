@@ -13,7 +13,7 @@ from transformers import Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from packscore.errors import InputError, InputTypeError, ScoringError
-from packscore.inputs import Text, as_list, check_choice, check_count, short
+from packscore.inputs import Text, as_list, check_choice, check_count, check_options, short
 from packscore.integrations.loading import kept_scorer
 from packscore.integrations.pipeline_outputs import (
     Label,
@@ -177,7 +177,7 @@ class MultiItemScoringPipeline(Pipeline):
                     f"{name}={short(kwargs[name])} is no option of {TASK!r}; "
                     f"it has {', '.join((*OPTIONS, 'batch_size'))}"
                 )
-        check_count("top_k", kwargs.get("top_k"))
+        check_options(kwargs)
         given = {
             name: x for name, x in kwargs.items() if name not in LABEL_OPTIONS or x is not None
         }

@@ -20,6 +20,7 @@ from packscore.errors import InputError
 from packscore.flows.engine import Readout
 from packscore.flows.packing import PackedBatch
 from packscore.flows.page_pool import PREFIX_CACHE_BYTES
+from packscore.inputs import checked
 from packscore.model.family import class_count
 from packscore.model.sizes import ModelSizes
 from packscore.programs.compiling import Executables
@@ -246,6 +247,7 @@ class ModelProgram:
             logits = self._executables.get(HeadKey(step))(weights, chunk)
             yield start, to_torch(logits)[: len(part)]
 
+    @checked
     def warmup(
         self,
         *,

@@ -122,6 +122,8 @@ def read_labels(
     """
     if labels is not None and label_token_ids is not None:
         raise InputError("labels and label_token_ids are two ways to say one thing; pass one")
+    if isinstance(label_token_ids, np.ndarray | torch.Tensor):
+        label_token_ids = label_token_ids.tolist()
     if labels is not None:
         sequences = _of_texts(as_list("labels", labels), tokenizer)
     elif label_token_ids is not None:

@@ -121,7 +121,7 @@ def resolve_prompt(prompt: str | PromptSpec | None) -> PromptSpec:
     if isinstance(prompt, PromptSpec):
         return prompt
     name = "plain" if prompt is None else prompt
-    if name not in PROMPTS:
+    if not isinstance(name, str) or name not in PROMPTS:
         raise InputError(
             f"prompt={prompt!r} must be a PromptSpec or one of {', '.join(sorted(PROMPTS))}"
         )
