@@ -37,9 +37,49 @@ class _Node:
     page: int
     tokens: TokenIds  # i64[at most page_size]
     parent: _Node | None
-    children: dict[int, list[_Node]] = field(default_factory=dict)  # by their first token
+    children: dict[int, _Siblings] = field(default_factory=dict)  # by their first token
     pins: int = 0
     is_orphan: bool = False  # its tree was dropped while it was pinned
+
+
+class _Siblings:
+    """Pages that follow one page and begin with one token: many queries' with one frame."""
+
+    def __init__(self) -> None:
+        self._nodes: list[_Node] = []
+        self._rows = np.zeros((1, 0), np.int64)  # [capacity, page_size], -1 behind a page's tokens
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __iter__(self) -> Iterator[_Node]:
+        return iter(self._nodes)
+
+    def append(self, node: _Node, page_size: int) -> None:
+        """Add a page."""
+        count = len(self._nodes)
+        if count == len(self._rows) or not self._rows.size:
+            grown = np.full((2 * max(count, 1), page_size), -1, np.int64)
+            grown[:count] = self._rows[:count] if count else -1
+            self._rows = grown
+        self._nodes.append(node)
+        self._rows[count] = -1
+        self._rows[count, : len(node.tokens)] = node.tokens
+
+    def remove(self, node: _Node) -> None:
+        """Take a page out; the last takes its place."""
+        at = self._nodes.index(node)
+        last = self._nodes.pop()
+        if last is not node:
+            self._nodes[at] = last
+            self._rows[at] = self._rows[len(self._nodes)]
+
+    def best(self, tokens: TokenIds) -> tuple[_Node, int]:
+        """The page that shares most tokens from the start, and how many; the oldest of several."""
+        differs = self._rows[: len(self._nodes), : len(tokens)] != tokens
+        shared = np.where(differs.any(1), differs.argmax(1), len(tokens))
+        at = int(shared.argmax())
+        return self._nodes[at], int(shared[at])
 
 
 def common_len(a: TokenIds, b: TokenIds) -> int:
@@ -249,13 +289,10 @@ class PagePool:
         node, at = self._root, 0
         while at < len(tokens):
             rest = tokens[at : at + self.page_size]
-            best, shared = None, 0
-            for child in node.children.get(int(rest[0]), ()):
-                length = common_len(child.tokens, rest)
-                if length > shared:
-                    best, shared = child, length
-            if best is None:
+            siblings = node.children.get(int(rest[0]))
+            if siblings is None:
                 break
+            best, shared = siblings.best(rest)
             if shared < self.page_size:
                 ends_here = at + shared == len(tokens)
                 if ends_here or shared >= MIN_SHARED_TOKENS:
@@ -318,7 +355,8 @@ class PagePool:
                 tokens = lease.tokens[i * self.page_size : (i + 1) * self.page_size]
                 node = _Node(int(lease.pages[i]), tokens, parent, pins=1, is_orphan=stale)
                 if not stale:
-                    parent.children.setdefault(int(tokens[0]), []).append(node)
+                    siblings = parent.children.setdefault(int(tokens[0]), _Siblings())
+                    siblings.append(node, self.page_size)
                 hold.path.append(node)
                 parent = node
             lease.cached_len = end

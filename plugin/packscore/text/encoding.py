@@ -211,6 +211,8 @@ class PromptEncoder:
         literals = [literal for literal, _ in [*rest, *parse_template(spec.suffix)]]
         self._tail: Pieces = [("".join(literals), True)]
         self._before, self._behind = self._added()
+        (tail,) = self._tokenizer.encode([self._tail])
+        self._tail_ids = np.append(tail, self._behind)
         self._cut_is_exact = self._try_cut()
 
     def encode(
@@ -236,18 +238,18 @@ class PromptEncoder:
         if not query.strip() and "query" in template_fields(self._spec.prefix):
             raise InputError(f"{names.query}={query!r} is empty, and the prompt asks about it")
         prefix_pieces = self._prefix(query)
-        prefix, tail = self._tokenizer.encode([prefix_pieces, self._tail])
-        prefix, tail = np.append(self._before, prefix), np.append(tail, self._behind)
-        budget = self._budget.beside(extra)
-        room = budget.check_room(len(prefix), len(tail), names)
-        shared, limit = ([], room) if self._cut_is_exact else (prefix_pieces, room + len(prefix))
+        shared = [] if self._cut_is_exact else prefix_pieces
         # the tail is encoded with its item, for they may merge where no special token starts it
         texts = [[*shared, *self._body(item)] for item in items]
+        first, *each = self._tokenizer.encode(
+            [prefix_pieces, *([*text, *self._tail] for text in texts)]
+        )
+        prefix, tail = np.append(self._before, first), self._tail_ids
+        budget = self._budget.beside(extra)
+        room = budget.check_room(len(prefix), len(tail), names)
+        limit = room if self._cut_is_exact else room + len(prefix)
         before = self._before[:0] if self._cut_is_exact else self._before
-        encoded = [
-            np.concatenate([before, ids, self._behind])
-            for ids in self._tokenizer.encode([[*text, *self._tail] for text in texts])
-        ]
+        encoded = [np.concatenate([before, ids, self._behind]) for ids in each]
         truncated = [i for i, ids in enumerate(encoded) if len(ids) > limit]
         for i, body in zip(
             truncated, self._tokenizer.encode([texts[i] for i in truncated]), strict=True

@@ -20,6 +20,8 @@ from packscore.inputs import short
 MARKS = frozenset("<>[]{}|")
 # What stands for a mark where texts hold none: private characters, and still found in a text.
 UNWRITTEN = "\ue000{}\ue000"
+# Characters up to which texts are encoded by the calling thread, one by one.
+ALONE = 4000
 Pieces = list[tuple[str, bool]]  # (text, whether special tokens in it count as such)
 
 
@@ -73,8 +75,7 @@ class PieceTokenizer:
         if self._text_only is None:
             encoded = self._call(texts, split_special_tokens=True)
         else:
-            found = self._text_only.encode_batch_fast(texts, add_special_tokens=False)
-            encoded = [one.ids for one in found]
+            encoded = _ids_of(self._text_only, texts)
         for text, ids in zip(texts, encoded, strict=True):
             if self.mentions_special(text):
                 self._check_split(text, ids)
@@ -154,6 +155,12 @@ class PieceTokenizer:
                 text, start = "", match.end()
             text += piece[start:]
         return [run for run in [*runs, text] if run != ""]
+
+
+def _ids_of(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    if sum(map(len, texts)) < ALONE:  # other threads would take longer to wake
+        return [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    return [one.ids for one in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _is_mark(token: str) -> bool:
