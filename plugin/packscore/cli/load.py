@@ -181,6 +181,15 @@ def _load_model(options: ModelOptions, torch_device: str) -> PreTrainedModel:
         with torch.device("meta"):
             empty: PreTrainedModel = auto.from_config(config).eval()
             return empty
-    loaded = auto.from_pretrained(options.model, revision=options.revision, dtype=dtype)
+    loaded, found = auto.from_pretrained(
+        options.model, revision=options.revision, dtype=dtype, output_loading_info=True
+    )
+    missing = sorted(found["missing_keys"])  # a head that is tied to the embeddings is not missing
+    if missing:
+        more = f" and {len(missing) - 3:,} more" if len(missing) > 3 else ""
+        raise RunError(
+            f"--model={options.model}: the checkpoint has no {', '.join(missing[:3])}{more}, "
+            "so they would be random; download or save it again, or name the model that was meant"
+        )
     model: PreTrainedModel = loaded.to(torch_device).eval()
     return model
