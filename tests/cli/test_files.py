@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 import pytest
+from pyarrow import parquet
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cli_helpers import MODEL, RECORDS, Cli
@@ -82,7 +83,7 @@ def test_options_reach_the_scorer(cli: Cli) -> None:
     options = ("--query-field", "q", "--items-field", "texts", "--prompt", "mine.json")
     options += ("--instruction", "Now.", "--label-token-ids", "5,6,7", "--dtype", "float32")
     done = cli("score", path, "-o", "out.jsonl", *MODEL, *options)
-    assert done.code == 3  # a field named items would be lost, were items returned
+    assert done.code == 2  # a field named items would be lost, were items returned
     records = [{"q": "open", "texts": texts}]
     done = cli(
         "score", cli.write("in.jsonl", records), "-o", "out.jsonl", *MODEL, *options,
@@ -145,7 +146,17 @@ def test_csv_groups_consecutive_rows_and_gives_them_back(cli: Cli, scorer: Multi
 
 def test_csv_ranking_is_sorted_inside_a_query(cli: Cli, scorer: MultiItemScorer) -> None:
     (cli.folder / "in.csv").write_text(PAIRS)
-    done = cli("rank", "in.csv", "-o", "out.csv", *MODEL, "--top-k", "1", "--return-documents")
+    done = cli(
+        "rank",
+        "in.csv",
+        "-o",
+        "out.csv",
+        *MODEL,
+        "--top-k",
+        "1",
+        "--return-documents",
+        "--no-group",
+    )
     assert done.code == 0, done.err
     rows = list(csv.DictReader((cli.folder / "out.csv").open(newline="")))
     best = scorer.rank("open", ["Open a file.", 'Shuffle, "it"\ntwice'])[0]
@@ -185,18 +196,12 @@ def test_parquet_both_ways(cli: Cli, scorer: MultiItemScorer) -> None:
     assert "nothing to do" in again.err
 
 
-def test_parquet_keeps_columns_that_begin_late_and_refuses_mixed_types(cli: Cli) -> None:
-    import pyarrow.parquet
-
+def test_parquet_keeps_columns_that_begin_late(cli: Cli) -> None:
     records = [*RECORDS, *({"query": "q", "items": ["x"], "late": i} for i in range(3))]
     done = cli("score", cli.write("in.jsonl", records[1:]), "-o", "o.parquet", *MODEL)
     assert done.code == 0, done.err
-    found = pyarrow.parquet.read_table(cli.folder / "o.parquet").to_pylist()
+    found = parquet.read_table(cli.folder / "o.parquet").to_pylist()
     assert [r["late"] for r in found] == [None, None, 0, 1, 2]
-    done = cli("score", cli.write("in.jsonl", RECORDS), "-o", "p.parquet", *MODEL)
-    assert done.code == 1
-    assert "parquet has one type for a column" in done.err
-    assert len(cli.read("p.parquet.part.jsonl")) == len(RECORDS)
 
 
 def test_without_pyarrow_the_remedy_is_named(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

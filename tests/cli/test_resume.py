@@ -14,13 +14,14 @@ import pytest
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from cli_helpers import MODEL, RECORDS, Cli
+from cli_stand_in import plan_of, run_stand_in
 from packscore import Usage, shipped_model_path
 from packscore.cli import run as running
 from packscore.cli.exits import ExitCode
-from packscore.cli.options import ReadOptions
-from packscore.files.failures import RunError
-from packscore.files.file_plan import FilePlan, plan_files
-from packscore.files.records import FieldNames, Record
+from packscore.files.failures import RunError, UsageError
+from packscore.files.file_plan import plan_files
+from packscore.files.locks import locked
+from packscore.files.records import Record
 
 
 @pytest.mark.parametrize(
@@ -63,32 +64,6 @@ def test_thousands_of_records_killed_many_times(
     assert ids == [i for i in range(num_records) if i not in broken]
 
 
-def task_of(calls: list[int]) -> running.Task:
-    """A stand-in for a model, which remembers the lines that it scored."""
-
-    def run(record: Record) -> tuple[dict[str, Any], Usage]:
-        calls.append(record.line)
-        scores = [[len(item) / 7, len(record.query) / 3] for item in record.items]
-        return {"scores": scores}, Usage(1, 1, 0, 0, 0, (), (), "packed", "segment")
-
-    return run
-
-
-def run_stand_in(plan: FilePlan, settings: dict[str, Any] | None = None) -> list[int]:
-    """One run; the lines that it scored."""
-    calls: list[int] = []
-    read = ReadOptions(FieldNames(), 1000)
-    given = {"softmax": False} if settings is None else settings
-    running.run_file(plan, read, task_of(calls), given, ["no", "yes"], quiet=True)
-    return calls
-
-
-def plan_of(output: str, **options: bool) -> FilePlan:
-    return plan_files(
-        "in.jsonl", output, None, None, None, **{"resume": True, "overwrite": False, **options}
-    )
-
-
 # bad lines first, last, and two in a row
 MIXED = ["bad", RECORDS[0], RECORDS[1], "bad", "", "bad", RECORDS[2], RECORDS[0], "bad"]
 FILES = ("out.jsonl", "out.jsonl.errors.jsonl")
@@ -120,7 +95,10 @@ def torn_states(unbroken: dict[str, bytes]) -> list[tuple[bytes, bytes]]:
     return states
 
 
-def test_a_run_cut_at_any_byte_ends_the_same(cli: Cli, unbroken: dict[str, bytes]) -> None:
+def test_a_run_cut_at_any_byte_ends_the_same(
+    cli: Cli, unbroken: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", bool)  # a thousand runs, none of which loses power
     note = json.loads(Path("out.jsonl.packscore.json").read_text())
     states = torn_states(unbroken)
     assert len(states) > sum(map(len, unbroken.values()))
@@ -227,14 +205,10 @@ def test_other_options_are_named(cli: Cli, unbroken: dict[str, bytes]) -> None:
 
 
 def test_two_runs_on_one_output_are_refused(cli: Cli, unbroken: dict[str, bytes]) -> None:
-    import fcntl
-
     note = Path("out.jsonl.packscore.json")
     note.write_text(note.read_text().replace("true", "false"))
-    with Path("out.jsonl").open("r+b") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(RunError, match="being written by another process"):
-            run_stand_in(plan_of("out.jsonl"))
+    with locked([Path("out.jsonl")]), pytest.raises(RunError, match="written by another process"):
+        run_stand_in(plan_of("out.jsonl"))
 
 
 def test_every_option_of_the_command_line_is_compared(cli: Cli) -> None:
@@ -327,3 +301,28 @@ def test_a_model_that_fails_stops_the_run_and_keeps_what_is_done(
     assert done.code == 1
     assert "line 2 of INPUT: RuntimeError: the device is gone" in done.err
     assert len(cli.read("out.jsonl")) == 1
+
+
+CHANGES = {
+    ("--id-field", "other"): "id_field=None",
+    ("--delimiter", "comma"): "delimiter=None",
+    ("--group",): "group=None",
+    ("--no-group",): "group=None",
+}
+
+
+@pytest.mark.parametrize("options", CHANGES)
+def test_options_of_reading_are_compared(cli: Cli, options: tuple[str, ...]) -> None:
+    Path("in.csv").write_text("query,item,other\na,b,1\n")
+    base = ("rank", "in.csv", "-o", "out.jsonl", *MODEL, "--resume")
+    assert cli(*base).code == 0
+    done = cli(*base, *options)
+    assert done.code == 1
+    assert f"was made with {CHANGES[options]}" in done.err
+
+
+def test_a_plan_without_choice_refuses_what_is_there(cli: Cli) -> None:
+    cli.write("in.jsonl", RECORDS)
+    Path("out.csv.part.jsonl").write_text("")
+    with pytest.raises(UsageError, match=r"out\.csv\.part\.jsonl exists; pass --resume"):
+        plan_of("out.csv", resume=False)

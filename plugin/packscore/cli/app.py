@@ -9,10 +9,12 @@ import typer
 
 import packscore
 from packscore.cli import options as opt
+from packscore.cli.columns import Shape, reserved_fields
 from packscore.cli.exits import ExitCode, exit_codes, tell
 from packscore.files.failures import UsageError
-from packscore.files.file_plan import FilePlan, plan_files
-from packscore.files.records import FieldNames
+from packscore.files.file_plan import FilePlan, check_free, plan_files
+from packscore.files.inputs import Input, ReadOptions, open_input
+from packscore.files.locks import locked
 
 DEFAULT_MAX_LINE_BYTES = 8 * 2**20
 
@@ -73,6 +75,9 @@ def score(
     output_format: opt.OutputFormat = None,
     query_field: opt.QueryField = "query",
     items_field: opt.ItemsField = None,
+    id_field: opt.IdField = None,
+    delimiter: opt.Delimiter = None,
+    group: opt.Group = None,
     errors: opt.Errors = None,
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
@@ -99,7 +104,9 @@ def score(
         files = plan_files(
             input, output, errors, input_format, output_format, resume=resume, overwrite=overwrite
         )
-        read = opt.ReadOptions(FieldNames(query_field, items_field), max_line_bytes)
+        read = opt.read_options(
+            query_field, items_field, id_field, max_line_bytes, delimiter, group
+        )
         code = _run(files, read, chosen, task, dry_run=dry_run, quiet=quiet)
     raise typer.Exit(code)
 
@@ -127,6 +134,9 @@ def rank(
     output_format: opt.OutputFormat = None,
     query_field: opt.QueryField = "query",
     items_field: opt.ItemsField = None,
+    id_field: opt.IdField = None,
+    delimiter: opt.Delimiter = None,
+    group: opt.Group = None,
     errors: opt.Errors = None,
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
@@ -153,7 +163,9 @@ def rank(
         files = plan_files(
             input, output, errors, input_format, output_format, resume=resume, overwrite=overwrite
         )
-        read = opt.ReadOptions(FieldNames(query_field, items_field), max_line_bytes)
+        read = opt.read_options(
+            query_field, items_field, id_field, max_line_bytes, delimiter, group, once=True
+        )
         code = _run(files, read, chosen, task, dry_run=dry_run, quiet=quiet)
     raise typer.Exit(code)
 
@@ -175,6 +187,8 @@ def verify(
     input_format: opt.InputFormat = None,
     query_field: opt.QueryField = "query",
     items_field: opt.ItemsField = None,
+    id_field: opt.IdField = None,
+    delimiter: opt.Delimiter = None,
     max_line_bytes: opt.MaxLineBytes = DEFAULT_MAX_LINE_BYTES,
 ) -> None:
     """Compare packed scores with the unpacked model's, on your own records."""
@@ -191,7 +205,7 @@ def verify(
             max_tokens,
             on_long,
         )
-        read = opt.ReadOptions(FieldNames(query_field, items_field), max_line_bytes)
+        read = opt.read_options(query_field, items_field, id_field, max_line_bytes, delimiter, None)
         from packscore.cli.verify import verify_file
 
         code = verify_file(input, input_format, read, chosen, limit)
@@ -241,32 +255,56 @@ def warmup(
 
 def _run(
     files: FilePlan,
-    read: opt.ReadOptions,
+    read: ReadOptions,
     chosen: opt.ModelOptions,
     task: dict[str, Any],
     *,
     dry_run: bool,
     quiet: bool,
 ) -> ExitCode:
-    from packscore.cli import run as running
-    from packscore.cli.dry_run import make_plan
-    from packscore.cli.load import load
-    from packscore.files.readers import open_reader
+    reserved = reserved_fields(files.output_format)
+    with open_input(files.input, files.input_format, read, reserved) as entries:
+        if not quiet:
+            tell(entries.understood)
+        if not dry_run:
+            with locked(files.written):
+                check_free(files)
+                return _run_open(files, read, entries, chosen, task, quiet=quiet)
+        from packscore.cli.dry_run import make_plan
+        from packscore.cli.load import load
 
-    loaded = load(chosen, weights=not dry_run)
-    scorer, names = loaded.scorer, loaded.label_names
-    if task["command"] == "rank" and len(names) != 2:
-        raise UsageError(f"rank compares two labels, (negative, positive), and not {names}")
-    if dry_run:
-        with open_reader(
-            files.input, files.input_format, read.names, read.max_line_bytes
-        ) as reader:
-            plan = make_plan(reader, scorer)
+        loaded = load(chosen, weights=False)
+        _check_labels(task, loaded.label_names)
+        plan = make_plan(entries, loaded.scorer)
         typer.echo(plan.text())
         return ExitCode.BAD_RECORDS if plan.bad_records else ExitCode.OK
+
+
+def _run_open(
+    files: FilePlan,
+    read: ReadOptions,
+    entries: Input,
+    chosen: opt.ModelOptions,
+    task: dict[str, Any],
+    *,
+    quiet: bool,
+) -> ExitCode:
+    from packscore.cli import run as running
+    from packscore.cli.load import load
+
+    loaded = load(chosen)
+    _check_labels(task, loaded.label_names)
     if not quiet:
         tell(f"{chosen.model} on {loaded.device} in {loaded.dtype}")
     options = {name: value for name, value in task.items() if name != "command"}
     made = running.rank_task if task["command"] == "rank" else running.score_task
     settings = running.settings_of(loaded, chosen, read, files.input_format, task)
-    return running.run_file(files, read, made(scorer, **options), settings, names, quiet=quiet)
+    shape = Shape(read.names.query, task["command"], loaded.label_names, entries.rows)
+    return running.run_file(
+        files, entries, made(loaded.scorer, **options), settings, shape, quiet=quiet
+    )
+
+
+def _check_labels(task: dict[str, Any], names: list[str]) -> None:
+    if task["command"] == "rank" and len(names) != 2:
+        raise UsageError(f"rank compares two labels, (negative, positive), and not {names}")

@@ -1,51 +1,59 @@
-"""From the JSON lines of a run to the CSV or parquet file that was asked for."""
+"""From the JSON lines of a run to the file that was asked for."""
 
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import json
-from collections.abc import Callable, Iterator
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, cast
 
-from packscore.files.failures import RunError
-from packscore.files.readers import parquet_module
-
-PARQUET_BATCH_ROWS = 1024
-Row = dict[str, Any]
-# What a run adds to a record.
-RESULT_FIELDS = frozenset({"scores", "ranking", "truncated_items", "non_finite_items", "items"})
+from packscore.cli.columns import Row, Shape, cell, columns_of
+from packscore.cli.parquet import write_parquet
 
 
-def result_columns(output_format: str, labels: list[str]) -> frozenset[str]:
-    """Names that results use in the output, so that no field of the input may have them."""
-    if output_format != "csv":
-        return RESULT_FIELDS
-    columns = {"corpus_id", "score", "text", "item", "truncated"}
-    return RESULT_FIELDS | columns | {f"score_{label}" for label in labels}
-
-
-def convert(
-    results: Path, output: Path, output_format: str, labels: list[str], item_fields: bool
-) -> None:
+def convert(results: Path, output: Path, output_format: str, shape: Shape) -> list[str]:
     """Write the output from the part-file, all of it or none.
 
     Args:
       results: the part-file, JSON lines.
-      output: the file to write.
-      output_format: "csv" or "parquet".
-      labels: names of the labels, for CSV columns.
-      item_fields: whether lists among the carried fields have one value for each item.
+      output: the file to write; compressed where its name ends in .gz.
+      output_format: one of `FORMATS`.
+      shape: of the results.
 
-    Raises:
-      RunError: a column holds values of different types.
+    Returns:
+      Names of columns that hold JSON, for want of a type: in parquet a column has one.
     """
-    written = Path(f"{output}.tmp")
-    if output_format == "csv":
-        _write_csv(results, written, lambda record: _rows(record, labels, item_fields))
+    written, in_json = Path(f"{output}.packscore.tmp"), list[str]()
+    if output_format == "parquet":
+        in_json = write_parquet(lambda: _records(results), written, shape)
     else:
-        _write_parquet(results, written)
+        with _bytes_of(written, compressed=output.suffix.lower() == ".gz") as file:
+            if output_format == "jsonl":
+                with results.open("rb") as lines:
+                    shutil.copyfileobj(lines, file)
+            else:
+                _write_table(results, file, "\t" if output_format == "tsv" else ",", shape)
+    with written.open("rb+") as done:
+        os.fsync(done.fileno())
     written.replace(output)
+    return in_json
+
+
+@contextmanager
+def _bytes_of(path: Path, *, compressed: bool) -> Iterator[IO[bytes]]:
+    with path.open("wb") as raw:
+        if compressed:
+            # the same bytes at any time and under any name
+            with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
+                yield cast(IO[bytes], file)
+        else:
+            yield raw
 
 
 def _records(results: Path) -> Iterator[Row]:
@@ -54,86 +62,43 @@ def _records(results: Path) -> Iterator[Row]:
             yield json.loads(line)
 
 
-def _rows(record: Row, labels: list[str], item_fields: bool) -> Iterator[Row]:
+def _rows(record: Row, shape: Shape) -> Iterator[Row]:
     """One row for each item of a record: in their order for scores, best first for a ranking."""
     record = dict(record)
     scores, ranking = record.pop("scores", None), record.pop("ranking", None)
     truncated = set(record.pop("truncated_items", ()))
     record.pop("non_finite_items", None)  # their cells are empty
-    items = record.pop("items", None)
-    listed = {name for name in record if item_fields and isinstance(record[name], list)}
+    items, ids = record.pop("items", None), record.pop("item_ids", None)
+    listed = {name for name in record if shape.rows and isinstance(record[name], list)}
     for place in range(len(ranking if scores is None else scores)):
         entry = {"corpus_id": place} if ranking is None else dict(ranking[place])
-        i = entry["corpus_id"]
+        i = entry.pop("corpus_id")
         row = {name: value[i] if name in listed else value for name, value in record.items()}
+        row["corpus_id"] = i
+        if ids is not None or "id" in entry:
+            row["item_id"] = entry.pop("id") if ids is None else ids[i]
         row |= entry
         if items is not None:
             row["item"] = items[i]
         if scores is not None:
-            row |= {f"score_{label}": p for label, p in zip(labels, scores[i], strict=True)}
+            labelled = zip(shape.labels, scores[i], strict=True)
+            row |= {f"score_{label}": p for label, p in labelled}
         yield row | {"truncated": i in truncated}
 
 
-def _write_csv(results: Path, written: Path, rows_of: Callable[[Row], Iterator[Row]]) -> None:
-    columns = _columns(row for record in _records(results) for row in rows_of(record))
-    with written.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
+def _write_table(results: Path, file: IO[bytes], delimiter: str, shape: Shape) -> None:
+    def rows() -> Iterator[Row]:
         for record in _records(results):
-            for row in rows_of(record):
-                writer.writerow({name: _cell(value) for name, value in row.items()})
+            yield from _rows(record, shape)
 
-
-def _cell(value: Any) -> Any:
-    """Text and numbers as they are, everything else as JSON; null is an empty cell."""
-    if value is None or (isinstance(value, str | int | float) and not isinstance(value, bool)):
-        return value
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _columns(rows: Iterator[Row]) -> list[str]:
-    """Names of all columns, in order of first appearance."""
-    columns: dict[str, None] = {}
-    for row in rows:
-        columns |= dict.fromkeys(row)
-    return list(columns)
-
-
-def _write_parquet(results: Path, written: Path) -> None:
-    import pyarrow
-
-    parquet = parquet_module()
-    columns = _columns(_records(results))
-    try:
-        tables = (_table(rows, columns) for rows in _batches(results))
-        schemas = [table.schema for table in tables]
-        schema = pyarrow.unify_schemas(schemas, promote_options="permissive")
-        with parquet.ParquetWriter(written, schema) as writer:
-            for rows in _batches(results):
-                writer.write_table(_table(rows, columns, schema))
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
-        raise RunError(
-            f"{error}; parquet has one type for a column. All results are in {results}; "
-            "pass --output-format jsonl, or make the types of the input's fields agree"
-        ) from error
-
-
-def _batches(results: Path) -> Iterator[list[Row]]:
-    batch: list[Row] = []
-    for record in _records(results):
-        batch.append(record)
-        if len(batch) == PARQUET_BATCH_ROWS:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _table(rows: list[Row], columns: list[str], schema: Any = None) -> Any:
-    import pyarrow
-
-    if schema is not None:
-        return pyarrow.Table.from_pylist(rows, schema=schema)
-    # from_pylist takes the columns from the first row alone
-    arrays = [pyarrow.array([row.get(name) for row in rows]) for name in columns]
-    return pyarrow.table(dict(zip(columns, arrays, strict=True)))
+    columns = columns_of(rows)
+    if not columns:  # no record was good
+        scores = ["score"] if shape.command == "rank" else [f"score_{x}" for x in shape.labels]
+        columns = [shape.query_holder, "corpus_id", *scores, "truncated"]
+    text = io.TextIOWrapper(file, "utf-8", newline="")
+    writer = csv.writer(text, delimiter=delimiter)
+    writer.writerow(map(cell, columns))
+    for row in rows():
+        writer.writerow([cell(row.get(name)) for name in columns])
+    text.flush()
+    text.detach()

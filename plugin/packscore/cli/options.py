@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from packscore.files.failures import UsageError
+from packscore.files.inputs import ReadOptions
+from packscore.files.readers import delimiter_from
 from packscore.files.records import FieldNames
 
 if TYPE_CHECKING:
@@ -18,10 +20,16 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 Input = Annotated[
-    str, typer.Argument(help="A .jsonl, .csv or .parquet file of records; - is stdin (JSONL).")
+    str,
+    typer.Argument(
+        help="A .jsonl, .csv, .tsv or .parquet file of records, compressed or not; - is stdin."
+    ),
 ]
 Output = Annotated[
-    str, typer.Option("--output", "-o", help="The file to write; - is stdout (JSONL).")
+    str,
+    typer.Option(
+        "--output", "-o", help="The file to write, compressed as .gz; - is stdout (JSONL)."
+    ),
 ]
 Model = Annotated[str, typer.Option("--model", "-m", help="Hub name or folder of the model.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub name.")]
@@ -60,16 +68,41 @@ OnNonFinite = Annotated[
     ),
 ]
 InputFormat = Annotated[
-    str | None, typer.Option("--format", help="jsonl, csv or parquet; default: by the suffix.")
+    str | None, typer.Option("--format", help="jsonl, csv, tsv or parquet; default: by the suffix.")
 ]
 OutputFormat = Annotated[
-    str | None, typer.Option(help="jsonl, csv or parquet; default: by the suffix.")
+    str | None, typer.Option(help="jsonl, csv, tsv or parquet; default: by the suffix.")
 ]
-QueryField = Annotated[str, typer.Option(help="Field or column of the query.")]
+QueryField = Annotated[str, typer.Option(help="Field or column of the query; a.b is b inside a.")]
 ItemsField = Annotated[
     str | None,
     typer.Option(
-        help="Field or column of the items; default: items or documents (CSV: item or document).",
+        help="Field or column of the items, such as docs.body; default: items, documents, docs, "
+        "item, document or doc.",
+        show_default=False,
+    ),
+]
+IdField = Annotated[
+    str | None,
+    typer.Option(
+        help="Field or column of the items' ids; default: docs.id where items are objects, "
+        "item_id, document_id or doc_id where they are rows.",
+        show_default=False,
+    ),
+]
+Delimiter = Annotated[
+    str | None,
+    typer.Option(
+        help="Between columns: a character, or tab; default: told by the header.",
+        show_default=False,
+    ),
+]
+Group = Annotated[
+    bool | None,
+    typer.Option(
+        "--group/--no-group",
+        help="Of rows: bring all of a query together, in memory, or take those that follow each "
+        "other as they are; default: the latter, and rank refuses a query that comes back.",
         show_default=False,
     ),
 ]
@@ -122,12 +155,20 @@ class ModelOptions:
         _check_choice("--on-non-finite", self.on_non_finite, ("raise", "report"))
 
 
-@dataclass(frozen=True)
-class ReadOptions:
-    """How the input is read."""
-
-    names: FieldNames
-    max_line_bytes: int
+def read_options(
+    query_field: str,
+    items_field: str | None,
+    id_field: str | None,
+    max_line_bytes: int,
+    delimiter: str | None,
+    group: bool | None,
+    *,
+    once: bool = False,
+) -> ReadOptions:
+    """How the command line says that the input is read."""
+    names = FieldNames(query_field, items_field, id_field)
+    between = None if delimiter is None else delimiter_from(delimiter)
+    return ReadOptions(names, max_line_bytes, between, group, once)
 
 
 def split_labels(labels: str | None) -> list[str] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +21,17 @@ from packscore import (
     NonFiniteScoreError,
     Usage,
 )
-from packscore.cli.convert import convert, result_columns
+from packscore.cli.columns import Shape, label_columns
+from packscore.cli.convert import convert
 from packscore.cli.exits import ExitCode, tell
 from packscore.cli.load import Loaded
-from packscore.cli.options import ModelOptions, ReadOptions
+from packscore.cli.options import ModelOptions
 from packscore.files.failures import RunError
 from packscore.files.file_plan import FilePlan, begin, mark_complete, model_fingerprint
-from packscore.files.journal import FileJournal, Journal, NotFiniteError, StreamJournal
-from packscore.files.readers import Reader, open_reader
+from packscore.files.inputs import Input, ReadOptions
+from packscore.files.journal import FileJournal, Journal, StreamJournal, UnwritableError
 from packscore.files.records import BadRecord, Record
+from packscore.files.sources import is_stream, open_sink
 from packscore.results import Flow
 
 # What one record may be refused for; anything else stops the run.
@@ -70,6 +72,8 @@ def score_task(scorer: MultiItemScorer, *, apply_softmax: bool, return_items: bo
             return_usage=True,
         )
         result: dict[str, Any] = {"items": record.items} if return_items else {}
+        if record.ids is not None:
+            result["item_ids"] = record.ids
         return result | {"scores": [list(map(_or_null, row)) for row in found.scores]}, found.usage
 
     return run
@@ -87,10 +91,15 @@ def rank_task(scorer: MultiItemScorer, *, top_k: int | None, return_documents: b
             flow=FLOW,
             return_usage=True,
         )
-        ranking = [entry | {"score": _or_null(entry["score"])} for entry in found.scores]
-        return {"ranking": ranking}, found.usage
+        return {"ranking": [_entry(record, one) for one in found.scores]}, found.usage
 
     return run
+
+
+def _entry(record: Record, one: Mapping[str, Any]) -> dict[str, Any]:
+    i = one["corpus_id"]
+    known = {"corpus_id": i} if record.ids is None else {"corpus_id": i, "id": record.ids[i]}
+    return {**known, **one, "score": _or_null(one["score"])}
 
 
 def _or_null(score: float) -> float | None:
@@ -120,20 +129,23 @@ def settings_of(
         "format": input_format,
         "query_field": read.names.query,
         "items_field": read.names.items,
+        "id_field": read.names.ids,
+        "delimiter": read.delimiter,
+        "group": read.group,
         "max_line_bytes": read.max_line_bytes,
     }
 
 
 def run_file(
     plan: FilePlan,
-    read: ReadOptions,
+    entries: Input,
     task: Task,
     settings: dict[str, Any],
-    labels: list[str],
+    shape: Shape,
     *,
     quiet: bool,
 ) -> ExitCode:
-    """Score a file into another.
+    """Score a file, which is open, into another, which is locked.
 
     Returns:
       OK, or BAD_RECORDS where records went to the error file.
@@ -141,43 +153,41 @@ def run_file(
     Raises:
       RunError: the run cannot go on; what was written stays.
     """
-    complete = plan.output != "-" and begin(plan, settings)
-    if complete:
-        bad = plan.errors is not None and plan.errors.exists()
+    if not plan.streams and begin(plan, settings):
+        bad = plan.error_file is not None and plan.error_file.exists()
         tell(f"{plan.output} is complete; nothing to do")
-        if plan.output_format != "jsonl":
+        if plan.converts:
             plan.results.unlink(missing_ok=True)
         return ExitCode.BAD_RECORDS if bad else ExitCode.OK
     started = time.perf_counter()
-    with (
-        open_journal(plan) as journal,
-        open_reader(plan.input, plan.input_format, read.names, read.max_line_bytes) as reader,
-    ):
-        reserved = result_columns(plan.output_format, labels)
+    with open_journal(plan) as journal:
+        reserved = label_columns(plan.output_format, shape.labels)
         try:
-            counts = _run_all(reader, journal, task, reserved, quiet=quiet)
+            counts = _run_all(entries, journal, task, reserved, quiet=quiet)
         except KeyboardInterrupt:
             _tell_how_to_go_on(plan)
             raise
-    if plan.output_format != "jsonl":
-        item_fields = plan.input_format == "csv"
-        convert(plan.results, Path(plan.output), plan.output_format, labels, item_fields)
-    if plan.output != "-":
+    in_json = list[str]()
+    if plan.converts:
+        in_json = convert(plan.results, Path(plan.output), plan.output_format, shape)
+    if not plan.streams:
         mark_complete(plan)
-    if plan.output_format != "jsonl":
+    if plan.converts:
         plan.results.unlink()
     if not quiet:
         _tell_counts(plan, counts, journal.num_bad, time.perf_counter() - started)
+        if in_json:
+            tell(f"JSON is in the columns {in_json}: their values have no one type of parquet's")
     return ExitCode.BAD_RECORDS if journal.num_bad else ExitCode.OK
 
 
 def _run_all(
-    reader: Reader, journal: Journal, task: Task, reserved: frozenset[str], *, quiet: bool
+    entries: Input, journal: Journal, task: Task, reserved: frozenset[str], *, quiet: bool
 ) -> Counts:
     counts = Counts()
-    progress = Progress(reader, disable=quiet or not sys.stderr.isatty())
+    progress = Progress(entries, disable=quiet or not sys.stderr.isatty())
     try:
-        for entry in reader:
+        for entry in entries:
             if journal.is_reported(entry.line):
                 continue
             if isinstance(entry, BadRecord):
@@ -207,12 +217,8 @@ def _run_one(
         if usage.non_finite_items:
             result["non_finite_items"] = list(usage.non_finite_items)
         journal.write_result(record, result)
-    except RECORD_ERRORS as error:
+    except (*RECORD_ERRORS, UnwritableError) as error:
         journal.write_error(_refused(record, str(error) or type(error).__name__))
-    except NotFiniteError:
-        journal.write_error(
-            _refused(record, "holds a number that is not finite, which JSON has no word for")
-        )
     except OSError:
         raise
     except Exception as error:
@@ -233,7 +239,7 @@ def _refused(record: Record, reason: str) -> BadRecord:
 class Progress:
     """A bar on stderr over what is read, with items a second and the time that is left."""
 
-    def __init__(self, reader: Reader, *, disable: bool) -> None:
+    def __init__(self, reader: Input, *, disable: bool) -> None:
         self._reader = reader
         self._disable = disable
         self._bar: tqdm[Any] | None = None
@@ -272,15 +278,15 @@ class Progress:
 def open_journal(plan: FilePlan) -> Iterator[Journal]:
     """The journal of a plan, closed at the end."""
     journal: Journal
-    if plan.output != "-":
-        if plan.errors is None:
-            raise RunError("--errors is needed with an output file")
-        journal = FileJournal(plan.results, plan.errors)
+    errors: BinaryIO = sys.stderr.buffer
+    if not plan.streams:
+        journal = FileJournal(plan.results, plan.errors or Path(f"{plan.output}.errors.jsonl"))
     else:
-        errors: BinaryIO = sys.stderr.buffer
-        if plan.errors is not None:
-            errors = plan.errors.open("wb" if plan.overwrite else "xb")
-        journal = StreamJournal(errors)
+        if plan.error_file is not None:
+            errors = plan.error_file.open("wb" if plan.overwrite else "xb")
+        elif plan.errors is not None:
+            errors = open_sink(plan.errors)
+        journal = StreamJournal(open_sink(Path(plan.output)), errors)
     try:
         yield journal
     finally:
@@ -288,7 +294,7 @@ def open_journal(plan: FilePlan) -> Iterator[Journal]:
 
 
 def _tell_how_to_go_on(plan: FilePlan) -> None:
-    if "-" not in (plan.input, plan.output):
+    if not (is_stream(plan.input) or plan.streams):
         tell(f"what is done is in {plan.results}; the same command with --resume goes on")
 
 

@@ -8,9 +8,11 @@ from itertools import islice
 from packscore import InputError, InputTypeError, MultiItemScorer
 from packscore.cli.exits import ExitCode, tell
 from packscore.cli.load import load
-from packscore.cli.options import ModelOptions, ReadOptions
+from packscore.cli.options import ModelOptions
 from packscore.files.failures import RunError
-from packscore.files.readers import format_of, open_reader
+from packscore.files.file_plan import check_format, check_input
+from packscore.files.inputs import ReadOptions, open_input
+from packscore.files.readers import format_of
 from packscore.files.records import BadRecord, Entry, Record
 from packscore.verify import verify_parity
 
@@ -30,11 +32,14 @@ def verify_file(
     Raises:
       RunError: no record can be scored.
     """
+    check_format("--format", input_format)
+    check_input(input_path)
     file_format = format_of(input_path, input_format, "--format")
-    loaded = load(options)
-    scorer = loaded.scorer
-    with open_reader(input_path, file_format, read.names, read.max_line_bytes) as reader:
-        records = list(islice(_can_be_scored(reader, scorer), limit))
+    with open_input(input_path, file_format, read) as entries:
+        tell(entries.understood)
+        loaded = load(options)
+        scorer = loaded.scorer
+        records = list(islice(_can_be_scored(entries, scorer), limit))
     if not records:
         raise RunError(f"INPUT={input_path} holds no record that can be scored")
     tell(f"{len(records)} records, {options.model} on {loaded.device}")

@@ -8,22 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from packscore.files.failures import RunError
 from packscore.files.records import BadRecord, Record
-
-try:
-    import fcntl
-except ImportError:  # not on Windows, where two runs on one output are the user's to avoid
-    fcntl = None  # type: ignore[assignment]
+from packscore.files.sources import close_sink, is_stream, open_sink
 
 
-class NotFiniteError(ValueError):
-    """A result holds a number that JSON does not have."""
+class UnwritableError(ValueError):
+    """A record or result holds what JSON does not have, or lists in lists without end."""
 
 
 class Journal(Protocol):
@@ -60,12 +55,12 @@ def to_line(value: dict[str, Any]) -> bytes:
     """One line of JSON.
 
     Raises:
-      NotFiniteError: a number is not finite.
+      UnwritableError: a number is not finite, or what it holds is nested too deep.
     """
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except ValueError as error:
-        raise NotFiniteError(str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise UnwritableError(f"cannot be written as JSON: {error}") from error
     try:
         return text.encode() + b"\n"
     except UnicodeEncodeError:  # half of a surrogate pair in a carried field: written as it came
@@ -73,8 +68,11 @@ def to_line(value: dict[str, Any]) -> bytes:
 
 
 def error_line(bad: BadRecord) -> bytes:
-    """One line of the error file."""
-    return to_line({"line": bad.line, **bad.fields, "reason": bad.reason})
+    """One line of the error file; what the record is known by is left out if JSON has no such."""
+    try:
+        return to_line({"line": bad.line, **bad.fields, "reason": bad.reason})
+    except UnwritableError:
+        return to_line({"line": bad.line, "reason": bad.reason})
 
 
 class FileJournal:
@@ -82,17 +80,24 @@ class FileJournal:
 
     Args:
       results: JSON lines of the results.
-      errors: JSON lines of what could not be scored; made with the first of them.
+      errors: JSON lines of what could not be scored; a stream, or a file that is made with the
+        first of them.
 
     Raises:
-      RunError: another process is writing, or a file holds what no run wrote.
+      RunError: a file holds what no run wrote.
     """
 
     def __init__(self, results: Path, errors: Path) -> None:
         self._results_path, self._errors_path = results, errors
         self._results = _open_whole_lines(results)
-        self._errors = _open_whole_lines(errors) if errors.exists() else None
-        self._reported = set(_lines_reported(errors)) if self._errors else set[int]()
+        self._errors: BinaryIO | None = None
+        self._reported = set[int]()
+        self._errors_stay = not is_stream(errors)
+        if not self._errors_stay:
+            self._errors = open_sink(errors)
+        elif errors.exists():
+            self._errors = _open_whole_lines(errors)
+            self._reported = set(_lines_reported(errors))
         self._errors_unsafe = False
         self.num_bad = len(self._reported)
         self._done = _lines_of(results, os.path.getsize(results))
@@ -110,7 +115,7 @@ class FileJournal:
         """
         if self._next_done is None:
             return False
-        carried = to_line(record.fields).removesuffix(b"}\n")
+        carried = to_line(record.fields).removesuffix(b"}\n") + b", "
         if not self._next_done.startswith(carried):
             raise RunError(
                 f"--resume: {self._results_path} does not hold the record of line {record.line} "
@@ -146,11 +151,14 @@ class FileJournal:
             self._errors = _open_whole_lines(self._errors_path)
         self._errors.write(error_line(bad))
         self._errors.flush()
-        self._errors_unsafe = True
+        self._errors_unsafe = self._errors_stay
         self.num_bad += 1
 
     def close(self) -> None:
-        """Close both files, on the disk."""
+        """Close both files, on the disk; a stream has none to be on."""
+        if self._errors is not None and not self._errors_stay:
+            close_sink(self._errors)
+            self._errors = None
         for file in (self._errors, self._results):
             if file is not None:
                 file.flush()
@@ -159,11 +167,10 @@ class FileJournal:
 
 
 class StreamJournal:
-    """The journal for stdout: nothing can be resumed, and errors go to a file or to stderr."""
+    """The journal for a stream: nothing can be resumed."""
 
-    def __init__(self, errors: BinaryIO) -> None:
-        self._results = sys.stdout.buffer
-        self._errors = errors
+    def __init__(self, results: BinaryIO, errors: BinaryIO) -> None:
+        self._results, self._errors = results, errors
         self.num_bad = 0
 
     def is_reported(self, line: int) -> bool:
@@ -189,18 +196,14 @@ class StreamJournal:
         self.num_bad += 1
 
     def close(self) -> None:
-        """The streams are the caller's."""
+        """Close both, but for what every process has open."""
+        for file in (self._results, self._errors):
+            close_sink(file)
 
 
 def _open_whole_lines(path: Path) -> BinaryIO:
     """Open for appending, without the torn line that a killed run may have left at the end."""
     file = path.open("r+b" if path.exists() else "x+b")
-    try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise RunError(f"{path} is being written by another process") from error
     file.truncate(_whole_lines_size(file))
     file.seek(0, os.SEEK_END)
     return file

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import BinaryIO
 
 from packscore.files.records import BadValueError
+from packscore.files.sources import damage_told
 
 # What is skipped of an overlong line at a time.
 SKIP_BYTES = 1 << 20
@@ -21,18 +22,16 @@ class Lines:
         self._file = file
         self._max_line_bytes = max_line_bytes
         self.number = 0  # of the line read last, from 1
-        self.position_bytes = 0  # where the next line begins
 
     def __iter__(self) -> Lines:
         return self
 
     def __next__(self) -> str:
         # the limit is on what stands before the line's end, "\n" or "\r\n"
-        line = self._file.readline(self._max_line_bytes + 2)
+        line = self._read(self._max_line_bytes + 2)
         if not line:
             raise StopIteration
         self.number += 1
-        self.position_bytes += len(line)
         length = len(line.rstrip(b"\r\n"))
         if length > self._max_line_bytes:
             rest = 0 if line.endswith(b"\n") else self._skip_line()
@@ -46,11 +45,14 @@ class Lines:
         except UnicodeDecodeError as error:
             raise BadValueError(f"is not UTF-8: {error.reason} at byte {error.start}") from error
 
+    def _read(self, limit: int) -> bytes:
+        with damage_told():
+            return self._file.readline(limit)
+
     def _skip_line(self) -> int:
         """Read past the rest of a line; how many bytes it had before its newline."""
         skipped = 0
-        while chunk := self._file.readline(SKIP_BYTES):
-            self.position_bytes += len(chunk)
+        while chunk := self._read(SKIP_BYTES):
             skipped += len(chunk.rstrip(b"\r\n"))
             if chunk.endswith(b"\n"):
                 break

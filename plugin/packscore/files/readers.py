@@ -1,97 +1,100 @@
-"""Readers of JSONL, CSV and parquet: records in order, the bad ones with their reason."""
+"""Readers of JSONL, tables and parquet: records in order as they stand, the bad ones with why."""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
-from packscore.files.failures import RunError, UsageError
+from packscore.files.failures import UsageError
 from packscore.files.lines import Lines
-from packscore.files.records import BadRecord, BadValueError, Entry, FieldNames, Record, to_record
+from packscore.files.records import (
+    BadRecord,
+    BadValueError,
+    FieldNames,
+    MisfitError,
+    Raw,
+    text_of,
+)
+from packscore.files.sources import COMPRESSED_SUFFIXES, Source, is_stream
 
-FORMATS = ("jsonl", "csv", "parquet")
-SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet"}
-# The column of a CSV file that holds one item of a row.
-DEFAULT_ITEM_COLUMNS = ("item", "document")
+FORMATS = ("jsonl", "csv", "tsv", "parquet")
+TABLES = ("csv", "tsv")
+SUFFIXES = {f".{name}": name for name in FORMATS} | {".ndjson": "jsonl", ".tab": "tsv"}
+# What may stand between columns, in the order in which a header is tried with them.
+DELIMITERS = (",", "\t", ";", "|")
+DELIMITER_NAMES = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}
 PARQUET_BATCH_ROWS = 64
 
 
 class Reader(Protocol):
     """A file of records; `position` out of `total` is how far it has been read."""
 
-    total: int | None
+    table: bool  # whether it has columns, and each row one item
+
+    @property
+    def total(self) -> int | None:
+        """The end of `position`, where it is known."""
+        ...
 
     @property
     def position(self) -> int:
         """What has been read, in the unit of `total`."""
         ...
 
-    def __iter__(self) -> Iterator[Entry]: ...
+    def described(self) -> str:
+        """The format, in words."""
+        ...
+
+    def __iter__(self) -> Iterator[Raw]: ...
 
 
 def format_of(path: str, given: str | None, option: str) -> str:
-    """The format of a file: as given, or by its suffix; JSONL for stdin and stdout.
+    """The format of a file: as given, or by its suffix; JSONL for streams that have none.
 
     Raises:
       UsageError: the suffix says nothing.
     """
     if given is not None:
         return given
-    if path == "-":
+    name = Path(path).name.lower()
+    for suffix in COMPRESSED_SUFFIXES:
+        name = name.removesuffix(suffix)
+    suffix = Path(name).suffix
+    if suffix in SUFFIXES:
+        return SUFFIXES[suffix]
+    if is_stream(path):
         return "jsonl"
-    suffix = Path(path).suffix.lower()
-    if suffix not in SUFFIXES:
-        raise UsageError(
-            f"{path} has the suffix {suffix!r}, which is none of {', '.join(SUFFIXES)}; "
-            f"pass {option}"
-        )
-    return SUFFIXES[suffix]
-
-
-@contextmanager
-def open_reader(
-    path: str, file_format: str, names: FieldNames, max_line_bytes: int
-) -> Iterator[Reader]:
-    """A reader of the file, or of stdin for "-".
-
-    Raises:
-      UsageError: stdin is not JSONL, or parquet needs a package that is not there.
-    """
-    if path == "-" and file_format != "jsonl":
-        raise UsageError(f"INPUT=- is read as jsonl, not as {file_format}; name a file")
-    if file_format == "parquet":
-        yield ParquetReader(path, names)
-        return
-    if path == "-":
-        yield JsonlReader(sys.stdin.buffer, names, max_line_bytes, None)
-        return
-    reader_type = JsonlReader if file_format == "jsonl" else CsvReader
-    with Path(path).open("rb") as file:
-        yield reader_type(file, names, max_line_bytes, Path(path).stat().st_size)
+    raise UsageError(
+        f"{path} has the suffix {suffix!r}, which is none of {', '.join(SUFFIXES)}; pass {option}"
+    )
 
 
 class JsonlReader:
     """One JSON object on each line; blank lines count and are passed over."""
 
-    def __init__(
-        self, file: BinaryIO, names: FieldNames, max_line_bytes: int, total: int | None
-    ) -> None:
-        self.total = total
-        self._lines = Lines(file, max_line_bytes)
-        self._names = names
+    table = False
+
+    def __init__(self, source: Source, max_line_bytes: int) -> None:
+        self.total = source.total
+        self._source = source
+        self._lines = Lines(source.file, max_line_bytes)
 
     @property
     def position(self) -> int:
         """Bytes read."""
-        return self._lines.position_bytes
+        return self._source.position
 
-    def __iter__(self) -> Iterator[Entry]:
+    def described(self) -> str:
+        """The format, in words."""
+        return f"jsonl{_compressed(self._source)}"
+
+    def __iter__(self) -> Iterator[Raw]:
         while True:
             try:
                 line = next(self._lines)
@@ -103,129 +106,172 @@ class JsonlReader:
             if line.strip():
                 yield self._parse(line)
 
-    def _parse(self, line: str) -> Entry:
+    def _parse(self, line: str) -> Raw:
         number = self._lines.number
         try:
-            value = json.loads(line, parse_constant=_refuse_constant)
+            value = json.loads(line, parse_constant=_refuse_constant, parse_float=_finite)
         except json.JSONDecodeError as error:
             return BadRecord(number, f"is not JSON: {error.msg} at character {error.colno}")
         except (ValueError, RecursionError) as error:
             return BadRecord(number, f"is not JSON that can be read: {error}")
-        return to_record(number, value, self._names)
+        return number, value
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON value")
 
 
-class CsvReader:
-    """One (query, item) pair on each row; consecutive rows of one query are one record.
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:40]} is beyond the range of numbers")
+    return value
 
-    The other columns have a value for each item, so that they are carried as lists.
+
+class TableReader:
+    """One (query, item) pair on each row, below a header that names the columns.
+
+    Args:
+      source: the bytes.
+      names: the columns that the header must have, by which the delimiter is told.
+      max_line_bytes: longer lines are bad.
+      delimiters: those that may stand between columns.
+
+    Raises:
+      UsageError: the header does not fit.
     """
 
+    table = True
+
     def __init__(
-        self, file: BinaryIO, names: FieldNames, max_line_bytes: int, total: int | None
+        self, source: Source, names: FieldNames, max_line_bytes: int, delimiters: tuple[str, ...]
     ) -> None:
-        self.total = total
-        self._lines = Lines(file, max_line_bytes)
-        self._names = names
+        self.total = source.total
+        self._source = source
+        self._lines = Lines(source.file, max_line_bytes)
         self._max_line_bytes = max_line_bytes
+        try:
+            first = next(self._lines, "")
+        except BadValueError as error:
+            raise UsageError(f"INPUT: the header {error}") from error
+        with self._field_limit():
+            self._delimiter = _delimiter_of(first, names, delimiters)
+            lines = chain([first], self._lines)
+            self._rows = csv.reader(lines, strict=True, delimiter=self._delimiter)
+            self._header = _header(self._rows, names)
 
     @property
     def position(self) -> int:
         """Bytes read."""
-        return self._lines.position_bytes
+        return self._source.position
 
-    def __iter__(self) -> Iterator[Entry]:
+    def described(self) -> str:
+        """The format, in words."""
+        between = "a tab" if self._delimiter == "\t" else repr(self._delimiter)
+        return f"csv with {between} between columns{_compressed(self._source)}"
+
+    def __iter__(self) -> Iterator[Raw]:
+        with self._field_limit():
+            while True:
+                line = self._lines.number + 1
+                try:
+                    row = next(self._rows)
+                    if row and len(row) != len(self._header):
+                        raise BadValueError(
+                            f"has {len(row)} fields, and the header has {len(self._header)}"
+                        )
+                except StopIteration:
+                    return
+                except (BadValueError, csv.Error) as error:
+                    yield BadRecord(line, f"the row {error}")
+                    continue
+                if row:
+                    yield line, dict(zip(self._header, row, strict=True))
+
+    @contextmanager
+    def _field_limit(self) -> Iterator[None]:
         # a setting of the whole process: it stays as this reader needs it while it reads
         found_limit = csv.field_size_limit(self._max_line_bytes)
         try:
-            yield from self._groups()
+            yield
         finally:
             csv.field_size_limit(found_limit)
 
-    def _groups(self) -> Iterator[Entry]:
-        rows = csv.reader(self._lines, strict=True)
-        header = self._header(rows)
-        query_at, item_at = header.index(self._names.query), self._item_column(header)
-        start, group = 0, list[list[str]]()
-        while True:
-            line = self._lines.number + 1
-            try:
-                row = next(rows)
-                if row and len(row) != len(header):
-                    raise BadValueError(f"has {len(row)} fields, and the header has {len(header)}")
-            except StopIteration:
-                break
-            except (BadValueError, csv.Error) as error:
-                yield BadRecord(line, f"the row {error}")
-                continue
-            if not row:
-                continue
-            if group and row[query_at] != group[0][query_at]:
-                yield self._record(start, header, group, item_at)
-                group = []
-            start = start if group else line
-            group.append(row)
-        if group:
-            yield self._record(start, header, group, item_at)
 
-    def _header(self, rows: Iterator[list[str]]) -> list[str]:
+def _delimiter_of(line: str, names: FieldNames, delimiters: tuple[str, ...]) -> str:
+    """The first delimiter with which a header has the columns."""
+    for delimiter in delimiters:
         try:
-            header = next(rows, [])
-        except (BadValueError, csv.Error) as error:
-            raise RunError(f"INPUT: the header {error}") from error
-        repeated = {name for name in header if header.count(name) > 1}
-        if repeated:
-            raise RunError(f"INPUT: the header names {sorted(repeated)} more than once")
-        if self._names.query not in header:
-            raise RunError(
-                f"INPUT: the header {header} has no column {self._names.query!r}; "
-                "name it with --query-field"
-            )
-        return header
+            _check_header(next(csv.reader([line], delimiter=delimiter), []), names)
+        except (MisfitError, csv.Error):
+            continue
+        return delimiter
+    return delimiters[0]
 
-    def _item_column(self, header: list[str]) -> int:
-        wanted = DEFAULT_ITEM_COLUMNS if self._names.items is None else (self._names.items,)
-        present = [name for name in wanted if name in header]
-        if len(present) != 1:
-            raise RunError(
-                f"INPUT: the header {header} must have one column of {list(wanted)}; "
-                "name it with --items-field"
-            )
-        return header.index(present[0])
 
-    def _record(self, line: int, header: list[str], rows: list[list[str]], item_at: int) -> Record:
-        query = self._names.query
-        others = [(i, name) for i, name in enumerate(header) if i != item_at and name != query]
-        fields: dict[str, Any] = {query: rows[0][header.index(query)]}
-        fields |= {name: [row[i] for row in rows] for i, name in others}
-        items = [row[item_at] for row in rows]
-        return Record(line, fields[query], items, fields, tuple(name for _, name in others))
+def _header(rows: Iterator[list[str]], names: FieldNames) -> list[str]:
+    try:
+        header = next(rows, [])
+    except (BadValueError, csv.Error) as error:
+        raise UsageError(f"INPUT: the header {error}") from error
+    repeated = {name for name in header if header.count(name) > 1}
+    if repeated:
+        raise UsageError(f"INPUT: the header names {sorted(repeated)} more than once")
+    try:
+        _check_header(header, names)
+    except MisfitError as error:
+        raise UsageError(f"INPUT: the header is {header}: {error} (or --delimiter)") from error
+    return header
+
+
+def _check_header(header: list[str], names: FieldNames) -> None:
+    row = dict(zip(header, header, strict=True))
+    text_of(names.query, row)
+    names.ids_of(row, names.items_of(row, table=True), rows=True)
+
+
+def delimiter_from(option: str) -> str:
+    """What `--delimiter` says: one character, or the name of one.
+
+    Raises:
+      UsageError: it says nothing that can stand between columns.
+    """
+    delimiter = DELIMITER_NAMES.get(option, option)
+    if len(delimiter) != 1 or delimiter in '"\r\n':
+        names = ", ".join(name for name in DELIMITER_NAMES if name.isalpha())
+        raise UsageError(f"--delimiter={option!r} must be one character, or one of {names}")
+    return delimiter
+
+
+def _compressed(source: Source) -> str:
+    return f", {source.compression}" if source.compression else ""
 
 
 class ParquetReader:
-    """One record on each row; the items are a column of lists of strings."""
+    """One record on each row; items are a column of lists, or of texts."""
 
-    def __init__(self, path: str, names: FieldNames) -> None:
+    table = False
+
+    def __init__(self, path: str) -> None:
         self._file = parquet_module().ParquetFile(path)
-        self._names = names
         self.total: int | None = self._file.metadata.num_rows
         self.position = 0
 
-    def __iter__(self) -> Iterator[Entry]:
+    def described(self) -> str:
+        """The format, in words."""
+        return "parquet"
+
+    def __iter__(self) -> Iterator[Raw]:
         for batch in self._file.iter_batches(batch_size=PARQUET_BATCH_ROWS):
             for row in batch.to_pylist():
                 self.position += 1
-                yield self._entry(row)
+                yield self._raw(row)
 
-    def _entry(self, row: dict[str, Any]) -> Entry:
+    def _raw(self, row: dict[str, Any]) -> Raw:
         try:
-            value = {name: json_value(name, found) for name, found in row.items()}
+            return self.position, {name: json_value(name, found) for name, found in row.items()}
         except BadValueError as error:
             return BadRecord(self.position, str(error))
-        return to_record(self.position, value, self._names)
 
 
 def json_value(name: str, value: Any) -> Any:

@@ -7,12 +7,29 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from packscore.files.failures import UsageError
+from packscore.files.paths import MISSING, find, holder, without
 
-DEFAULT_ITEMS_FIELDS = ("items", "documents")
+# Where items are looked for without --items-field: lists of them, and one on each row.
+LIST_FIELDS = ("items", "documents", "docs")
+ROW_FIELDS = ("item", "document", "doc")
+# Where ids are looked for without --id-field: in items that are objects, and beside one on a row.
+OBJECT_ID_FIELDS = ("id", "_id")
+ROW_ID_FIELDS = ("document_id", "doc_id", "item_id")
+# The text of a query, or an item, that is an object.
+TEXT_FIELD = "text"
+# What a run adds to a record, and to a row where the output has columns.
+RESULT_FIELDS = ("scores", "ranking", "truncated_items", "non_finite_items", "items", "item_ids")
+TABLE_RESULT_FIELDS = ("corpus_id", "item_id", "score", "text", "item", "truncated")
+
+ItemId = str | int | float | None
 
 
 class BadValueError(ValueError):
     """A record cannot be scored; the message is the reason."""
+
+
+class MisfitError(BadValueError):
+    """The fields of a record are not those that the options, or the output, ask for."""
 
 
 @dataclass(frozen=True)
@@ -24,95 +41,198 @@ class Record:
       query: the text.
       items: the texts.
       fields: what goes to the output: all fields but the items, the query among them.
-      item_fields: names of `fields` that hold a list with one value for each item.
+      ids: one of each item, where the input has them.
+      query_holder: the name of the one of `fields` that holds the query.
     """
 
     line: int
     query: str
     items: list[str]
     fields: dict[str, Any]
-    item_fields: tuple[str, ...] = ()
+    ids: list[ItemId] | None = None
+    query_holder: str = "query"
 
 
 @dataclass(frozen=True)
 class BadRecord:
-    """A record that cannot be scored, and why."""
+    """A record that cannot be scored, and why; `misfit` where the options are to blame."""
 
     line: int
     reason: str
     fields: dict[str, Any] = field(default_factory=dict)
+    misfit: bool = False
 
 
 Entry = Record | BadRecord
+# A record as its format has it, with its line.
+Raw = tuple[int, object] | BadRecord
 
 
 @dataclass(frozen=True)
 class FieldNames:
-    """Where a record keeps its query and items; `items=None` is "items" or "documents"."""
+    """Where a record keeps its query, its items and their ids, by name or path.
+
+    Args:
+      query: of the text.
+      items: of the list of texts, or of the one text of a row; None looks for the usual names.
+      ids: of the items' ids; None looks for the usual names.
+    """
 
     query: str = "query"
     items: str | None = None
+    ids: str | None = None
 
     def __post_init__(self) -> None:
-        if self.query == self.items:
-            raise UsageError(f"--query-field and --items-field are both {self.query!r}")
+        given = {"--query-field": self.query, "--items-field": self.items, "--id-field": self.ids}
+        options = [option for option, name in given.items() if name is not None]
+        if len({given[option] for option in options}) < len(options):
+            said = " and ".join(f"{option} {given[option]!r}" for option in options)
+            raise UsageError(f"{said} must be different fields")
 
-    def items_of(self, value: Mapping[str, Any]) -> str:
-        """The name of the field that holds the items.
+    def items_of(self, value: Mapping[str, Any], *, table: bool = False) -> str:
+        """The path of the items in a record, or in a row of a table.
 
         Raises:
-          BadValueError: none does, or both of the default names do.
+          MisfitError: there is none, or there are two with usual names.
         """
         if self.items is not None:
-            present = [self.items] if self.items in value else []
-        else:
-            present = [name for name in DEFAULT_ITEMS_FIELDS if name in value]
-        if len(present) > 1:
-            raise BadValueError("has both 'items' and 'documents'; name one with --items-field")
-        if not present:
-            wanted = repr(self.items) if self.items else "'items' (or 'documents')"
-            raise BadValueError(f"field {wanted} is missing")
-        return present[0]
+            if find(value, self.items) is MISSING:
+                raise MisfitError(f"field {self.items!r} is missing")
+            return self.items
+        for usual in (ROW_FIELDS, LIST_FIELDS) if table else (LIST_FIELDS, ROW_FIELDS):
+            present = [name for name in usual if name in value]
+            if len(present) > 1:
+                both = " and ".join(map(repr, present))
+                raise MisfitError(f"has both {both}; name one with --items-field")
+            if present:
+                return present[0]
+        wanted = ", ".join(map(repr, (*LIST_FIELDS[1:], *ROW_FIELDS)))
+        raise MisfitError(
+            f"field {LIST_FIELDS[0]!r} (or {wanted}) is missing; name it with --items-field"
+        )
+
+    def ids_of(self, value: dict[str, Any], items: str, *, rows: bool) -> str | None:
+        """The path of the items' ids in a record, or None where they have none.
+
+        Raises:
+          MisfitError: the field that was named is missing.
+        """
+        if self.ids is not None:
+            if find(value, self.ids) is MISSING:
+                raise MisfitError(f"field {self.ids!r} is missing")
+            return self.ids
+        owners = [items]
+        parent, _, last = items.rpartition(".")
+        if items not in value and (isinstance(find(value, parent), list) or rows):
+            owners += [parent] if last not in ROW_FIELDS else []  # the object that has the text
+        usual = [f"{owner}.{name}" for owner in owners for name in OBJECT_ID_FIELDS]
+        found = [p for p in (*usual, *(ROW_ID_FIELDS if rows else ())) if _has_values(value, p)]
+        return found[0] if found else None
 
 
-def to_record(line: int, value: object, names: FieldNames) -> Entry:
-    """Check one parsed record."""
-    fields: dict[str, Any] = {}
+def _has_values(value: dict[str, Any], path: str) -> bool:
+    found = find(value, path)
+    values = found if isinstance(found, list) else [found]
+    return any(one is not None and one is not MISSING for one in values)
+
+
+def to_record(
+    line: int,
+    value: object,
+    names: FieldNames,
+    *,
+    rows: bool = False,
+    table: bool = False,
+    reserved: frozenset[str] = frozenset(),
+) -> Entry:
+    """Check one parsed record.
+
+    Args:
+      line: where it is.
+      value: as its format has it.
+      names: of its fields.
+      rows: whether it is a row, with one item.
+      table: whether it is a row of a file with columns.
+      reserved: names that the output needs for itself.
+    """
+    known: dict[str, Any] = {}
     try:
         if not isinstance(value, dict):
             raise BadValueError(f"is {kind(value)}; it must be an object")
-        fields = {"id": value["id"]} if "id" in value else {}
+        known = {"id": value["id"]} if "id" in value else {}
         query = text_of(names.query, value)
-        items_name = names.items_of(value)
-        items = list_of_texts(items_name, value[items_name])
-        carried = {name: value[name] for name in value if name != items_name}
-        return Record(line, query, items, carried)
+        path = names.items_of(value, table=table)
+        found = find(value, path)
+        if rows and isinstance(found, list):
+            raise BadValueError(f"{path} is a list; the first records have one text there")
+        items = list_of_texts(path, [found] if rows else found, one=rows)
+        ids_path = names.ids_of(value, path, rows=rows)
+        ids = None if ids_path is None else _ids_at(value, ids_path, len(items), rows=rows)
+        carried = without(value, path)
+        if ids_path is not None and find(carried, ids_path) is not MISSING:
+            carried = without(carried, ids_path)
+        taken = reserved & carried.keys()
+        if taken:
+            raise MisfitError(
+                f"has the fields {sorted(taken)}, which the output needs; rename them"
+            )
+        return Record(line, query, items, carried, ids, holder(value, names.query))
     except BadValueError as error:
-        return BadRecord(line, str(error), fields)
+        return BadRecord(line, str(error), known, isinstance(error, MisfitError))
 
 
-def text_of(name: str, value: Mapping[str, Any]) -> str:
-    """A field that has to be text.
+def text_of(path: str, value: dict[str, Any]) -> str:
+    """A field that has to be text, or an object with a text.
 
     Raises:
       BadValueError: it is missing, of another type, or not valid Unicode.
     """
-    if name not in value:
-        raise BadValueError(f"field {name!r} is missing")
-    return _checked_text(name, value[name])
+    found = find(value, path)
+    if found is MISSING:
+        raise MisfitError(f"field {path!r} is missing; name it with --query-field")
+    return _text_in(path, found, "--query-field")
 
 
-def list_of_texts(name: str, values: object) -> list[str]:
-    """A field that has to be a list of texts.
+def list_of_texts(path: str, values: object, *, one: bool = False) -> list[str]:
+    """A field that has to be a list of texts, or of objects with a text.
 
     Raises:
       BadValueError: it is not, or it is empty.
     """
     if not isinstance(values, list):
-        raise BadValueError(f"{name} is {kind(values)}; it must be a list of strings")
+        raise BadValueError(f"{path} is {kind(values)}; it must be a list of strings")
     if not values:
-        raise BadValueError(f"{name} is an empty list")
-    return [_checked_text(f"{name}[{i}]", value) for i, value in enumerate(values)]
+        raise BadValueError(f"{path} is an empty list")
+    names = [path if one else f"{path}[{i}]" for i in range(len(values))]
+    pairs = zip(names, values, strict=True)
+    return [_text_in(name, value, "--items-field") for name, value in pairs]
+
+
+def _text_in(name: str, value: object, option: str) -> str:
+    if value is MISSING:
+        raise BadValueError(f"{name} is missing")
+    if isinstance(value, dict):
+        if TEXT_FIELD not in value:
+            raise BadValueError(
+                f"{name} is an object without {TEXT_FIELD!r}; name its text with {option}"
+            )
+        return _checked_text(f"{name}.{TEXT_FIELD}", value[TEXT_FIELD])
+    return _checked_text(name, value)
+
+
+def _ids_at(value: dict[str, Any], path: str, num_items: int, *, rows: bool) -> list[ItemId]:
+    found = find(value, path)
+    ids = [found] if rows else found
+    if not isinstance(ids, list):
+        raise BadValueError(f"{path} is {kind(ids)}; it must be a list with an id for each item")
+    if len(ids) != num_items:
+        raise BadValueError(f"{path} has {len(ids)} ids, and there are {num_items} items")
+    ids = [None if one is MISSING else one for one in ids]
+    for i, one in enumerate(ids):
+        if one is not None and (isinstance(one, bool) or not isinstance(one, str | int | float)):
+            where = path if rows else f"{path}[{i}]"
+            raise BadValueError(f"{where} is {kind(one)}; an id is a string or a number")
+    return ids
 
 
 def _checked_text(name: str, value: object) -> str:

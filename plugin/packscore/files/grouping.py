@@ -1,0 +1,97 @@
+"""Rows of one query made into one record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from packscore.files.failures import RunError
+from packscore.files.records import BadRecord, Entry, Record
+
+REMEDY = (
+    "pass --group to bring each query's rows together, or --no-group to take rows "
+    "that follow each other as a record"
+)
+
+
+def consecutive(rows: Iterable[Entry], *, once: bool = False) -> Iterator[Entry]:
+    """A record for the rows of one query that follow each other; bad rows as they come.
+
+    Args:
+      rows: records of one item each.
+      once: whether a query that comes back is refused. Takes some 100 bytes a query.
+
+    Raises:
+      RunError: a query comes back, and `once`.
+    """
+    group: list[Record] = []
+    seen: set[int] = set()
+    for row in rows:
+        if isinstance(row, BadRecord):
+            yield row
+            continue
+        if group and row.query != group[0].query:
+            yield _merged(group)
+            group = []
+        if once and not group:
+            if hash(row.query) in seen:
+                raise RunError(
+                    f"line {row.line} of INPUT: the query {row.query[:60]!r} comes back after "
+                    f"another one; {REMEDY}"
+                )
+            seen.add(hash(row.query))
+        group.append(row)
+    if group:
+        yield _merged(group)
+
+
+def collected(rows: Iterable[Entry]) -> Iterator[Entry]:
+    """A record for all rows of one query, in the order of first appearance.
+
+    Bad rows come first, and all good ones are in memory at once.
+    """
+    groups: dict[str, list[Record]] = {}
+    for row in rows:
+        if isinstance(row, BadRecord):
+            yield row
+        else:
+            groups.setdefault(row.query, []).append(row)
+    yield from map(_merged, groups.values())
+
+
+def scattered(rows: Iterable[Entry]) -> tuple[int, Record | None]:
+    """How many queries come back after another one, and the first row that does."""
+    seen: set[int] = set()
+    back: set[int] = set()
+    first, before = None, None
+    for row in rows:
+        if isinstance(row, BadRecord):
+            continue
+        if row.query != before:
+            key = hash(row.query)
+            if key in seen:
+                back.add(key)
+                first = first or row
+            seen.add(key)
+            before = row.query
+    return len(back), first
+
+
+def _merged(rows: list[Record]) -> Record:
+    """One record of a query's rows: fields beside the query are lists with a value of each."""
+    first = rows[0]
+    names = dict.fromkeys(name for row in rows for name in row.fields)
+    fields: dict[str, Any] = {}
+    for name in names:
+        values = [row.fields.get(name) for row in rows]
+        is_shared = name == first.query_holder and all(value == values[0] for value in values)
+        fields[name] = values[0] if is_shared else values
+    ids = [row.ids[0] if row.ids else None for row in rows]
+    return Record(
+        first.line,
+        first.query,
+        [row.items[0] for row in rows],
+        fields,
+        ids if any(one is not None for one in ids) else None,
+        first.query_holder,
+    )
