@@ -24,6 +24,21 @@ ROWS = [{"query": f"q{i // 3}", "document": f"d{i}", "k": i % 5} for i in range(
 LISTS = [*RECORDS, "nope", *({"query": f"{i}", "items": ["a"] * (i % 4)} for i in range(30))]
 
 
+# the children touch files, and nothing that has threads
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning")
+
+
+def exit_code(pid: int, seconds: float = 60) -> int:
+    """Of a child, which is killed if it hangs."""
+    end = time.monotonic() + seconds
+    while not (found := os.waitpid(pid, os.WNOHANG))[0]:
+        if time.monotonic() > end:
+            os.kill(pid, signal.SIGKILL)
+            raise AssertionError("a forked child hangs")
+        time.sleep(0.0005)
+    return os.waitstatus_to_exitcode(found[1])
+
+
 def die_at(moment: int, action: Callable[[], object]) -> int:
     """Run something in a forked child that kills itself at its n-th touch of a file.
 
@@ -32,7 +47,7 @@ def die_at(moment: int, action: Callable[[], object]) -> int:
     """
     pid = os.fork()
     if pid:
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        code = exit_code(pid)
         assert code in (0, -signal.SIGKILL)
         return moment if code == 0 else 0
     seen = 0
@@ -130,9 +145,10 @@ def test_a_run_killed_at_twenty_moments_ends_the_same(cli: Cli, output: str) -> 
             finally:
                 os._exit(0)
         while not (part.exists() and part.stat().st_size >= size):
+            assert not os.waitpid(pid, os.WNOHANG)[0]
             time.sleep(0.0002)
         os.kill(pid, signal.SIGKILL)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        assert exit_code(pid) == -signal.SIGKILL
     run_stand_in(plan_of(output))
     for name in (output, f"{output}.errors.jsonl"):
         assert Path(name).read_bytes() == Path(f"expected.{name}").read_bytes()
