@@ -53,6 +53,10 @@ class Prefix:
         lease = Runner(self._engine).hold(self._tokens)
         if lease is None and self._engine.only_flow is None:
             pool = self._engine.pool
+            if self._core.mask_impl == "dense":
+                raise InputError(
+                    "mask_impl='dense' keeps no pages that could hold a query; use 'auto', or score"
+                )
             free = (pool.num_pages - pool.num_pinned_pages) * pool.page_size if pool else 0
             raise InputError(
                 f"query has {len(self._tokens)} tokens with its prompt, and "

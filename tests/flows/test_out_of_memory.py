@@ -125,7 +125,7 @@ def test_other_queries_keep_their_scores(short: Short) -> None:
 
 def test_a_held_query(short: Short) -> None:
     if short.scorer.mask_impl == "dense":
-        with pytest.raises(InputError):
+        with pytest.raises(InputError, match="mask_impl='dense' keeps no pages"):
             short.scorer.prefix(QUERY)
         return
     short.refuses = lambda batch: len(batch.token_ids) > 2 * PAGE_SIZE
