@@ -65,18 +65,21 @@ class Ledger:
             found[name] = [int(values[int(q * (len(values) - 1))]) for q in (0.1, 0.5, 0.9, 1)]
         return found
 
-    def table(self) -> str:
-        """Scores compared: a row for each change, a column for each engine, flow and dtype."""
-        columns = sorted({(engine, flow, dtype) for flow, engine, _, dtype in self.compared})
-        changes = sorted({change for _, _, change, _ in self.compared})
-        head = [" | ".join(("change", *("/".join(column) for column in columns)))]
-        rows = [
-            " | ".join(
-                (change, *(str(self.compared[f, e, change, d] or "") for e, f, d in columns))
-            )
-            for change in changes
-        ]
-        return "\n".join(head + rows)
+    def tables(self) -> str:
+        """Scores compared by change and by flow, a column for each engine and dtype; Markdown."""
+        return f"{self._table('change', 2)}\n\n{self._table('flow', 0)}"
+
+    def _table(self, name: str, at: int) -> str:
+        cells: Counter[tuple[str, str]] = Counter()
+        for key, count in self.compared.items():
+            cells[key[at], f"{key[1]} {key[3]}"] += count
+        rows = sorted({row for row, _ in cells})
+        columns = sorted({column for _, column in cells})
+        lines = [f"| {name} | {' | '.join(columns)} |", "|---" + "|---:" * len(columns) + "|"]
+        for row in rows:
+            counts = [f"{cells[row, column]:,}" if cells[row, column] else "" for column in columns]
+            lines.append(f"| {row} | {' | '.join(counts)} |")
+        return "\n".join(lines)
 
     def as_json(self) -> dict[str, Any]:
         def flat(counts: Counter[Any]) -> dict[str, int]:

@@ -110,7 +110,7 @@ def main() -> int:
                 print(told(error, number, engine), flush=True)
     minutes = (time.monotonic() - start) / 60
     result = {"seed": given.seed, "minutes": round(minutes, 2), "failures": dict(found)}
-    print(ledger.table())
+    print(ledger.tables())
     print(json.dumps(result | {"p10_p50_p90_max": ledger.quantiles()}))
     verdicts = ", ".join(f"{found[name]} {name}" for name in (*VERDICTS.values(), "other"))
     print(f"{ledger.scores:,} scores compared in {ledger.examples:,} examples: {verdicts}")
