@@ -25,15 +25,15 @@ from packscore.flows.jobs import LabelLogits
 from packscore.flows.label_runs import run_labels
 from packscore.flows.page_pool import PrefixLease
 from packscore.flows.runner import Runner
-from packscore.inputs import check_count
+from packscore.inputs import check_count, short
 from packscore.model.class_head import ClassHead, head_of
 from packscore.model.family import base_model, check_supported, is_patched
 from packscore.model.label_head import LabelHead
 from packscore.model.plain import random_part
-from packscore.results import Flow, MaskChoice, NonFiniteChoice, ScoreResult
+from packscore.results import Flow, MaskChoice, NonFiniteChoice, ScoreResult, Usage
 from packscore.text.encoding import ArgumentNames, Budget, RequestEncoder, request_encoder
 from packscore.text.labels import LabelIds, Labels
-from packscore.text.prompts import PromptSpec, resolve_prompt
+from packscore.text.prompts import PromptSpec, resolve_prompt, template_fields
 from packscore.text.tokenizer import PieceTokenizer
 from packscore.torch_engine.dense import DenseEngine
 from packscore.torch_engine.engine import TorchEngine
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 Scores = npt.NDArray[np.float32]
+# Any item will do to look at a query that has none.
+SOME_ITEM = "a"
 
 
 def core_of(
@@ -66,6 +68,11 @@ def core_of(
     check_patched(model, masks)
     base = base_model(model)
     spec = resolve_prompt(prompt)
+    if instruction and "instruction" not in template_fields(spec.prefix):
+        raise InputError(
+            f"instruction={short(instruction)} has no place in this prompt; use {{instruction}} in "
+            "its prefix, as prompt='qwen3-reranker' does, or pass no instruction"
+        )
     pieces = None if tokenizer is None else PieceTokenizer(tokenizer)
     head = head_of(base, pieces)
     model_limit = int(base.config.max_position_embeddings)
@@ -143,6 +150,13 @@ class ScoringCore:
 
         The model has room for the tokens of `labels` behind each.
         """
+        if not items:
+            # not up to where a head reads, which may take the item for padding
+            some: Any = SOME_ITEM if self.encoder.takes_text else [0]
+            alone = self.encode(
+                query, [some], names, labels, item_first=item_first, is_pooled=False
+            )
+            return EncodedRequest(alone.prefix, [], [], [])
         extra = labels.num_extra_tokens if labels else 0
         encoded = self.encoder.encode(query, items, names, item_first=item_first, extra=extra)
         self._check_embedded(encoded)
@@ -187,7 +201,22 @@ class ScoringCore:
         lease: PrefixLease | None = None,
         progress: Callable[[int], object] = lambda _: None,
     ) -> list[LabelLogits | Exception]:
-        """Label logits of every request, or the error that it met."""
+        """Label logits of every request, or the error that it met; none of one without items."""
+        filled = [request for request in requests if request.items]
+        if len(filled) < len(requests):
+            rest = iter(
+                self.run(
+                    filled,
+                    labels,
+                    over_vocabulary=over_vocabulary,
+                    flow=flow,
+                    lease=lease,
+                    progress=progress,
+                )
+                if filled
+                else ()
+            )
+            return [next(rest) if request.items else self._nothing(labels) for request in requests]
         if not labels.are_single:
             found = run_labels(
                 self.runner,
@@ -213,6 +242,11 @@ class ScoringCore:
         if isinstance(found, Exception):
             raise found
         return found
+
+    def _nothing(self, labels: Labels) -> LabelLogits:
+        """What no items give."""
+        none = Usage(0, 0, 0, 0, 0, (), (), "plain", self.mask_impl)
+        return LabelLogits(torch.zeros(0, len(labels.ids)), torch.zeros(0), none)
 
     def _read(self, found: LabelLogits, labels: Labels, over_vocabulary: bool) -> LabelLogits:
         logits, normalizer = self.head.chosen(

@@ -25,16 +25,16 @@ def short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def as_list(name: str, values: Iterable[Any]) -> list[Any]:
+def as_list(name: str, values: Iterable[Any], *, may_be_empty: bool = False) -> list[Any]:
     """The elements of a list-like argument.
 
     Raises:
       InputTypeError: it is None, one string, not iterable, or has no order or no single column.
-      InputError: it is empty.
+      InputError: it is empty, and may not be.
     """
     _check_listed(name, values)
     found = list(values)
-    if not found:
+    if not found and not may_be_empty:
         raise InputError(f"{name}=[] is empty; pass at least one")
     return found
 
@@ -270,14 +270,16 @@ def checked(call: CallT) -> CallT:
     return cast(CallT, checking)
 
 
-def as_pairs(name: str, values: Iterable[Any]) -> list[tuple[Any, Any]]:
+def as_pairs(
+    name: str, values: Iterable[Any], *, may_be_empty: bool = False
+) -> list[tuple[Any, Any]]:
     """(query, document) pairs, each of two entries.
 
     Raises:
       InputTypeError: an entry is not a pair.
-      InputError: there are none.
+      InputError: there are none, and may not be none.
     """
-    found = as_list(name, values)
+    found = as_list(name, values, may_be_empty=may_be_empty)
     for i, pair in enumerate(found):
         if not _is_row(pair) or len(pair) != 2:
             raise InputTypeError(f"{name}[{i}]={short(pair)} must be (query, document)")
@@ -285,17 +287,19 @@ def as_pairs(name: str, values: Iterable[Any]) -> list[tuple[Any, Any]]:
 
 
 def as_requests(name: str, values: Iterable[Any]) -> list[tuple[Any, list[Any]]]:
-    """(query, items) each.
+    """(query, items) each; there may be none, of either.
 
     Raises:
       InputTypeError: an entry is not such a pair.
-      InputError: there are none, or one has no items.
     """
-    found = as_list(name, values)
+    found = as_list(name, values, may_be_empty=True)
     for i, entry in enumerate(found):
         if not _is_row(entry) or len(entry) != 2:
             raise InputTypeError(f"{name}[{i}]={short(entry)} must be (query, items)")
-    return [(query, as_list(f"{name}[{i}][1]", items)) for i, (query, items) in enumerate(found)]
+    return [
+        (query, as_list(f"{name}[{i}][1]", items, may_be_empty=True))
+        for i, (query, items) in enumerate(found)
+    ]
 
 
 def _is_row(value: Any) -> bool:

@@ -24,8 +24,6 @@ from packscore.text.labels import LabelIds, Labels
 
 # Items of a stream's first launch: few, so that the first scores come soon.
 FIRST_ITEMS = 8
-# Any item will do to encode a query with.
-SOME_ITEM = "a"
 
 
 class Prefix:
@@ -108,7 +106,8 @@ class Prefix:
         self._check_held()
         over_vocabulary = not apply_softmax
         chosen = self._core.labels(labels, label_token_ids, over_vocabulary=over_vocabulary)
-        request = self._core.encode(self._query, as_list("items", items), ArgumentNames(), chosen)
+        given = as_list("items", items, may_be_empty=True)
+        request = self._core.encode(self._query, given, ArgumentNames(), chosen)
         # the encoder may cut query and items elsewhere for these items; then the pool finds what
         # is held by content
         same = np.array_equal(request.prefix, self._tokens)
@@ -162,9 +161,7 @@ class Prefix:
 
 def prefix_tokens(core: ScoringCore, query: Text) -> TokenIds:
     """i64[prefix_len]: the tokens of a query with its prompt, before any item."""
-    item: Any = SOME_ITEM if core.encoder.takes_text else [0]
-    # not up to where a head reads: the item may be what a classifier takes for padding
-    return core.encode(query, [item], ArgumentNames(), is_pooled=False).prefix
+    return core.encode(query, [], ArgumentNames()).prefix
 
 
 def stream(

@@ -154,6 +154,7 @@ class MultiItemScorer:
         Args:
           query: text, or token ids (with the prompt "plain").
           items: texts or token ids, one kind only; an empty item is scored at the query's end.
+            No items give no scores.
           labels: label texts; None takes the scorer's. P of a label of several tokens is the
             product of theirs, each behind the item and the tokens before it.
           label_token_ids: labels as token ids instead, one each or one list each.
@@ -176,7 +177,7 @@ class MultiItemScorer:
         self._core.check_ready()
         over_vocabulary = not apply_softmax
         chosen = self._core.labels(labels, label_token_ids, over_vocabulary=over_vocabulary)
-        found = as_list("items", items)
+        found = as_list("items", items, may_be_empty=True)
         request = self._core.encode(query, found, ArgumentNames(), chosen, item_first=item_first)
         result = self._core.run_one(request, chosen, over_vocabulary=over_vocabulary, flow=flow)
         return self._core.scored(result, return_usage, "items[{}]".format)
@@ -240,7 +241,7 @@ class MultiItemScorer:
           NonFiniteScoreError: as `score` raises it.
         """
         self._core.check_ready()
-        found = as_list("documents", documents)
+        found = as_list("documents", documents, may_be_empty=True)
         names = ArgumentNames(item="documents[{}]".format)
         labels = self._core.head.for_ranking(self._core.default_labels)
         request = self._core.encode(query, found, names, labels)
@@ -306,7 +307,7 @@ class MultiItemScorer:
           NonFiniteScoreError: as `score` raises it.
         """
         self._core.check_ready()
-        found = as_pairs("pairs", pairs)
+        found = as_pairs("pairs", pairs, may_be_empty=True)
         labels = self._core.head.for_ranking(self._core.default_labels)
         groups = group_by_query(found)
         requests = [self._encode_group(found, index, labels) for index in groups]

@@ -329,12 +329,6 @@ BAD: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "key": ({**REQUEST, "docs": []}, {}, InputError, r"inputs has unknown keys \['docs'\]; a req"),
     "missing": ({"query": "a"}, {}, InputError, r"inputs lacks \['items'\]; a request has"),
     "items": ({"query": "a", "items": "b"}, {}, InputTypeError, r"inputs\['items'\]='b' is a str"),
-    "empty": (
-        [REQUEST, {"query": "a", "items": []}],
-        {},
-        InputError,
-        r"inputs\[1\]\['items'\]=\[\]",
-    ),
     "both": (
         {**REQUEST, "labels": ["a"], "label_token_ids": [1]},
         {},
@@ -362,6 +356,19 @@ def test_bad_calls_are_refused_by_name(
 ) -> None:
     with pytest.raises(kind, match=text):
         pipe(inputs, **options)
+
+
+def test_requests_without_items_give_none(pipe: Any, expected: Any) -> None:
+    nothing = {"query": "a", "items": []}
+    assert pipe(nothing) == []
+    found = pipe([nothing, REQUESTS[0], nothing], batch_size=3)
+    assert_same(found, [[], expected[0], []])
+    assert pipe({"sequence": [], "candidate_labels": ["a", "b"]}, prompt="plain") == []
+
+
+def test_an_instruction_without_a_place_is_refused(pipe: Any) -> None:
+    with pytest.raises(InputError, match=r"instruction='Find' has no place in this prompt"):
+        pipe(REQUESTS[0], prompt="plain", instruction="Find")
 
 
 def test_a_bad_request_stops_a_list_before_the_model_runs(pipe: Any, launches: list[int]) -> None:

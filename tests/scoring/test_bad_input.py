@@ -37,7 +37,12 @@ def no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 IDS: list[tuple[str, Call, type[PackscoreError], str]] = [
-    ("no-items", lambda s: s.score([1], []), InputError, r"items=\[\] is empty; pass at least one"),
+    (
+        "no-items",
+        lambda s: s.explain([1], []),
+        InputError,
+        r"items=\[\] is empty; pass at least one",
+    ),
     (
         "items-none",
         lambda s: s.score([1], None),
@@ -123,14 +128,12 @@ IDS: list[tuple[str, Call, type[PackscoreError], str]] = [
         InputTypeError,
         r"top_k='2' must be an in",
     ),
-    ("rank-empty", lambda s: s.rank([1], []), InputError, r"documents=\[\] is empty"),
     (
         "rank-bad-id",
         lambda s: s.rank([1], [[-5]]),
         InputError,
         r"documents\[0\]\[0\]=-5 is not in t",
     ),
-    ("pairs-empty", lambda s: s.predict([]), InputError, r"pairs=\[\] is empty"),
     (
         "pair-of-3",
         lambda s: s.predict([([1], [2], [3])]),

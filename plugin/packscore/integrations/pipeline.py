@@ -201,7 +201,7 @@ class MultiItemScoringPipeline(Pipeline):
             return _sequence_request(name, input_["sequence"], input_["candidate_labels"])
         _check_keys(name, keys, ITEM_KEYS, required={"query", "items"})
         labels = {key: input_[key] for key in LABEL_OPTIONS if input_.get(key) is not None}
-        items = as_list(f"{name}['items']", input_["items"])
+        items = as_list(f"{name}['items']", input_["items"], may_be_empty=True)
         return Request(input_["query"], items, labels or None)
 
     def _forward(self, input_tensors: dict[str, Any], **options: Any) -> Any:
@@ -305,7 +305,7 @@ def _sequence_request(name: str, sequence: Any, candidate_labels: Any) -> Reques
     labels = {"labels": as_list(f"{name}['candidate_labels']", candidate_labels)}
     if isinstance(sequence, str):
         return Request("", [sequence], labels, is_sequence=True)
-    texts = as_list(f"{name}['sequence']", sequence)
+    texts = as_list(f"{name}['sequence']", sequence, may_be_empty=True)
     return Request("", texts, labels, are_sequences=True)
 
 
