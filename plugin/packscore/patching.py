@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +13,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from packscore.calls import leave, program_of, serve
 from packscore.errors import InputError
 from packscore.inputs import checked
+from packscore.model.class_head import remember_drawn_head
 from packscore.model.family import (
     BASES,
     REGISTERED_NAMES,
@@ -33,6 +35,7 @@ from packscore.torch_engine.pages import LaunchPages
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 MARK = "_packscore"  # the attribute of a patched model
+BATCHING = "init_continuous_batching"  # what `generate_batch` begins with
 
 
 @checked
@@ -74,6 +77,8 @@ def patch_model(
     if not is_patched(model):
         switch_attention(model, _ours)
     base_model(model).__dict__[MARK] = Mark()
+    base_model(model).__dict__[BATCHING] = OwnBatching(base_model(model))
+    remember_drawn_head(base_model(model))
     if device is not None:
         _compile(model, device, None if compile_cache is None else Path(compile_cache))
     return model
@@ -102,7 +107,8 @@ def unpatch_model(model: ModelT) -> ModelT:
     """
     if base_model(model).config._attn_implementation in BASES:
         switch_attention(model, lambda name: BASES.get(name, name))
-        base_model(model).__dict__.pop(MARK, None)
+        for name in (MARK, BATCHING):
+            base_model(model).__dict__.pop(name, None)
         leave(base_model(model))
     return model
 
@@ -123,6 +129,39 @@ class Mark:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _mark, ()
+
+
+class OwnBatching:
+    """What `model.init_continuous_batching` is while the model is patched.
+
+    Continuous batching knows attentions by their names, and takes none that it does not know: from
+    its beginning until the manager stops, the model has its own again, and cannot be scored.
+
+    Args:
+      model: held weakly, for the model holds this.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = weakref.ref(model)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OwnBatching, (self._model(),)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The manager, which gives the model the packed attention back when it stops."""
+        model: Any = self._model()
+        name = model.config._attn_implementation
+        begin = functools.partial(type(model).init_continuous_batching, model, *args, **kwargs)
+        if name not in BASES:  # another manager runs
+            return begin()
+        model.set_attn_implementation(BASES[name])
+        try:
+            manager = begin()
+        except BaseException:
+            model.set_attn_implementation(name)
+            raise
+        manager._original_attn_impl = name
+        return manager
 
 
 def _mark() -> Mark:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
+import textwrap
 import threading
 from pathlib import Path
 from typing import Any
@@ -293,3 +296,49 @@ def test_verification_leaves_other_threads_alone(found_patched: bool) -> None:
     assert max(errors) <= PROBABILITY_MAX_FLOAT32
     assert is_patched(model) == found_patched
     assert [parameter.data_ptr() for parameter in model.parameters()] == pointers
+
+
+BATCHES = """
+    import copy, pickle, sys
+    from transformers import GenerationConfig
+    from helpers import random_qwen3
+    from packscore import MultiItemScorer, is_patched, patch_model, unpatch_model
+
+    def batched(model):
+        options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+        prompts, generation = [[5, 6, 7], [8, 9]], GenerationConfig(**options)
+        found = model.generate_batch(prompts, generation_config=generation, progress_bar=False)
+        return sorted(output.generated_tokens for output in found.values())
+
+    model = random_qwen3()
+    model.set_attn_implementation(sys.argv[1])
+    expected = batched(model)
+    scorer = MultiItemScorer(patch_model(model), label_token_ids=[1, 2])
+    scores = scorer.score([1, 2], [[3], [4]], flow="packed")
+    for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert batched(copied) == expected
+        assert is_patched(copied)
+    assert scorer.score([1, 2], [[3], [4]], flow="packed") == scores
+    try:
+        model.init_continuous_batching(no_such=1)
+        raise AssertionError
+    except TypeError:
+        assert is_patched(model)
+    assert batched(unpatch_model(model)) == expected
+"""
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_generate_batch_of_a_patched_model(attention: str) -> None:
+    """Continuous batching takes attentions by name; the patch is back when it ends.
+
+    In a process of its own: where torchax was imported, transformers finds no device for it.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(BATCHES), attention],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from packscore.encoded import EncodedRequest
 from packscore.errors import InputError, InputTypeError, UnsupportedModelError
 from packscore.inputs import as_list, short
-from packscore.model.family import class_count, is_classifier
+from packscore.model.family import class_count, is_classifier, output_head
 from packscore.model.label_head import LabelHead, LinearHead
 from packscore.model.weight_watch import SIGNS
 from packscore.text.labels import LabelIds, Labels
@@ -22,6 +22,8 @@ from packscore.text.tokenizer import PieceTokenizer
 # In-place changes that `from_pretrained` makes to a weight that it draws because the checkpoint
 # has none: the draw itself. Training changes it again.
 VERSION_OF_A_DRAWN_WEIGHT = 1
+# Where a model keeps the weight of its head as it was drawn; copies of the model have it too.
+DRAWN = "_packscore_drawn_head"
 
 
 class ClassHead(LinearHead):
@@ -42,7 +44,7 @@ class ClassHead(LinearHead):
                 "problem_type='multi_label_classification' gives no distribution over classes; "
                 "use a head of one class, or of classes that exclude each other"
             )
-        self._check_loaded(model)
+        check_head_is_trained(model)
         self._check_trained("model", "class", self._all)
 
     @property
@@ -52,22 +54,6 @@ class ClassHead(LinearHead):
     @property
     def _is_single(self) -> bool:
         return len(self._names) == 1
-
-    def _check_loaded(self, model: PreTrainedModel) -> None:
-        """Refuse a head that loading drew at random, because the checkpoint had none."""
-        decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
-        # an adapter with a head of its own keeps the model's beside it, which it began as a copy of
-        original = getattr(self._head, "original_module", self._head)
-        weight: Any = getattr(self._head, "weight", None)
-        drawn: Any = getattr(original, "weight", None)
-        was_loaded = any(_came_from_checkpoint(p) for p in decoder.parameters())
-        if weight is None or not was_loaded or not _is_as_drawn(drawn):
-            return
-        if weight is drawn or torch.equal(weight, drawn):
-            raise UnsupportedModelError(
-                f"model: the checkpoint has no score.weight, so the head of this {self._owner} is "
-                "random; load a checkpoint of a trained classifier, or train this one"
-            )
 
     def resolve(
         self, labels: Sequence[str] | None, label_token_ids: LabelIds | None
@@ -161,6 +147,46 @@ class ClassHead(LinearHead):
 
 def _of_classes(ids: list[int]) -> Labels:
     return Labels(tuple((i,) for i in ids))
+
+
+def check_head_is_trained(model: PreTrainedModel) -> None:
+    """Refuse a head that loading drew at random, because the checkpoint had none.
+
+    Raises:
+      UnsupportedModelError: it did, and nothing trained it since.
+    """
+    if has_new_head(model):
+        raise UnsupportedModelError(
+            f"model: the checkpoint has no score.weight, so the head of this "
+            f"{type(model).__name__} is random; load a checkpoint of a trained classifier, or "
+            "train this one"
+        )
+
+
+def has_new_head(model: PreTrainedModel) -> bool:
+    """Whether the model's head is the one that loading drew, because the checkpoint had none."""
+    remember_drawn_head(model)
+    drawn = model.__dict__.get(DRAWN)
+    weight: Any = getattr(output_head(model), "weight", None)
+    if drawn is None or weight is None or weight.is_meta or weight.shape != drawn.shape:
+        return False
+    return torch.equal(weight.detach().cpu(), drawn.to(weight.dtype))
+
+
+def remember_drawn_head(model: PreTrainedModel) -> None:
+    """Keep the head of a classifier as it was drawn, to know it from a trained one later.
+
+    A copy of the model does not show where its weights are from; what is kept goes with it.
+    """
+    if DRAWN in model.__dict__ or not is_classifier(model):
+        return
+    head = output_head(model)
+    # an adapter with a head of its own keeps the model's beside it, which it began as a copy of
+    weight: Any = getattr(getattr(head, "original_module", head), "weight", None)
+    decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
+    was_loaded = any(_came_from_checkpoint(p) for p in decoder.parameters())
+    if was_loaded and weight is not None and not weight.is_meta and _is_as_drawn(weight):
+        model.__dict__[DRAWN] = weight.detach().cpu().clone()
 
 
 def _came_from_checkpoint(parameter: torch.Tensor) -> bool:
