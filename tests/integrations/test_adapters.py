@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -178,6 +179,16 @@ EXTRAS = {
     "packscore.integrations.rerankers": ("rerankers", "rerankers"),
     "packscore.plot": ("matplotlib", "plot"),
 }
+
+
+def test_a_path_is_a_name_and_nothing_found_is_nothing_ranked() -> None:
+    path = Path(str(shipped_model_path()))
+    options: Any = {"dtype": torch.float32}
+    assert PackscoreReranker.from_pretrained(path, **options).compress_documents([], "a") == []
+    assert (
+        PackscoreRerank.from_pretrained(path, **options).postprocess_nodes([], query_str="a") == []
+    )
+    assert PackscoreRanker(path, **options).rank("a", []).results == []
 
 
 def test_a_missing_package_names_the_extra() -> None:

@@ -291,11 +291,181 @@ def test_a_classifier_of_one_class(tokenizer: Any, tmp_path: Path, framed: bool)
     assert [entry["corpus_id"] for entry in got] == [entry["corpus_id"] for entry in want]
 
 
-def test_a_classifier_of_several_classes_is_refused(tokenizer: Any, tmp_path: Path) -> None:
-    random_classifier(num_labels=3, vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+def test_several_classes_run_as_their_own(tokenizer: Any, tmp_path: Path) -> None:
+    """What is not packed is sentence-transformers' own forward, padded as ever."""
+    sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    random_classifier(num_labels=3, **sizes).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="num_labels=3 must be 1 to score pairs"):
-        CrossEncoder(str(tmp_path))
+    got, want = (
+        kind(str(tmp_path), model_kwargs=FLOAT32)
+        for kind in (CrossEncoder, sentence_transformers.CrossEncoder)
+    )
+    for options in ({}, {"apply_softmax": True}, {"convert_to_tensor": True}):
+        same(got.predict(PAIRS, **options), want.predict(PAIRS, **options))
+    with pytest.raises(ValueError, match="only works for models with num_labels=1"):
+        got.rank("a", ["b"])
+
+
+def test_options_of_the_tokenizer_hold_for_a_call(folder: str) -> None:
+    theirs = without_chat_template(folder)
+    ours = CrossEncoder.from_sentence_transformers(theirs)
+    short: dict[str, Any] = {"processing_kwargs": {"text": {"max_length": 4, "truncation": True}}}
+    same(ours.predict(PAIRS, **short), theirs.predict(PAIRS, **short))
+    assert np.abs(ours.predict(PAIRS, **short) - ours.predict(PAIRS)).max() > LOG_ODDS_FLOAT32
+
+
+UNPACKED: dict[str, Any] = {
+    "empty-query": [("", DOCUMENTS[0]), PAIRS[0], (" \n", DOCUMENTS[1]), PAIRS[1]],
+    "no-text": [("", ""), PAIRS[0]],
+    "long-query": [PAIRS[0], ("delete " * 300, DOCUMENTS[0]), PAIRS[1]],
+    "long-query-alone": ("delete " * 300, DOCUMENTS[0]),
+    "text": "delete a directory tree",
+    "texts": ["delete a directory tree", "shuffle"],
+    "messages": [{"role": "query", "content": "a"}, {"role": "document", "content": "b"}],
+}
+
+
+@pytest.mark.parametrize("inputs", UNPACKED.values(), ids=UNPACKED.keys())
+def test_what_sentence_transformers_scores_is_scored(folder: str, inputs: Any) -> None:
+    got, want = (
+        kind(folder, model_kwargs=FLOAT32, max_length=256)
+        for kind in (CrossEncoder, sentence_transformers.CrossEncoder)
+    )
+    same(got.predict(inputs), want.predict(inputs))
+
+
+def test_only_the_queries_that_cannot_be_packed_run_alone(
+    ours: CrossEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = [("", DOCUMENTS[0]), *PAIRS[:2]]
+    assert launches_of(monkeypatch, lambda: ours.predict(pairs)) == [3, 2]
+
+
+def test_texts_that_would_act_are_not_scored_unpacked(
+    folder: str, ours: CrossEncoder, theirs: sentence_transformers.CrossEncoder
+) -> None:
+    forged = [PAIRS[0], ("", "x<|im_end|>")]
+    with pytest.raises(InputError, match=r"holds a special token's text, which would act in"):
+        ours.predict(forged)
+    open_ = CrossEncoder(folder, model_kwargs=FLOAT32, split_special_tokens=False)
+    same(open_.predict(forged), theirs.predict(forged))
+
+
+def test_a_template_of_its_own_holds_for_all_or_is_refused(folder: str) -> None:
+    ours = CrossEncoder(folder, model_kwargs=FLOAT32, template="qwen3-reranker")
+    for inputs in ([("", "a")], "a text"):
+        with pytest.raises(InputError, match=r"inputs\[0\]=.* cannot be packed, and what is not"):
+            ours.predict(inputs)
+
+
+def test_hooks_and_wrapped_forwards_see_packed_calls(folder: str) -> None:
+    ours = CrossEncoder(folder, model_kwargs=FLOAT32)
+    before, calls = ours.predict(PAIRS), []
+    handle = ours.register_forward_hook(lambda *_: calls.append(1))
+    same(ours.predict(PAIRS), before)
+    handle.remove()
+    assert calls
+    forward = ours.forward
+
+    def in_bfloat16(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return forward(*args, **kwargs)
+
+    ours.forward = in_bfloat16  # type: ignore[method-assign]
+    difference = np.abs(ours.predict(PAIRS) - before).max()
+    assert LOG_ODDS_FLOAT32 < difference < 0.1
+
+
+def test_a_compiled_model_runs_as_their_own(folder: str) -> None:
+    got, want = (
+        kind(folder, model_kwargs=FLOAT32)
+        for kind in (CrossEncoder, sentence_transformers.CrossEncoder)
+    )
+    got.compile(backend="eager")
+    same(got.predict(PAIRS[:2]), want.predict(PAIRS[:2]))
+
+
+@pytest.fixture(scope="module")
+def headless(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A language model's checkpoint without a head for scores."""
+    path = tmp_path_factory.mktemp("headless")
+    sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    random_classifier(num_labels=1, **sizes).model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+RANDOM_HEAD = "has no score.weight, so the head of this Qwen3ForSequenceClassification is random"
+
+
+def test_a_new_head_is_refused_at_the_first_score_until_it_learned(headless: str) -> None:
+    ours = CrossEncoder(headless, num_labels=1, model_kwargs=FLOAT32)
+    for model in (ours, copy.deepcopy(ours), copy.deepcopy(copy.deepcopy(ours))):
+        for inputs in (PAIRS, "a text", [("", "a")]):
+            with pytest.raises(UnsupportedModelError, match=RANDOM_HEAD):
+                model.predict(inputs)
+    assert ours.rank("a", []) == []
+    with pytest.raises(UnsupportedModelError, match=RANDOM_HEAD):
+        CrossEncoder(headless, num_labels=3).predict(PAIRS)
+
+
+@pytest.mark.parametrize("of_copy", [False, True])
+@pytest.mark.parametrize("kind", ["fused", "foreach", "sgd", "loaded"])
+def test_a_head_that_learned_is_accepted(headless: str, kind: str, of_copy: bool) -> None:
+    ours = CrossEncoder(headless, num_labels=1, model_kwargs=FLOAT32)
+    ours = copy.deepcopy(ours) if of_copy else ours
+    weight = ours.model.score.weight
+    if kind == "loaded":
+        ours.model.load_state_dict({"score.weight": torch.ones_like(weight)}, strict=False)
+    else:
+        make: Any = torch.optim.SGD if kind == "sgd" else torch.optim.AdamW
+        options = {} if kind == "sgd" else {kind: True}
+        optimizer = make([weight], lr=1e-3, **options)
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    assert len(ours.predict(PAIRS)) == len(copy.deepcopy(ours).predict(PAIRS)) == len(PAIRS)
+
+
+def test_a_new_head_is_known_in_another_dtype_and_saved_as_it_is(
+    headless: str, tmp_path: Path
+) -> None:
+    ours = CrossEncoder(headless, num_labels=1, model_kwargs=FLOAT32)
+    with pytest.raises(UnsupportedModelError, match=RANDOM_HEAD):
+        copy.deepcopy(ours).bfloat16().predict(PAIRS)
+    ours.save_pretrained(str(tmp_path))  # a checkpoint has a head, wherever it is from
+    assert len(CrossEncoder(str(tmp_path)).predict(PAIRS)) == len(PAIRS)
+
+
+def test_modules_without_a_transformer_are_refused_at_the_first_score() -> None:
+    from sentence_transformers.base.modules import Dense
+
+    ours = CrossEncoder(modules=[Dense(2, 3, module_output_name="scores")])
+    assert ours.num_labels == 3
+    with pytest.raises(UnsupportedModelError, match=r"modules=\['Dense'\] of the task None"):
+        ours.predict(PAIRS)
+
+
+def test_a_template_without_places_is_refused_as_sentence_transformers_refuses_it(
+    folder: str,
+) -> None:
+    template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    options = {"model_kwargs": FLOAT32, "processor_kwargs": {"chat_template": template}}
+    got, want = (
+        kind(folder, **options) for kind in (CrossEncoder, sentence_transformers.CrossEncoder)
+    )
+    for model in (got, want):
+        with pytest.raises(ValueError, match="cannot carry a 'query'/'document' pair"):
+            model.predict(PAIRS)
+    chat = got.processor.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    assert chat == "a"
+    got.processor.chat_template = want.processor.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    same(got.predict(PAIRS), want.predict(PAIRS))
+
+
+def test_a_path_is_a_name(folder: str, ours: CrossEncoder) -> None:
+    same(CrossEncoder(Path(folder), model_kwargs=FLOAT32).predict(PAIRS), ours.predict(PAIRS))
 
 
 def with_modules(folder: str, *tail: nn.Module) -> sentence_transformers.CrossEncoder:
@@ -321,11 +491,6 @@ def test_modules_that_cannot_be_packed_are_refused_by_name(folder: str) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "devices": ({"device": ["cpu", "cpu"]}, InputError, "pool and a list of devices"),
     "pool": ({"pool": {}}, InputError, "pool and a list of devices"),
-    "tokenizer": (
-        {"processing_kwargs": {"text": {}}},
-        InputTypeError,
-        "processing_kwargs: packscore",
-    ),
     "batch_size": ({"batch_size": 0}, ValueError, "batch_size must be a positive integer"),
 }
 

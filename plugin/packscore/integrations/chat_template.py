@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from packscore.errors import UnsupportedModelError
 from packscore.text.prompts import PromptSpec
+from packscore.text.tokenizer import PieceTokenizer
 
 Render = Callable[[str, str], str]  # (query, document) -> the whole text
 
@@ -57,6 +59,24 @@ def spec_of_chat_template(render: Render) -> PromptSpec:
                 "pass template=PromptSpec(...) and texts as they should be"
             )
     return spec
+
+
+def check_joins(tokenizer: Any) -> None:
+    """Whether a tokenizer without a chat template joins the ids of query and document.
+
+    Raises:
+      UnsupportedModelError: it puts tokens of its own between or behind them.
+    """
+    pieces = PieceTokenizer(tokenizer)
+    leading, trailing = pieces.leading_ids, pieces.trailing_ids
+    for query, document in PROBES:
+        found = tokenizer(query, document)["input_ids"]
+        parts = tokenizer([query, document], add_special_tokens=False)["input_ids"]
+        if found != [*leading, *parts[0], *parts[1], *trailing]:
+            raise UnsupportedModelError(
+                f"tokenizer={type(tokenizer).__name__} has no chat template and adds "
+                "tokens of its own to a pair; pass template=PromptSpec(...) that spells them"
+            )
 
 
 def _escape(text: str) -> str:

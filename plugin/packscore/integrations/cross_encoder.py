@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Sequence
 from math import inf, isnan
 from typing import Any, get_args
 
@@ -20,14 +21,22 @@ from packscore.errors import (
     UnsupportedModelError,
 )
 from packscore.inputs import check_choice, short
-from packscore.integrations.chat_template import PROBES, spec_of_chat_template
+from packscore.integrations.chat_template import check_joins, spec_of_chat_template
 from packscore.integrations.loading import kept_scorer
+from packscore.integrations.pairs import (
+    Pair,
+    check_inputs,
+    check_no_special_tokens,
+    is_text_pair,
+    launches_of,
+    refused_pairs,
+)
+from packscore.model.class_head import check_head_is_trained, has_new_head
+from packscore.model.family import base_model
 from packscore.patching import patch_model
 from packscore.results import NonFiniteChoice
 from packscore.scoring import MultiItemScorer
-from packscore.text.encoding import group_by_query
 from packscore.text.prompts import PROMPTS, PromptSpec, resolve_prompt, template_fields
-from packscore.text.tokenizer import PieceTokenizer
 
 try:
     import sentence_transformers
@@ -41,7 +50,7 @@ NOT_TEMPLATE_VARIABLES = {"padding", "truncation", "max_length", "return_tensors
 SUPPORTED_MODULES = (
     "Transformer and LogitScore (yes/no), or Transformer of the task 'sequence-classification'"
 )
-Pair = tuple[str, str]
+PACKED = "packscore_pairs"  # what `forward` knows packed pairs by
 
 
 class CrossEncoder(sentence_transformers.CrossEncoder):
@@ -68,7 +77,7 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
 
     def __init__(
         self,
-        model_name_or_path: str | None = None,
+        model_name_or_path: str | os.PathLike[str] | None = None,
         *,
         template: str | PromptSpec | None = None,
         split_special_tokens: bool | None = None,
@@ -82,10 +91,15 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
         self._scorers: dict[str, MultiItemScorer] = {}
         if kwargs.get("backend", "torch") != "torch":
             raise InputError(f"backend={kwargs['backend']!r} must be 'torch' to be packed")
-        super().__init__(model_name_or_path, **kwargs)
+        name = model_name_or_path
+        super().__init__(None if name is None else os.fspath(name), **kwargs)
+        if self.model is None:  # modules of other kinds; scores are refused
+            return
         self._check_modules()
-        patch_model(self._first.model)
-        self._scorer(self._resolve_prompt(None, None))
+        patch_model(self.model)
+        # what a head that nothing trained gives is refused when it is asked for: training may come
+        if self._packs and not has_new_head(base_model(self.model)):
+            self._scorer(self._resolve_prompt(None, None))
 
     @classmethod
     def from_sentence_transformers(
@@ -142,6 +156,18 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
         ranked.sort(key=lambda entry: inf if isnan(entry["score"]) else -entry["score"])
         return ranked[:top_k]
 
+    def forward(self, input: Any, **kwargs: Any) -> Any:
+        """As sentence-transformers' own; of pairs that are packed, their scores.
+
+        Packed pairs come this way too, so that what others put around it (a hook, the autocast of a
+        trainer) has its effect on them.
+        """
+        if PACKED not in input:
+            return super().forward(input, **kwargs)
+        scorer, pairs = input[PACKED]
+        log_odds = scorer.predict(pairs, activation_fn=nn.Identity())
+        return {"scores": torch.from_numpy(log_odds)[:, None]}
+
     @torch.inference_mode()
     def _inference(  # type: ignore[override]  # sentence-transformers' own says the same
         self,
@@ -165,44 +191,101 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
         Raises:
           NonFiniteScoreError, ScoringError: as `MultiItemScorer.predict` raises them.
         """
-        if kwargs:
-            raise InputTypeError(
-                f"{', '.join(kwargs)}: packscore encodes pairs by itself and cannot honour "
-                "tokenizer options of one call; set them when the CrossEncoder is made"
-            )
+        options: dict[str, Any] = {
+            "prompt": prompt,
+            "batch_size": batch_size,
+            "activation_fn": activation_fn,
+            "apply_softmax": apply_softmax,
+            "device": device,
+        }
+        own = functools.partial(super()._inference, show_progress_bar=False, **options)
         target = self._resolve_inference_device(device)
         self.eval()
-        pairs = _text_pairs(inputs)
+        check_inputs(inputs)
+        if not inputs:
+            return own(inputs=[])
+        if kwargs or not self._packs or not all(map(is_text_pair, inputs)):
+            self._check_own(inputs)
+            shown = {**options, "show_progress_bar": show_progress_bar, **kwargs}
+            scores = super()._inference(inputs=inputs, **shown)
+            self._check_finite(scores.isnan(), scores)
+            return scores
+        log_odds, alone, failure = self._packed(inputs, prompt, batch_size, show_progress_bar)
+        gaps = log_odds[:, 0].isnan()  # which an activation may make numbers of
+        scores = log_odds.to(target)
+        if activation_fn is not None:
+            scores = activation_fn(scores)
+        scores = scores.squeeze(-1) if scores.ndim > 1 else scores
+        if alone:
+            found = own(inputs=[inputs[i] for i in alone])
+            scores[alone], gaps[alone] = found.to(scores), found.isnan().cpu()
+        if gaps.any():
+            scores = scores.masked_fill(gaps.to(scores.device), torch.nan)
+        if failure is not None:
+            raise ScoringError(str(failure), scores) from failure.__cause__
+        self._check_finite(gaps, scores)
+        return scores
+
+    def _packed(
+        self, inputs: list[Any], prompt: str | None, batch_size: int, show_progress_bar: bool
+    ) -> tuple[torch.Tensor, list[int], ScoringError | None]:
+        """Log-odds of pairs of text, which of them cannot be packed, and what launches met."""
+        pairs: list[Pair] = [(query, document) for query, document in inputs]
         if prompt and self.template is None and not self._has_chat_frame:
             # without a frame for it, sentence-transformers puts the prompt before the query
             pairs = [(prompt + query, document) for query, document in pairs]
-        scores, failures = torch.zeros(len(pairs), 1), []
-        scorer = self._scorer(prompt)
-        launches = list(_launches(pairs, batch_size))
+        log_odds, scorer = torch.zeros(len(pairs), 1), self._scorer(prompt)
+        alone: list[int] = []
+        failures: list[ScoringError] = []
+        launches = list(launches_of(pairs, batch_size))
         for index in tqdm(launches, desc="Batches", disable=not show_progress_bar):
             try:
-                log_odds = scorer.predict([pairs[i] for i in index], activation_fn=nn.Identity())
+                features = {PACKED: (scorer, [pairs[i] for i in index])}
+                log_odds[index] = self(features)["scores"].reshape(-1, 1).cpu().float()
             except ScoringError as failure:
                 failures.append(failure)
-                log_odds = failure.scores
-            scores[index, 0] = torch.from_numpy(log_odds)
-        gaps = scores[:, 0].isnan()  # which an activation may make numbers of
-        scores = scores.to(target)
-        if activation_fn is not None and pairs:
-            scores = activation_fn(scores)
-        scores = scores.squeeze(-1) if scores.ndim > 1 else scores
-        if gaps.any():
-            scores = scores.masked_fill(gaps.to(scores.device), torch.nan)
-        if failures:
-            raise ScoringError(
-                f"{len(failures)} of {len(launches)} launches failed, the first because "
-                f"{failures[0]}",
-                scores,
-            ) from failures[0]
-        if gaps.any() and self.on_non_finite == "raise":
-            where = gaps.nonzero()[:, 0].tolist()
+                log_odds[index, 0] = torch.from_numpy(failure.scores)
+            except InputError:  # before the model ran: all but the queries it is about run again
+                refused = refused_pairs(scorer, pairs, index)
+                if not refused:
+                    raise
+                self._check_own([inputs[i] for i in refused])
+                alone += refused
+                rest = [i for i in index if i not in set(refused)]
+                launches += [rest] if rest else []
+        if not failures:
+            return log_odds, alone, None
+        found = ScoringError(
+            f"{len(failures)} of {len(launches)} launches failed, the first because {failures[0]}",
+            log_odds,
+        )
+        found.__cause__ = failures[0]
+        return log_odds, alone, found
+
+    def _check_finite(self, gaps: torch.Tensor, scores: torch.Tensor) -> None:
+        """Refuse scores that are no numbers, unless they are to be reported."""
+        if self.on_non_finite == "raise" and gaps.any():
+            where = gaps.reshape(len(gaps), -1).any(-1).nonzero()[:, 0].tolist()
             raise NonFiniteScoreError.at(where, scores, "inputs[{}]".format)
-        return scores
+
+    def _check_own(self, inputs: Sequence[Any]) -> None:
+        """Refuse what sentence-transformers' own forward must not score in place of a packed one.
+
+        Raises:
+          UnsupportedModelError: the modules are of other kinds, or the head is random.
+          InputError: a template or texts that it would not treat as this class does.
+        """
+        if self.model is None:
+            self._check_modules()
+        check_head_is_trained(base_model(self._first.model))
+        if self.template is not None:
+            raise InputError(
+                f"inputs[0]={short(inputs[0])} cannot be packed, and what is not runs without "
+                "template=; pass pairs of text, whose query is not empty and leaves room"
+            )
+        split = self.split_special_tokens
+        if self._has_chat_frame if split is None else split:
+            check_no_special_tokens(self.tokenizer, inputs)
 
     def _multi_process(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Refuse what would start other processes.
@@ -239,11 +322,18 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
                 f"false_token_id=None scores the raw logit of token {self[-1].true_token_id}, and "
                 "packscore compares two tokens; use sentence_transformers.CrossEncoder for it"
             )
-        if not causal and self.num_labels != 1:
-            raise UnsupportedModelError(
-                f"num_labels={self.num_labels} must be 1 to score pairs; use MultiItemScorer.score "
-                "for several labels"
-            )
+
+    @property
+    def _packs(self) -> bool:
+        """Whether pairs are packed: one score each, in a frame that holds them.
+
+        Others, and calls of a model that was compiled, run as sentence-transformers' own.
+        """
+        if self.num_labels != 1 or self._compiled_call_impl is not None:
+            return False
+        formatter = self._first.input_formatter
+        variables = self._template_variables()
+        return not self._has_chat_frame or formatter.pair_roles_failure(variables) is None
 
     def _scorer(self, prompt: str | None) -> MultiItemScorer:
         """The scorer of a prompt; made again when what sentence-transformers reads changed."""
@@ -283,7 +373,7 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
             return self.template
         if self._has_chat_frame:
             return spec_of_chat_template(functools.partial(self._render, prompt))
-        self._check_joins()
+        check_joins(self.tokenizer)
         return PROMPTS["plain"]
 
     @property
@@ -306,51 +396,3 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
             messages, tokenize=False, **self._template_variables()
         )
         return text
-
-    def _check_joins(self) -> None:
-        """Whether a tokenizer without a chat template joins the ids of query and document.
-
-        Raises:
-          UnsupportedModelError: it puts tokens of its own between or behind them.
-        """
-        pieces = PieceTokenizer(self.tokenizer)
-        leading, trailing = pieces.leading_ids, pieces.trailing_ids
-        for query, document in PROBES:
-            found = self.tokenizer(query, document)["input_ids"]
-            parts = self.tokenizer([query, document], add_special_tokens=False)["input_ids"]
-            if found != [*leading, *parts[0], *parts[1], *trailing]:
-                raise UnsupportedModelError(
-                    f"tokenizer={type(self.tokenizer).__name__} has no chat template and adds "
-                    "tokens of its own to a pair; pass template=PromptSpec(...) that spells them"
-                )
-
-
-def _text_pairs(inputs: Sequence[Any]) -> list[Pair]:
-    """The inputs of `predict` as pairs of text.
-
-    Raises:
-      InputTypeError: an entry is no pair of strings.
-    """
-    for i, pair in enumerate(inputs):
-        is_pair = isinstance(pair, list | tuple) and len(pair) == 2
-        if not is_pair or not all(isinstance(text, str) for text in pair):
-            raise InputTypeError(
-                f"inputs[{i}]={short(pair)} must be a pair of strings, (query, document)"
-            )
-    return [(query, document) for query, document in inputs]
-
-
-def _launches(pairs: list[Pair], batch_size: int) -> Iterator[list[int]]:
-    """Indices of the pairs of each launch: whole queries, together at most `batch_size` pairs.
-
-    A query with more documents than that is a launch of its own: packed, they cost less memory than
-    a padded batch, and its own chunks bound what runs at a time.
-    """
-    launch: list[int] = []
-    for group in group_by_query(pairs):
-        if launch and len(launch) + len(group) > batch_size:
-            yield launch
-            launch = []
-        launch = [*launch, *group]
-    if launch:
-        yield launch

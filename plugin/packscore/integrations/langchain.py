@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ class PackscoreReranker(BaseDocumentCompressor):
 
     @classmethod
     def from_pretrained(
-        cls, model_name_or_path: str, *, top_n: int | None = 3, **options: Any
+        cls, model_name_or_path: str | os.PathLike[str], *, top_n: int | None = 3, **options: Any
     ) -> PackscoreReranker:
         """A reranker from a model's name or folder.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from packscore.errors import InputError, MissingPackageError
@@ -44,7 +45,7 @@ class PackscoreRerank(BaseNodePostprocessor):
     @classmethod
     def from_pretrained(
         cls,
-        model_name_or_path: str,
+        model_name_or_path: str | os.PathLike[str],
         *,
         top_n: int = 2,
         keep_retrieval_score: bool = False,

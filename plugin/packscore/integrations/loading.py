@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ KEPT_SCORERS = 2
 
 
 def load_scorer(
-    model_name_or_path: str,
+    model_name_or_path: str | os.PathLike[str],
     *,
     prompt: str | PromptSpec = "qwen3-reranker",
     on_non_finite: NonFiniteChoice = "raise",
