@@ -117,7 +117,6 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
 
         Args:
           cross_encoder: a `sentence_transformers.CrossEncoder`.
-          template: as in the constructor.
           template, split_special_tokens, on_non_finite: as in the constructor.
 
         Returns:
