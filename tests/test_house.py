@@ -254,3 +254,9 @@ def test_files_functions_and_folders_stay_small() -> None:
     folders = Counter(path.parent for path in MODULES.values())
     large += [f"{path}: {n} files" for path, n in folders.items() if n > FILES_IN_A_FOLDER]
     assert large == []
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    """pytest imports them by their bare names."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
