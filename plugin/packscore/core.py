@@ -203,38 +203,21 @@ class ScoringCore:
     ) -> list[LabelLogits | Exception]:
         """Label logits of every request, or the error that it met; none of one without items."""
         filled = [request for request in requests if request.items]
-        if len(filled) < len(requests):
-            rest = iter(
-                self.run(
-                    filled,
-                    labels,
-                    over_vocabulary=over_vocabulary,
-                    flow=flow,
-                    lease=lease,
-                    progress=progress,
-                )
-                if filled
-                else ()
-            )
-            return [next(rest) if request.items else self._nothing(labels) for request in requests]
-        if not labels.are_single:
+        options: dict[str, Any] = {"flow": flow, "lease": lease, "progress": progress}
+        found: list[LabelLogits | Exception] = []
+        if filled and labels.are_single:
+            ids, over = self.head.to_compute(labels, over_vocabulary)
+            ran = self.runner.run(filled, Readout(tuple(ids), over), **options)
+            found = [
+                one if isinstance(one, Exception) else self._read(one, labels, over_vocabulary)
+                for one in ran
+            ]
+        elif filled:
             found = run_labels(
-                self.runner,
-                requests,
-                labels,
-                over_vocabulary=over_vocabulary,
-                flow=flow,
-                lease=lease,
-                progress=progress,
+                self.runner, filled, labels, over_vocabulary=over_vocabulary, **options
             )
-            return [one if isinstance(one, Exception) else _with_gaps(one) for one in found]
-        ids, over = self.head.to_compute(labels, over_vocabulary)
-        readout = Readout(tuple(ids), over)
-        found = self.runner.run(requests, readout, flow=flow, lease=lease, progress=progress)
-        return [
-            one if isinstance(one, Exception) else self._read(one, labels, over_vocabulary)
-            for one in found
-        ]
+        rest = (one if isinstance(one, Exception) else _with_gaps(one) for one in found)
+        return [next(rest) if request.items else self._nothing(labels) for request in requests]
 
     def run_one(self, request: EncodedRequest, labels: Labels, **options: Any) -> LabelLogits:
         """Label logits of one request; raises the error that it met."""
@@ -252,7 +235,7 @@ class ScoringCore:
         logits, normalizer = self.head.chosen(
             found.logits, found.normalizer, labels, over_vocabulary
         )
-        return _with_gaps(replace(found, logits=logits, normalizer=normalizer))
+        return replace(found, logits=logits, normalizer=normalizer)
 
     def check_finite(self, indices: Sequence[Any], scores: Any, name: Callable[[Any], str]) -> None:
         """Refuse scores that are not finite, unless the scorer reports them.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, TypeAlias, TypeVar, cast, get_args
 
@@ -235,7 +236,9 @@ OPTIONS: dict[str, Callable[[str, Any], None]] = {
     **dict.fromkeys(["return_usage", "return_documents", "return_items"], check_flag),
     "show_progress_bar": check_flag,
     "split_special_tokens": _or_none(check_flag),
-    **dict.fromkeys(["top_k", "max_items", "max_tokens", "batch_size", "num_labels"], check_count),
+    **dict.fromkeys(["top_k", "max_items", "batch_size", "num_labels"], check_count),
+    # the type alone: the scorer knows what the model holds, and says it
+    "max_tokens": functools.partial(check_count, least=-sys.maxsize),
     "prefix_cache_bytes": functools.partial(check_count, least=0),
     "flow": _or_none(_check_one_of(*FLOWS)),
     "mask_impl": _check_one_of(*get_args(MaskChoice)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import os
 import random
@@ -112,7 +113,7 @@ def test_a_run_killed_at_any_touch_of_a_file_ends_the_same(
             plan, settings = plan_of(output, name, resume=False, overwrite=True), {"k": moment}
         else:
             plan, settings = plan_of(output, name), {}
-        if die_at(moment, lambda p=plan, s=settings: run_stand_in(p, s, read)):  # type: ignore[misc]
+        if die_at(moment, functools.partial(run_stand_in, plan, settings, read)):
             break
         killed += 1
         moment += 1

@@ -77,7 +77,8 @@ BEYOND = ("1e999", "-1e999", "[1e400]", '{"a": {"b": 2e308}}', "NaN", "Infinity"
 @pytest.mark.parametrize("number", BEYOND)
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_numbers_beyond_the_range_are_bad_records(cli: Cli, number: str, output: str) -> None:
-    lines = [json.dumps(RECORDS[0]), '{"id": %s, "query": "q", "items": ["a"]}' % number] * 2  # noqa: UP031
+    odd = '{"id": NUMBER, "query": "q", "items": ["a"]}'.replace("NUMBER", number)
+    lines = [json.dumps(RECORDS[0]), odd] * 2
     cli.write("in.jsonl", lines)
     for _ in range(2):
         assert cli("rank", "in.jsonl", "-o", output, *MODEL, "--resume").code == 3

@@ -22,10 +22,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, seed, settings
-from hypothesis.stateful import run_state_machine_as_test
+from drive import drive
+from hypothesis import Phase
 from ledger import BooksError, HungError, Ledger, LostError, WrongError
-from machine import ModelMachine
 
 from packscore import core, patching
 from packscore.flows import page_pool
@@ -111,21 +110,17 @@ def pickles_do_not_register(patch: pytest.MonkeyPatch) -> None:
 def examples_until_found(name: str, number: int = 0) -> tuple[int, BaseException | None]:
     """How many examples the machine takes without a mend, and what it says then."""
     ledger = Ledger()
-    options = {"engine": "torch", "ledger": ledger}
-    machine: Any = type("Machine", (ModelMachine,), options)
-    chosen = settings(
-        max_examples=MOST_EXAMPLES,
-        stateful_step_count=20,
-        phases=[Phase.generate],
-        deadline=None,
-        database=None,
-        report_multiple_bugs=False,
-        suppress_health_check=list(HealthCheck),
-    )
     with pytest.MonkeyPatch.context() as patch:
         CONTROLS[name](patch)
         try:
-            run_state_machine_as_test(seed(number)(machine), settings=chosen)
+            drive(
+                "torch",
+                ledger,
+                number,
+                max_examples=MOST_EXAMPLES,
+                stateful_step_count=20,
+                phases=[Phase.generate],
+            )
         except FAULTS as fault:
             return ledger.examples, fault
     return ledger.examples, None

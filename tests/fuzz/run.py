@@ -25,13 +25,11 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-from hypothesis import HealthCheck, Phase, seed, settings
-from hypothesis.stateful import run_state_machine_as_test
+from drive import drive
+from hypothesis import Phase
 from ledger import BooksError, HungError, Ledger, LostError, WrongError
-from machine import ModelMachine
 
 # engines of one round after another: most of the time goes to packed attention in torch
 ENGINES = ("torch", "torch", "dense", "torch", "torch", "jax")
@@ -42,19 +40,10 @@ STUCK_SECONDS = 900  # of a round: then not even an alarm gets through
 
 def run_round(number: int, engine: str, ledger: Ledger, shrink: bool) -> BaseException | None:
     """One set of examples; the failure it ends with."""
-    machine: Any = type("Machine", (ModelMachine,), {"engine": engine, "ledger": ledger})
     phases = [Phase.generate, Phase.shrink] if shrink else [Phase.generate]
-    chosen = settings(
-        max_examples=EXAMPLES[engine],
-        stateful_step_count=25,
-        phases=phases,
-        deadline=None,
-        database=None,
-        report_multiple_bugs=False,
-        suppress_health_check=list(HealthCheck),
-    )
+    examples = EXAMPLES[engine]
     try:
-        run_state_machine_as_test(seed(number)(machine), settings=chosen)
+        drive(engine, ledger, number, max_examples=examples, stateful_step_count=25, phases=phases)
     except KeyboardInterrupt:
         raise
     except BaseException as error:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from controls import CONTROLS, examples_until_found
-from hypothesis import HealthCheck, settings
-from hypothesis.stateful import run_state_machine_as_test
+from drive import drive
 from ledger import Ledger
-from machine import ModelMachine
 
 EXAMPLES = {"torch": 8, "dense": 4, "jax": 2}
 
@@ -18,18 +14,12 @@ EXAMPLES = {"torch": 8, "dense": 4, "jax": 2}
 @pytest.mark.parametrize("engine", EXAMPLES)
 def test_scores_are_the_unpatched_models_whatever_happens(engine: str) -> None:
     ledger = Ledger()
-    machine: Any = type("Machine", (ModelMachine,), {"engine": engine, "ledger": ledger})
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=EXAMPLES[engine],
-            stateful_step_count=15,
-            derandomize=True,
-            deadline=None,
-            database=None,
-            report_multiple_bugs=False,
-            suppress_health_check=list(HealthCheck),
-        ),
+    drive(
+        engine,
+        ledger,
+        max_examples=EXAMPLES[engine],
+        stateful_step_count=15,
+        derandomize=True,
     )
     assert ledger.scores > 100
 

@@ -371,7 +371,7 @@ def test_hooks_and_wrapped_forwards_see_packed_calls(folder: str) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             return forward(*args, **kwargs)
 
-    ours.forward = in_bfloat16  # type: ignore[method-assign]
+    ours.forward = in_bfloat16  # type: ignore[method-assign]  # as a trainer wraps it
     difference = np.abs(ours.predict(PAIRS) - before).max()
     assert LOG_ODDS_FLOAT32 < difference < 0.1
 

@@ -33,7 +33,7 @@ outcomes: list[dict[str, str]] = []
 
 def pytest_configure() -> None:
     """Give tokenizers their class back, which only their conftest is to see replaced."""
-    tokenizers.Tokenizer = TOKENIZER  # type: ignore[misc]
+    tokenizers.Tokenizer = TOKENIZER  # type: ignore[misc]  # a class put back
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:

@@ -347,7 +347,7 @@ OPTIONS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         InputError,
         r"prompt='yes-no' is text, which needs a to",
     ),
-    ("budget", {"max_tokens": 0}, InputError, r"max_tokens=0 must be at least 1"),
+    ("budget", {"max_tokens": 0}, InputError, r"max_tokens=0 must be at least 1 and at most 32768"),
     (
         "budget-high",
         {"max_tokens": 99999},
