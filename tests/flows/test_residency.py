@@ -375,7 +375,7 @@ def test_launches_shrink_with_the_free_memory(
     per_token = ModelSizes.of(models["torch"].config).activation_bytes(4)
     for free_tokens, most in ((10**9, 32_768), (1100, 512), (10, 256)):
         monkeypatch.setattr(
-            "packscore.torch_engine.engine.free_bytes", lambda _, n=free_tokens: n * per_token
+            "packscore.torch_engine.engine.free_bytes", lambda *_, n=free_tokens: n * per_token
         )
         sizes.clear()
         scorer.clear_prefixes()

@@ -161,7 +161,7 @@ class PagePool:
         self.num_pages = num_pages
         self.page_size = page_size
         self.generation = 0
-        self._free = set(range(num_pages))
+        self._is_free = np.ones(num_pages, bool)
         self._root = self._new_root()
         # pages in the tree that nobody pins, the next to evict first: a node goes in after all
         # nodes below it, so what comes first is a leaf
@@ -192,7 +192,8 @@ class PagePool:
         for hold in self._holds:
             hold.path, hold.source = [], None
         held = {int(page) for hold in self._holds for page in hold.pages}
-        self._free = set(range(self.num_pages)) - held
+        self._is_free[:] = True
+        self._is_free[[*held]] = False
 
     @staticmethod
     def _new_root() -> _Node:
@@ -202,13 +203,13 @@ class PagePool:
     def num_free_pages(self) -> int:
         """Pages that hold nothing."""
         with self._changing():
-            return len(self._free)
+            return self._num_free
 
     @property
     def num_pinned_pages(self) -> int:
         """Pages that a lease holds, so that they cannot be evicted."""
         with self._changing():
-            return self.num_pages - len(self._free) - len(self._unpinned)
+            return self.num_pages - self._num_free - len(self._unpinned)
 
     def cached_len(self, tokens: TokenIds) -> int:
         """How many tokens of a prefix `acquire` would find; pins nothing."""
@@ -260,7 +261,7 @@ class PagePool:
                 node = nodes.pop()
                 nodes += [child for same in node.children.values() for child in same]
                 node.is_orphan = True
-            self._free.update(node.page for node in self._unpinned)
+            self._is_free[[node.page for node in self._unpinned]] = True
             self._unpinned.clear()
             self._root = self._new_root()
 
@@ -281,7 +282,7 @@ class PagePool:
         """Whether pages that nobody pins suffice for a prefix beside what was found of it."""
         found = [*path, partial] if partial else path
         evictable = len(self._unpinned) - sum(node in self._unpinned for node in found)
-        return self._missing(tokens, path, partial, cached) <= len(self._free) + evictable
+        return self._missing(tokens, path, partial, cached) <= self._num_free + evictable
 
     def _find(self, tokens: TokenIds) -> tuple[list[_Node], _Node | None, int]:
         """Full pages in common, a page in common up to some token, and how many tokens that is."""
@@ -311,18 +312,22 @@ class PagePool:
 
     def _allocate(self, count: int) -> list[int] | None:
         """Free pages, evicted where there are too few; neighbours where there are some."""
-        if count > len(self._free) + len(self._unpinned):
+        if count > self._num_free + len(self._unpinned):
             return None
-        while len(self._free) < count:
+        for _ in range(count - self._num_free):
             self._evict()
-        pages = _neighbours(np.array(sorted(self._free), np.int64), count)
-        self._free.difference_update(pages)
+        pages = _neighbours(np.flatnonzero(self._is_free), count)
+        self._is_free[pages] = False
         return pages
+
+    @property
+    def _num_free(self) -> int:
+        return int(np.count_nonzero(self._is_free))
 
     def _evict(self) -> None:
         node, _ = self._unpinned.popitem(last=False)
         self._unlink(node)
-        self._free.add(node.page)
+        self._is_free[node.page] = True
 
     @staticmethod
     def _unlink(node: _Node) -> None:
@@ -340,7 +345,7 @@ class PagePool:
         for node in reversed(path):
             node.pins -= 1
             if not node.pins and node.is_orphan:
-                self._free.add(node.page)
+                self._is_free[node.page] = True
             elif not node.pins:
                 self._unpinned[node] = None
 
@@ -377,7 +382,7 @@ class PagePool:
         others: set[int] = set()
         if hold.generation != self.generation:  # behind an interrupt two may have the same
             others = {int(page) for other in self._holds for page in other.pages}
-        self._free.update({int(page) for page in hold.pages[len(hold.path) :]} - others)
+        self._is_free[[int(x) for x in hold.pages[len(hold.path) :] if int(x) not in others]] = True
         self._drop_source(hold)
         self._unpin(hold.path)
 
@@ -387,13 +392,9 @@ class PagePool:
             hold.source = None
 
 
-def _neighbours(
-    free: npt.NDArray[np.int64],  # [num_free], ascending
-    count: int,
-) -> list[int]:
-    """`count` free pages: the first run of neighbours that is long enough, else the lowest ones."""
+def _neighbours(free: npt.NDArray[np.int64], count: int) -> list[int]:
+    """`count` pages of ascending ones: the first neighbours that are enough, else the lowest."""
     if not count:
         return []
     is_run = free[count - 1 :] - free[: len(free) - count + 1] == count - 1
-    start = int(is_run.argmax()) if is_run.any() else 0
-    return [int(page) for page in free[start : start + count]]
+    return [int(page) for page in free[is_run.argmax() :][:count]]  # where none is, from 0

@@ -194,6 +194,8 @@ class Planner:
                 computed_tokens=rest.computed_tokens + computed,
                 prefix_ends=ends,
             )
+        if len(work.item_lens) == 1:
+            return self._priced(flow, work, [(0, 1)])
         shares = (self._equal_shares(work, count) for count in self._counts(flow, work))
         filled = (self._filled(work, room) for room in self._rooms(flow, work))
         plans = [*self._improving(flow, work, shares), *self._improving(flow, work, filled)]

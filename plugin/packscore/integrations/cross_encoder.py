@@ -33,6 +33,7 @@ from packscore.integrations.pairs import (
 )
 from packscore.model.class_head import check_head_is_trained, has_new_head
 from packscore.model.family import base_model
+from packscore.model.plain import modules_of
 from packscore.patching import patch_model
 from packscore.results import NonFiniteChoice
 from packscore.scoring import MultiItemScorer
@@ -199,7 +200,8 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
         }
         own = functools.partial(super()._inference, show_progress_bar=False, **options)
         target = self._resolve_inference_device(device)
-        self.eval()
+        if any(module.training for module in modules_of(self)):
+            self.eval()
         check_inputs(inputs)
         if not inputs:
             return own(inputs=[])

@@ -210,6 +210,7 @@ class PromptEncoder:
         # what follows the document in the item's template survives truncation like the suffix
         literals = [literal for literal, _ in [*rest, *parse_template(spec.suffix)]]
         self._tail: Pieces = [("".join(literals), True)]
+        self._tokenizer.remember([self._prefix("a"), [*self._body("a"), *self._tail]])
         self._before, self._behind = self._added()
         (tail,) = self._tokenizer.encode([self._tail])
         self._tail_ids = np.append(tail, self._behind)

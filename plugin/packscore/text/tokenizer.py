@@ -40,21 +40,31 @@ class PieceTokenizer:
             if token.special or _is_mark(str(token))
         }
         self.vocab_size = len(tokenizer)
+        self._known: dict[str, list[int]] = {}
         longest_first = sorted(self._marks, key=len, reverse=True)
         self._mark_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     def encode(self, texts: Sequence[Pieces]) -> list[TokenIds]:
         """Token ids of every text, i64[num_tokens] each, without added special tokens."""
         all_runs = [self._runs(pieces) for pieces in texts]
-        strings = [run for runs in all_runs for run in runs if isinstance(run, str)]
-        ids = iter(self.encode_strings(strings))
+        known = self._known | self._ids_of_runs(all_runs)
         return [
             np.array(
-                [x for run in runs for x in ([run] if isinstance(run, int) else next(ids))],
+                [x for run in runs for x in ([run] if isinstance(run, int) else known[run])],
                 np.int64,
             )
             for runs in all_runs
         ]
+
+    def remember(self, texts: Sequence[Pieces]) -> None:
+        """Keep the token ids of what lies between special tokens, as all later texts repeat it."""
+        self._known |= self._ids_of_runs([self._runs(pieces) for pieces in texts])
+
+    def _ids_of_runs(self, all_runs: list[list[str | int]]) -> dict[str, list[int]]:
+        """Token ids of the strings that are not known yet, each encoded once."""
+        runs = dict.fromkeys(run for runs in all_runs for run in runs if isinstance(run, str))
+        strings = [run for run in runs if run not in self._known]
+        return dict(zip(strings, self.encode_strings(strings), strict=True))
 
     def encode_strings(
         self, texts: list[str], *, split_special_tokens: bool = True

@@ -84,8 +84,7 @@ class SegmentPlan:
         for group, start in zip(layout.groups, layout.group_starts.tolist(), strict=False):
             items_start, end = start + group.prefix_len, start + group.num_tokens
             own, item_lens = [group.prefix_len], group.item_lens
-            alone = not group.cached_len and int((item_lens > 0).sum()) == 1
-            if alone:  # prefix and item are one causal sequence
+            if int((item_lens > 0).sum()) == 1:  # it continues the prefix: one causal sequence
                 own, item_lens = [group.num_tokens], item_lens[:0]
             elif group.prefix_len and items_start < end:
                 parts.append(PrefixPart((items_start, end), (start, items_start)))

@@ -93,7 +93,9 @@ class TorchEngine:
     def _fitting(self) -> int:
         """A power of two, so that a little more or less memory changes no launch."""
         per_token = self._sizes.activation_bytes(self._model.dtype.itemsize)
-        tokens = int(MEMORY_SHARE * free_bytes(device_of(self._model))) // per_token
+        enough = int(self.most.max_tokens * per_token / MEMORY_SHARE)
+        free = free_bytes(device_of(self._model), enough)
+        tokens = int(MEMORY_SHARE * free) // per_token
         return max(1 << max(tokens.bit_length() - 1, 0), LEAST_MAX_TOKENS)
 
     def refresh(self, *, force: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +23,25 @@ from packscore_kernels.attention.layout import SegmentLayout
 CHANGED = "what runs the model changed while a request did; score it again"
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that new tensors can have, what torch keeps for them included."""
+def free_bytes(device: torch.device, enough: int = 2**62) -> int:
+    """Memory that new tensors can have, what torch keeps for them included.
+
+    Args:
+      device: where.
+      enough: with so much, how much more there is does not matter.
+    """
     if device.type != "cuda":
-        return int(psutil.virtual_memory().available)
+        idle = _idle_bytes()
+        return idle if idle >= enough else int(psutil.virtual_memory().available)
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + kept
+
+
+def _idle_bytes() -> int:
+    """Memory that nothing uses, caches neither; a moment's question where the system knows it."""
+    if "SC_AVPHYS_PAGES" not in getattr(os, "sysconf_names", ()):
+        return 0
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def is_out_of_memory(error: Exception) -> bool:

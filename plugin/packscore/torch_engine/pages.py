@@ -45,7 +45,7 @@ class PageWrite:
 
     first_row: int  # storage index of the first token written
     runs: tuple[Run, ...]
-    copied_page: tuple[int, int] | None  # (from, to), before the tokens are written
+    copied: tuple[int, int, int] | None  # (from slot, to slot, how many), copied before they are
 
     @classmethod
     def of(cls, lease: PrefixLease, end: int, first_row: int) -> PageWrite:
@@ -53,7 +53,12 @@ class PageWrite:
         size, cached = lease.pool.page_size, lease.cached_len
         copied = None
         if lease.copied_page is not None:
-            copied = lease.copied_page, int(lease.pages[cached // size])
+            start = cached - cached % size
+            copied = (
+                lease.copied_page * size,
+                int(lease.pages[start // size]) * size,
+                cached - start,
+            )
         runs = slot_runs(lease.pages, cached, end, size)
         return cls(first_row, runs, copied)
 
@@ -101,9 +106,9 @@ class KvPages:
             return
         slots = self._slots(layer_idx, k)
         for write in writes:
-            if write.copied_page is not None:
-                source, target = (self._page(slots, page) for page in write.copied_page)
-                target.copy_(source)
+            if write.copied is not None:
+                source, target, length = write.copied
+                slots[:, :, target : target + length] = slots[:, :, source : source + length]
             row = write.first_row
             for slot, length in write.runs:
                 slots[0, :, slot : slot + length] = k[0, :, row : row + length]
@@ -120,9 +125,6 @@ class KvPages:
         parts = [slots[:, :, slot : slot + length] for slot, length in runs]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
         return whole[:1], whole[1:]
-
-    def _page(self, slots: torch.Tensor, page: int) -> torch.Tensor:
-        return slots[:, :, page * self.page_size : (page + 1) * self.page_size]
 
     def _slots(self, layer_idx: int, k: torch.Tensor) -> torch.Tensor:
         with self._lock:
