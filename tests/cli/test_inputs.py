@@ -141,6 +141,15 @@ def test_tables_of_every_delimiter_and_compression(
         assert ("a tab" if delimiter == "\t" else repr(delimiter)) in understood
 
 
+def test_a_row_between_tabs_is_a_line_whatever_quotes_it_has(tmp_path: Path) -> None:
+    rows = ['"never closed', 'closed "inside" it', '"enclosed, ""twice"""', 'at the end"', '"a" b']
+    path = tmp_path / "in.tsv"
+    path.write_text("query\tdocument\n" + "".join(f"q\t{row}\n" for row in rows))
+    (found,), _ = entries_of(str(path), "tsv", ReadOptions(FieldNames()))
+    assert isinstance(found, Record)
+    assert found.items == [*rows[:2], 'enclosed, "twice"', *rows[3:]]
+
+
 def test_names_go_before_paths_and_paths_through_lists() -> None:
     value = {"a": {"b": {"c": 1}, "b.c": 2}, "a.b": {"c": 3}, "x": [{"y": 1}, {}, {"y": None}]}
     assert find(value, "a.b") == {"c": 3}

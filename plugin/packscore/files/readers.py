@@ -157,7 +157,11 @@ class TableReader:
         with self._field_limit():
             self._delimiter = _delimiter_of(first, names, delimiters)
             lines = chain([first], self._lines)
-            self._rows = csv.reader(lines, strict=True, delimiter=self._delimiter)
+            self._rows: Iterator[list[str]] = (
+                map(_tabbed, lines)
+                if self._delimiter == "\t"
+                else csv.reader(lines, strict=True, delimiter=self._delimiter)
+            )
             self._header = _header(self._rows, names)
 
     @property
@@ -196,6 +200,18 @@ class TableReader:
             yield
         finally:
             csv.field_size_limit(found_limit)
+
+
+def _tabbed(line: str) -> list[str]:
+    """A row between tabs: always one line; quotes that do not enclose a field are text.
+
+    Files of this kind come with quotes as spreadsheets write them, and without any rule for them,
+    where one that is never closed would take all rows behind it into its field.
+    """
+    try:
+        return next(csv.reader([line], strict=True, delimiter="\t"))
+    except csv.Error:
+        return next(csv.reader([line], delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
 def _delimiter_of(line: str, names: FieldNames, delimiters: tuple[str, ...]) -> str:
