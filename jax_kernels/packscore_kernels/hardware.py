@@ -82,6 +82,17 @@ def vmem_capacity() -> int | None:
     return capacity
 
 
+def precision_of(dtype: Any) -> jax.lax.Precision:
+    """What a kernel's product of this dtype asks of a TPU: float32 means float32.
+
+    Always said: what is not said is whatever the process has for `jax.default_matmul_precision`,
+    and in a kernel a TPU refuses to be asked for more than the one pass that bfloat16 needs.
+    """
+    from jax.lax import Precision
+
+    return Precision.HIGHEST if dtype == "float32" else Precision.DEFAULT
+
+
 def vmem_limit(used_bytes: int) -> int:
     """Room for what a kernel counts and for the compiler's own, within the chip's memory."""
     limit = int(1.3 * used_bytes) + 2**22

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from packscore_kernels.hardware import precision_of
+
 SUBLANES = 8
 MASKED = -1e30  # the score of a key that a row does not see
 
@@ -36,9 +38,13 @@ def cut(size: int, piece: int) -> list[slice]:
 
 def dot(x: jax.Array, y: jax.Array, x_dim: int, y_dim: int) -> jax.Array:
     """Contraction of one dimension of each, summed in float32."""
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    dims = (((x_dim,), (y_dim,)), ((), ()))
-    return lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
+    return lax.dot_general(
+        x,
+        y,
+        (((x_dim,), (y_dim,)), ((), ())),
+        precision=precision_of(x.dtype),
+        preferred_element_type=jnp.float32,
+    )
 
 
 def scores(k: jax.Array, q: jax.Array) -> jax.Array:

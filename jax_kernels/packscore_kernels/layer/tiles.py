@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from packscore_kernels.hardware import CHIPS, align_to, cdiv, vmem_capacity
+from packscore_kernels.hardware import CHIPS, align_to, cdiv, precision_of, vmem_capacity
 
 Ref = Any
 # Tokens of a tile, the most first: long tiles leave the matrix unit idle at fewer ends.
@@ -79,7 +79,7 @@ def product(
         rows,
         weight,
         (((1,), (1,)), ((), ())),
-        precision=lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None,
+        precision=precision_of(rows.dtype),
         preferred_element_type=jnp.float32,
     )
     return out

@@ -108,7 +108,7 @@ class Executables:
     def _compile(self, key: ProgramKey | HeadKey) -> Callable[..., Any]:
         start = time.perf_counter()
         norm = self._weights["norm"]["weight"]
-        arguments = self._weights, *_arguments_of(key, self._sizes, norm)
+        arguments = self._weights, *arguments_of(key, self._sizes, norm)
         with compiling_into(self.folder):
             compiled = compile_program(
                 self._traced, key, arguments, self._device, self.implementation
@@ -122,17 +122,20 @@ class Executables:
         return compiled
 
 
-def _arguments_of(key: ProgramKey | HeadKey, sizes: ModelSizes, norm: Any) -> tuple[Any, ...]:
+def arguments_of(
+    key: ProgramKey | HeadKey, sizes: ModelSizes, norm: Any, chip: str | None = None
+) -> tuple[Any, ...]:
     """What a program takes beside weights, of the right shapes and no other meaning.
 
     Args:
       key: which program.
       sizes: of the model.
       norm: shape and dtype of the final norm's weight, and so of hidden states.
+      chip: whose tiles attention has; None is this process's.
     """
     if isinstance(key, HeadKey):
         return (shape_of((key.num_rows, *norm.shape), norm.dtype),)
-    blocks = block_sizes_for(sizes, norm.dtype, key)
+    blocks = block_sizes_for(sizes, norm.dtype, key, chip)
     layout = SegmentLayout.single(1, [], 1)
     inputs = LaunchInputs.of(key, blocks, layout, np.zeros(1, np.int64), [])
     return pool_struct(sizes, norm.dtype, key.num_pages) if key.num_pages else None, inputs
@@ -160,17 +163,41 @@ def compile_program(
       (hidden rows or label logits, pages) as the methods of `TracedModel` do; the pages are
       changed in place.
     """
-    if isinstance(key, HeadKey):
-        jitted = jax.jit(whole_head)
-    else:
-        donated = (1,) if key.num_pages else ()
-        jitted = jax.jit(_program(traced, key, implementation), donate_argnums=donated)
     sharding = jax.sharding.SingleDeviceSharding(device)
     struct: Any = jax.ShapeDtypeStruct
     shapes = jax.tree.map(lambda x: struct(x.shape, x.dtype, sharding=sharding), arguments)
-    mesh = jax.sharding.Mesh([device], ("x",)).abstract_mesh  # pltpu asks it what chip this is
-    with jax.sharding.use_abstract_mesh(mesh):
-        return jitted.lower(*shapes).compile()
+    with tracing_on(jax.sharding.Mesh([device], ("x",)).abstract_mesh):
+        program = trace_program(traced, key, shapes, implementation)
+        compiled: jax.stages.Compiled = program.lower().compile()
+    return compiled
+
+
+@contextmanager
+def tracing_on(mesh: jax.sharding.AbstractMesh) -> Iterator[None]:
+    """Within the block programs are traced and lowered for a chip, and float32 means float32.
+
+    A TPU multiplies float32 in one pass of bfloat16 unless it is asked for more. Asked for the
+    most, it takes as many passes as the operands need: of bfloat16 still one.
+
+    Args:
+      mesh: of one device, of which kernels ask what chip it is.
+    """
+    with jax.sharding.use_abstract_mesh(mesh), jax.default_matmul_precision("highest"):
+        yield
+
+
+def trace_program(
+    traced: TracedModel,
+    key: ProgramKey | HeadKey,
+    shapes: tuple[Any, ...],
+    implementation: KernelImplementation,
+) -> jax.stages.Traced:
+    """One program before it is lowered, inside `tracing_on`; see `compile_program`."""
+    if isinstance(key, HeadKey):
+        return jax.jit(whole_head).trace(*shapes)
+    donated = (1,) if key.num_pages else ()
+    jitted = jax.jit(_program(traced, key, implementation), donate_argnums=donated)
+    return jitted.trace(*shapes)
 
 
 def _program(

@@ -18,6 +18,7 @@ from packscore_kernels import (
     segment_paged_attention,
     write_kv_pages,
 )
+from packscore_kernels.hardware import precision_of
 
 # under which transformers finds both; no name of its own
 NAME = "packscore_program"
@@ -115,12 +116,10 @@ def program_experts(
     order = jnp.argsort(flat, stable=True)
     sizes = jnp.bincount(flat, length=gate_up.shape[0]).astype(jnp.int32)
 
-    # in bfloat16 a TPU refuses to be asked for more than it does anyway
-    precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
-
     def product(rows: jax.Array, matrices: jax.Array) -> jax.Array:
         # matrices: [num_experts, out, in]
-        return jax.lax.ragged_dot(rows, jnp.swapaxes(matrices, 1, 2), sizes, precision=precision)
+        turned, precision = jnp.swapaxes(matrices, 1, 2), precision_of(rows.dtype)
+        return jax.lax.ragged_dot(rows, turned, sizes, precision=precision)
 
     inner = product(hidden[order // num_chosen], gate_up)
     gate, up = jnp.split(inner, 2, axis=-1)

@@ -1,0 +1,210 @@
+"""Every product of every program asks a TPU for as many bits as its operands have.
+
+A TPU multiplies float32 in one pass of bfloat16 unless it is asked for more, and no result on a CPU
+shows that. Programs are read as they are traced for a chip, which takes no compiler.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+import transformers
+from jax.experimental import pallas as pl
+from jax.lax import Precision
+
+from helpers import SMALL
+from packscore import shipped_model_path
+from packscore.model.family import SUPPORTED_MODEL_TYPES
+from packscore.model.sizes import ModelSizes
+from packscore.programs.compiling import arguments_of, trace_program, tracing_on
+from packscore.programs.sizes import HeadKey, ProgramKey
+from packscore.programs.traced_model import TracedModel
+from packscore.programs.weights import weight_shapes
+from products import equations, faults, products
+from selection import cover
+from workloads import config_of
+
+DTYPES = ("float32", "bfloat16")
+KINDS = {"v5e": "TPU v5 lite", "v6e": "TPU v6 lite"}
+# What is read: labels, labels and the vocabulary, hidden states.
+READS = {"labels": (8, False), "vocabulary": (8, True), "rows": (0, False)}
+KERNELS = {"head_dim": 128, "hidden_size": 256, "intermediate_size": 512}
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}
+
+
+class Model(NamedTuple):
+    """A model that programs are made of, by its shapes."""
+
+    architecture: str
+    config: Any
+
+
+def model(family: str, head: str = "CausalLM", **options: Any) -> Model:
+    config_class = getattr(transformers, f"{family}Config")
+    return Model(f"{family}For{head}", config_class(**{**SMALL, **options}))
+
+
+MODELS = {
+    "shipped": Model(
+        "Qwen3ForCausalLM", transformers.AutoConfig.from_pretrained(shipped_model_path())
+    ),
+    "qwen3-8B": Model("Qwen3ForCausalLM", config_of("8B")),
+    "qwen3-kernels": model("Qwen3", **KERNELS),
+    "qwen3-own-mlp": model("Qwen3", **{**KERNELS, "intermediate_size": 320}),
+    "qwen3-yarn-bias": model("Qwen3", head_dim=64, attention_bias=True, rope_parameters=YARN),
+    "qwen2": model("Qwen2"),
+    "llama": model("Llama", head_dim=32, rope_parameters=LLAMA3),
+    "llama-bias-gelu": model("Llama", attention_bias=True, mlp_bias=True, hidden_act="gelu"),
+    "qwen3_moe": model("Qwen3Moe", head_dim=32, **MIXTURE),
+    "qwen3_moe-kernels": model("Qwen3Moe", norm_topk_prob=True, **KERNELS, **MIXTURE),
+    "qwen3-classes": model("Qwen3", "SequenceClassification", head_dim=64),
+    "qwen2-classes": model("Qwen2", "SequenceClassification"),
+    "llama-classes": model("Llama", "SequenceClassification"),
+    "qwen3_moe-classes": model("Qwen3Moe", "SequenceClassification", head_dim=32, **MIXTURE),
+}
+CASES = cover(
+    (f"{name}-{dtype}-{read}-pages{pages}-{implementation}-{chip}", features, features)
+    for name in MODELS
+    for dtype in DTYPES
+    for read in (["labels", "rows"] if "classes" in name else READS)
+    for pages in (0, 16)
+    for implementation in ("pallas", "xla")
+    for chip in KINDS
+    for features in [(name, dtype, read, pages, implementation, chip)]
+)
+
+
+def chip_mesh(chip: str) -> jax.sharding.AbstractMesh:
+    device = jax.sharding.AbstractDevice(KINDS[chip], num_cores=1, platform="tpu")
+    return jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+
+
+def traced(
+    name: str, dtype: str, key: ProgramKey | HeadKey, implementation: Any, chip: str
+) -> jax.stages.Traced:
+    """A program as `compile_program` traces it, with nothing around it."""
+    architecture, config = MODELS[name]
+    model = TracedModel(getattr(transformers, architecture), config)
+    weights = weight_shapes(model.skeleton, jnp.dtype(dtype))
+    norm = weights["norm"]["weight"]
+    arguments = weights, *arguments_of(key, ModelSizes.of(config), norm, chip)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+    return trace_program(model, key, shapes, implementation)
+
+
+@pytest.mark.parametrize(("name", "dtype", "read", "pages", "implementation", "chip"), CASES)
+def test_every_product_has_the_bits_of_its_operands(
+    name: str, dtype: str, read: str, pages: int, implementation: str, chip: str
+) -> None:
+    key = ProgramKey(256, 16, *READS[read], pages)
+    with tracing_on(chip_mesh(chip)):
+        program = traced(name, dtype, key, implementation, chip)
+    assert faults(program.jaxpr, dtype) == []
+    in_kernels = {"pallas_call" in path for path, _ in products(program.jaxpr)}
+    # a layer's own are seen, and those of its attention
+    assert in_kernels == {True, False} if implementation == "pallas" else {False}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["llama", "shipped"])
+def test_so_has_the_head_of_ordinary_calls(name: str, dtype: str) -> None:
+    with tracing_on(chip_mesh("v6e")):
+        program = traced(name, dtype, HeadKey(8), "pallas", "v6e")
+    assert faults(program.jaxpr, dtype) == []
+    assert len(products(program.jaxpr)) == 1
+
+
+def test_the_table_has_every_family() -> None:
+    families = {config.model_type for _, config in MODELS.values()}
+    assert families == set(SUPPORTED_MODEL_TYPES)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("shipped", 7), ("llama", 7), ("qwen3-8B", 7), ("qwen3_moe-kernels", 1)]
+)
+def test_programs_traced_with_no_word_of_precision_fail(name: str, count: int) -> None:
+    """The fault that this file is here for: a layer's own products, and a mixture's router."""
+    key = ProgramKey(256, 16, 8, False)
+    with jax.sharding.use_abstract_mesh(chip_mesh("v6e")):
+        found = faults(traced(name, "float32", key, "pallas", "v6e").jaxpr, "float32")
+    assert len(found) == count
+    assert all("a product of float32 at precision None" in fault for fault in found)
+
+
+def test_kernels_are_traced_whatever_the_process_asks_for() -> None:
+    """Mosaic refuses bfloat16 at the highest: kernels say what they want, in both dtypes."""
+    key = ProgramKey(256, 16, 8, False, 16)
+    for asked in (None, "bfloat16", "highest"):
+        with (
+            jax.default_matmul_precision(asked) if asked else nullcontext(),
+            jax.sharding.use_abstract_mesh(chip_mesh("v6e")),
+        ):
+            for dtype in DTYPES:
+                program = traced("qwen3-kernels", dtype, key, "pallas", "v6e")
+                assert faults(program.jaxpr, dtype) == []
+
+
+X = jax.ShapeDtypeStruct((128, 128), jnp.float32)
+B = jax.ShapeDtypeStruct((128, 128), jnp.bfloat16)
+
+
+def in_a_kernel(x: jax.Array, **options: Any) -> Any:
+    def kernel(x: Any, out: Any) -> None:
+        out[...] = jax.lax.cond(
+            x[0, 0] > 0,
+            lambda: jax.lax.dot(x[...], x[...], **options).astype(jnp.float32),
+            lambda: jnp.zeros(out.shape, out.dtype),
+        )
+
+    return pl.pallas_call(kernel, out_shape=X)(x)
+
+
+def in_a_scan(x: jax.Array) -> Any:
+    return jax.lax.scan(lambda carry, _: (carry @ carry, None), x, None, length=2)
+
+
+@pytest.mark.parametrize(
+    ("function", "operand", "dtype", "words"),
+    [
+        (in_a_scan, X, "float32", "float32 at precision None"),
+        (in_a_kernel, X, "float32", "float32 at precision None"),
+        (lambda x: jnp.dot(x, x, precision="high"), X, "float32", "float32 at precision"),
+        (lambda x: x.astype(jnp.bfloat16), X, "float32", "in a model of float32"),
+        (in_a_scan, B, "bfloat16", "no module of torch rounds"),
+        (in_a_kernel, B, "bfloat16", "Mosaic refuses"),
+        (lambda x: jnp.exp(x), B, "bfloat16", "computes it in float32"),
+        (lambda x: jax.nn.softmax(x), B, "bfloat16", "computes it in float32"),
+        (lambda x: jnp.mean(x, dtype=x.dtype), B, "bfloat16", "computes it in float32"),
+    ],
+    ids=str,
+)
+def test_the_reader_sees_what_must_not_be_there(
+    function: Any, operand: Any, dtype: str, words: str
+) -> None:
+    jaxpr = jax.jit(function).trace(operand).jaxpr
+    assert any(words in fault for fault in faults(jaxpr, dtype)), [*equations(jaxpr)]
+
+
+def test_the_reader_passes_what_is_right() -> None:
+    one_pass = {"precision": Precision.DEFAULT, "preferred_element_type": jnp.float32}
+    for function, operand in (
+        (lambda x: jnp.dot(x, x, precision="highest"), X),
+        (lambda x: in_a_kernel(x, precision=Precision.HIGHEST), X),
+        (lambda x: in_a_kernel(x, **one_pass), B),
+        (lambda x: jnp.dot(x, x, preferred_element_type=jnp.float32), B),
+        (lambda x: jnp.mean(x), B),
+    ):
+        assert faults(jax.jit(function).trace(operand).jaxpr, str(operand.dtype)) == []
