@@ -14,6 +14,7 @@ import pytest
 LONGEST_FIRST = (
     "tests/tpu_compile/test_compile.py::test_whole_models_compile",
     "tests/tpu_compile/test_compile.py::test_every_variant_compiles",
+    "tests/tpu_compile/test_compile.py::test_the_compiler_keeps",
     "tests/tpu_compile/test_compile.py",
     "tests/kernels/test_variants.py",
     "tests/programs/test_program.py",

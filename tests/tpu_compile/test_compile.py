@@ -13,14 +13,18 @@ from pathlib import Path
 
 import pytest
 
+from compile_products import products
 from compile_programs import shapes
 from compile_variants import VARIANTS
+from every_model import MODELS
 from packscore_kernels.hardware import CHIPS
 from selection import pairwise
 
 PROGRAMS = Path(__file__).with_name("compile_programs.py")
+PRODUCTS = Path(__file__).with_name("compile_products.py")
 SCRIPT = Path(__file__).with_name("compile_variants.py")
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+TESTS = Path(__file__).parents[1]
+BENCHMARKS = TESTS.parent / "benchmarks"
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed here")
 
@@ -49,7 +53,7 @@ def chosen_variants():
 def output_of(script, *arguments):
     """What a script prints in a process of its own, which takes nothing from a compile cache."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
-    paths = [str(BENCHMARKS), *filter(None, [environment.get("PYTHONPATH")])]
+    paths = [str(BENCHMARKS), str(TESTS), *filter(None, [environment.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     command = [sys.executable, str(script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -122,6 +126,49 @@ def test_whole_models_compile(command, hbm_bytes):
     assert out["aliased_bytes"] >= out["pool_bytes"] > 0
     assert out["argument_bytes"] + out["temporary_bytes"] <= hbm_bytes
     assert out["code_bytes"] <= 20e6
+
+
+CAUSAL = [name for name, (architecture, _) in MODELS.items() if architecture.endswith("CausalLM")]
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("chip", "names"),
+    [
+        pytest.param("v6e", ["shipped=float32", "qwen3_moe=float32"], id="v6e"),
+        pytest.param("v5e", ["llama=float32"], id="v5e"),
+        *(
+            pytest.param(
+                chip,
+                [f"{name}={dtype}" for name in CAUSAL for dtype in ("float32", "bfloat16")],
+                id=f"{chip}-all",
+                marks=pytest.mark.long,
+            )
+            for chip in ("v5e", "v6e")
+        ),
+    ],
+)
+def test_the_compiler_keeps_the_precision_of_products(chip, names):
+    """test_products.py reads what is asked for; this is what becomes of it."""
+    results = [json.loads(line) for line in output_of(PRODUCTS, chip, *names).splitlines()]
+    assert len(results) == len(names)
+    for name, result in zip(names, results, strict=True):
+        assert result["short"] == [], result
+        # the head's two at the least, and in float32 whatever is no kernel
+        assert result["products"] >= 2, result
+        if name.endswith("=float32"):
+            assert result["float32"] == result["products"], result
+
+
+def test_the_reader_of_products_sees_what_must_not_be_there():
+    text = """
+      %a = f32[8,128]{1,0} parameter(0)
+      %b.1 = bf16[128,8]{1,0} parameter(1)
+      %c = f32[8,8]{1,0} convolution(%a, %b.1), dim_labels=bf_io->bf
+      ROOT %d = f32[8,128]{1,0} dot(%c, %a), operand_precision={highest,highest}
+    """
+    found = [(dtypes, highest) for dtypes, highest, _ in products(text)]
+    assert found == [({"f32", "bf16"}, False), ({"f32"}, True)]
 
 
 def test_the_reader_of_programs_sees_what_must_not_be_there():

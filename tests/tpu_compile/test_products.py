@@ -7,7 +7,7 @@ shows that. Programs are read as they are traced for a chip, which takes no comp
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,7 @@ import transformers
 from jax.experimental import pallas as pl
 from jax.lax import Precision
 
-from helpers import SMALL
-from packscore import shipped_model_path
+from every_model import MODELS
 from packscore.model.family import SUPPORTED_MODEL_TYPES
 from packscore.model.sizes import ModelSizes
 from packscore.programs.compiling import arguments_of, trace_program, tracing_on
@@ -26,55 +25,11 @@ from packscore.programs.traced_model import TracedModel
 from packscore.programs.weights import weight_shapes
 from products import equations, faults, products
 from selection import cover
-from workloads import config_of
 
 DTYPES = ("float32", "bfloat16")
 KINDS = {"v5e": "TPU v5 lite", "v6e": "TPU v6 lite"}
 # What is read: labels, labels and the vocabulary, hidden states.
 READS = {"labels": (8, False), "vocabulary": (8, True), "rows": (0, False)}
-KERNELS = {"head_dim": 128, "hidden_size": 256, "intermediate_size": 512}
-MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}
-
-
-class Model(NamedTuple):
-    """A model that programs are made of, by its shapes."""
-
-    architecture: str
-    config: Any
-
-
-def model(family: str, head: str = "CausalLM", **options: Any) -> Model:
-    config_class = getattr(transformers, f"{family}Config")
-    return Model(f"{family}For{head}", config_class(**{**SMALL, **options}))
-
-
-MODELS = {
-    "shipped": Model(
-        "Qwen3ForCausalLM", transformers.AutoConfig.from_pretrained(shipped_model_path())
-    ),
-    "qwen3-8B": Model("Qwen3ForCausalLM", config_of("8B")),
-    "qwen3-kernels": model("Qwen3", **KERNELS),
-    "qwen3-own-mlp": model("Qwen3", **{**KERNELS, "intermediate_size": 320}),
-    "qwen3-yarn-bias": model("Qwen3", head_dim=64, attention_bias=True, rope_parameters=YARN),
-    "qwen2": model("Qwen2"),
-    "llama": model("Llama", head_dim=32, rope_parameters=LLAMA3),
-    "llama-bias-gelu": model("Llama", attention_bias=True, mlp_bias=True, hidden_act="gelu"),
-    "qwen3_moe": model("Qwen3Moe", head_dim=32, **MIXTURE),
-    "qwen3_moe-kernels": model("Qwen3Moe", norm_topk_prob=True, **KERNELS, **MIXTURE),
-    "qwen3-classes": model("Qwen3", "SequenceClassification", head_dim=64),
-    "qwen2-classes": model("Qwen2", "SequenceClassification"),
-    "llama-classes": model("Llama", "SequenceClassification"),
-    "qwen3_moe-classes": model("Qwen3Moe", "SequenceClassification", head_dim=32, **MIXTURE),
-}
 CASES = cover(
     (f"{name}-{dtype}-{read}-pages{pages}-{implementation}-{chip}", features, features)
     for name in MODELS
@@ -133,7 +88,8 @@ def test_the_table_has_every_family() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("shipped", 7), ("llama", 7), ("qwen3-8B", 7), ("qwen3_moe-kernels", 1)]
+    ("name", "count"),
+    [("shipped", 7), ("llama", 7), ("qwen3-8B-layers", 7), ("qwen3_moe-kernels", 1)],
 )
 def test_programs_traced_with_no_word_of_precision_fail(name: str, count: int) -> None:
     """The fault that this file is here for: a layer's own products, and a mixture's router."""
