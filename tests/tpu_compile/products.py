@@ -12,11 +12,10 @@ import jax
 from jax.lax import Precision
 
 PRODUCTS = {"dot_general", "ragged_dot_general", "conv_general_dilated"}
-# What Hugging Face's modules compute in float32, whatever the model's dtype. `logistic` is not
-# among them: of bfloat16 a TPU computes it in float32, and torch does.
+# What Hugging Face's modules, or torch's kernels for them, compute in float32 in every dtype.
 IN_FLOAT32 = {
     *("reduce_sum", "reduce_prod", "cumsum", "cumprod", "cumlogsumexp", "top_k", "sort"),
-    *("exp", "exp2", "expm1", "log", "log1p", "tanh", "erf", "cos", "sin"),
+    *("exp", "exp2", "expm1", "log", "log1p", "logistic", "tanh", "erf", "erfc", "cos", "sin"),
     *("rsqrt", "sqrt", "div", "pow", "integer_pow", "square"),
 }
 HIGHEST, ONE_PASS = (Precision.HIGHEST,) * 2, (Precision.DEFAULT,) * 2

@@ -30,6 +30,7 @@ from packscore.programs.traced_ops import (
     LayerAttention,
     program_attention,
     program_experts,
+    round_once,
     torchax_environment,
 )
 from packscore.programs.weights import Weights
@@ -77,6 +78,9 @@ class TracedModel:
             self.skeleton: Any = build(config).eval()
         self.skeleton.config._attn_implementation_internal = NAME
         self.skeleton.config._experts_implementation_internal = NAME
+        for module in self.skeleton.modules():
+            if isinstance(activation := getattr(module, "act_fn", None), nn.Module):
+                round_once(activation)
         _check_equal_layers(self.skeleton)
 
     def _call(

@@ -78,6 +78,12 @@ class LayerAttention:
         )
 
 
+def round_once(activation: nn.Module) -> None:
+    """Let an activation compute in float32, as torch's own do of bfloat16, and not step by step."""
+    own = activation.forward
+    activation.forward = lambda x: own(x.float()).to(x.dtype)
+
+
 def program_attention(
     module: nn.Module,
     query: torch.Tensor,  # [1, num_q_heads, num_tokens, head_dim]
