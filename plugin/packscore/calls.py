@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
-from packscore.errors import UnsupportedModelError
+from packscore.errors import MaskTooLargeError, UnsupportedModelError
 from packscore.flows.engine import Readout
 from packscore.flows.packing import PackedBatch, split_items
 from packscore.model.family import base_model, is_classifier
@@ -100,7 +100,7 @@ class ServedForward:
                 call = read_call(model, program.max_tokens, args, kwargs)
                 _take_weights(program)
                 return _serve(model, program, call)
-            except NotServedError as reason:
+            except (NotServedError, MaskTooLargeError) as reason:
                 logger.debug("a call of %s runs in torch: %s", type(model).__name__, reason)
         return self._in_torch(model, args, kwargs)
 
@@ -289,11 +289,17 @@ def _parts(call: PlainCall, max_tokens: int) -> Iterator[tuple[Indices, PackedBa
         yield rows, PackedBatch(np.concatenate(ids), layout)
 
 
+def _most_tokens(program: ModelProgram, call: PlainCall) -> int:
+    """Tokens of one launch: where a mask is needed a row's, for every pair of tokens costs."""
+    longest = int(call.lengths.max(initial=1))
+    return longest if program.needs_mask(longest) else program.max_tokens
+
+
 def _class_logits(model: PreTrainedModel, program: ModelProgram, call: PlainCall) -> torch.Tensor:
     """[batch, num_classes] in the model's dtype."""
     classes = Readout(tuple(range(program.num_classes)), over_vocabulary=False)
     logits = torch.empty(len(call.input_ids), program.num_classes, dtype=model.dtype)
-    for rows, batch in _parts(call, program.max_tokens):
+    for rows, batch in _parts(call, _most_tokens(program, call)):
         found, _ = program.run(batch, classes)
         logits[torch.from_numpy(rows)] = torch.tensor(found, dtype=model.dtype)
     return logits
@@ -303,7 +309,7 @@ def _token_logits(model: PreTrainedModel, program: ModelProgram, call: PlainCall
     """[batch, num_kept, vocab_size] in the model's dtype; zeros where a kept column is padding."""
     shape = (len(call.input_ids), len(call.columns), model.config.vocab_size)
     logits = torch.zeros(shape, dtype=model.dtype)
-    for rows, batch in _parts(call, program.max_tokens):
+    for rows, batch in _parts(call, _most_tokens(program, call)):
         starts, ends = call.starts[rows], call.ends[rows]
         wanted = (call.columns >= starts[:, None]) & (call.columns < ends[:, None])
         member, kept = np.nonzero(wanted)

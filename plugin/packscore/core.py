@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -29,6 +30,7 @@ from packscore.inputs import check_count, short
 from packscore.model.class_head import ClassHead, head_of
 from packscore.model.family import base_model, check_supported, is_patched
 from packscore.model.label_head import LabelHead
+from packscore.model.masks import MaskKind, check_segment, mask_reason
 from packscore.model.plain import random_part
 from packscore.results import Flow, MaskChoice, NonFiniteChoice, ScoreResult, Usage
 from packscore.text.encoding import ArgumentNames, Budget, RequestEncoder, request_encoder
@@ -40,6 +42,8 @@ from packscore.torch_engine.engine import TorchEngine
 
 if TYPE_CHECKING:
     from packscore.programs.program import ModelProgram
+
+logger = logging.getLogger("packscore")
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 Scores = npt.NDArray[np.float32]
@@ -64,8 +68,6 @@ def core_of(
 ) -> ScoringCore:
     """The parts of a scorer, from the arguments of `MultiItemScorer`."""
     check_supported(model)
-    masks: Literal["segment", "dense"] = "dense" if mask_impl == "dense" else "segment"
-    check_patched(model, masks)
     base = base_model(model)
     spec = resolve_prompt(prompt)
     if instruction and "instruction" not in template_fields(spec.prefix):
@@ -87,9 +89,33 @@ def core_of(
         split_special_tokens=split_special_tokens,
     )
     default_labels = head.resolve(labels, label_token_ids) or head.defaults(spec.labels)
+    extra = default_labels.num_extra_tokens if default_labels else 0
+    masks = _masks(model, mask_impl, min(most + extra, model_limit))
+    check_patched(model, masks)
     return ScoringCore(
         model, encoder, head, default_labels, masks, prefix_cache_bytes, on_non_finite
     )
+
+
+def _masks(model: nn.Module, asked: MaskChoice, longest: int) -> MaskKind:
+    """How items are kept apart where sequences have up to `longest` tokens.
+
+    Raises:
+      UnsupportedModelError: segments are asked for, and would not be exact.
+    """
+    if asked == "segment":
+        check_segment(model, longest)
+    if asked != "auto":
+        return asked
+    reason = mask_reason(model, longest)
+    if reason is None:
+        return "segment"
+    logger.warning(
+        "packscore scores this %s under a dense mask, tokens x tokens, for %s",
+        type(base_model(model)).__name__,
+        reason,
+    )
+    return "dense"
 
 
 class ScoringCore:
@@ -111,7 +137,7 @@ class ScoringCore:
         encoder: RequestEncoder,
         head: LabelHead | ClassHead,
         default_labels: Labels | None,
-        mask_impl: Literal["segment", "dense"],
+        mask_impl: MaskKind,
         prefix_cache_bytes: int,
         on_non_finite: NonFiniteChoice,
     ) -> None:
@@ -255,7 +281,7 @@ class ScoringCore:
     @property
     def engine(self) -> Engine:
         """What runs launches where the model runs now: in torch, or in its compiled programs."""
-        program = program_of(self.base) if self.mask_impl == "segment" else None
+        program = program_of(self.base)
         with self._engine_lock:
             if self._engine is None or self._engine[0] is not program:
                 self._engine = program, _new_engine(self, program)
@@ -330,7 +356,7 @@ def _with_gaps(found: LabelLogits) -> LabelLogits:
     return replace(found, logits=logits, usage=replace(found.usage, non_finite_items=gaps))
 
 
-def check_patched(model: nn.Module, mask_impl: Literal["segment", "dense"]) -> None:
+def check_patched(model: nn.Module, mask_impl: MaskKind) -> None:
     """Refuse a model without packed attention, unless a dense mask serves it.
 
     Raises:
@@ -348,7 +374,7 @@ def _new_engine(core: ScoringCore, program: ModelProgram | None) -> Engine:
         # imported here: jax and torchax come into the process on the JAX path only
         from packscore.programs.engine import ProgramEngine
 
-        return ProgramEngine(program, core.prefix_cache_bytes)
+        return ProgramEngine(program, core.prefix_cache_bytes, core.mask_impl)
     if core.mask_impl == "dense":
         return DenseEngine(core.model, core.head)
     return TorchEngine(core.model, core.head, core.prefix_cache_bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from types import TracebackType
@@ -21,6 +22,8 @@ from packscore.inputs import Text, as_list, checked
 from packscore.results import ScoreResult
 from packscore.text.encoding import ArgumentNames
 from packscore.text.labels import LabelIds, Labels
+
+logger = logging.getLogger("packscore")
 
 # Items of a stream's first launch: few, so that the first scores come soon.
 FIRST_ITEMS = 8
@@ -49,12 +52,12 @@ class Prefix:
         if not len(self._tokens):
             return None
         lease = Runner(self._engine).hold(self._tokens)
-        if lease is None and self._engine.only_flow is None:
+        if not self._engine.keeps_pages:
+            logger.warning(
+                "a dense mask in torch keeps no pages: every score of a held query computes it anew"
+            )
+        elif lease is None and self._engine.only_flow is None:
             pool = self._engine.pool
-            if self._core.mask_impl == "dense":
-                raise InputError(
-                    "mask_impl='dense' keeps no pages that could hold a query; use 'auto', or score"
-                )
             free = (pool.num_pages - pool.num_pinned_pages) * pool.page_size if pool else 0
             raise InputError(
                 f"query has {len(self._tokens)} tokens with its prompt, and "

@@ -20,6 +20,8 @@ from packscore_kernels.errors import ArgumentError, UnsupportedError
 from packscore_kernels.hardware import align_to
 
 Implementation = Literal["pallas", "pallas_interpret", "xla", "dense", "reference"]
+# Those that hold a mask, where soft-capping and windows have a place.
+MASKED = ("dense", "reference")
 
 
 def _schedule(
@@ -58,7 +60,7 @@ def segment_paged_attention(
     block_sizes: BlockSizes | None = None,
     implementation: Implementation | None = None,
     soft_cap: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | jax.Array | None = None,
 ) -> jax.Array:
     """Attention in which every item sees its group's prefix and itself, and nothing else.
 
@@ -87,24 +89,29 @@ def segment_paged_attention(
       implementation: "pallas" (TPU), "pallas_interpret" (the same kernel simulated on CPU), "xla"
         (composed, any device), "dense" (the mask in memory) or "reference" (needs a
         `SegmentLayout`; float32). Default: "pallas" on TPU, else "xla".
-      soft_cap: not supported; anything but None is refused.
-      sliding_window: not supported; anything but None is refused.
+      soft_cap: scores become `soft_cap * tanh(score / soft_cap)`; "dense" and "reference" only.
+      sliding_window: how many tokens back a row sees in its own sequence, prefix and item, itself
+        included; "dense" and "reference" only, where it may be data.
 
     Returns:
       [num_q_heads, num_tokens, head_dim] in the dtype of q; padding rows are zeros.
 
     Raises:
       ArgumentError: shapes, dtypes or options that do not fit each other.
-      UnsupportedError: `soft_cap` or `sliding_window` is given.
+      UnsupportedError: `soft_cap` or `sliding_window` is given to another implementation.
       LayoutError: a `SegmentLayout` contradicts itself.
     """
-    for name, value in (("soft_cap", soft_cap), ("sliding_window", sliding_window)):
-        if value is not None:
-            raise UnsupportedError(f"{name}={value} is not supported; it must be None")
     if implementation is None:
         implementation = "pallas" if jax.default_backend() == "tpu" else "xla"
     if implementation not in get_args(Implementation):
         raise ArgumentError(f"{implementation=} must be one of {get_args(Implementation)}")
+    options: dict[str, Any] = {"soft_cap": soft_cap, "sliding_window": sliding_window}
+    for name, value in options.items():
+        if value is not None and implementation not in MASKED:
+            raise UnsupportedError(
+                f"{name}={value} is not supported by {implementation=}; it must be None, or the "
+                f"implementation one of {MASKED}"
+            )
     page_size = 0 if kv_pages is None else int(kv_pages.shape[3])
     check_arrays(
         q.shape,
@@ -118,11 +125,13 @@ def segment_paged_attention(
     if implementation == "reference":
         if not isinstance(layout, SegmentLayout):
             raise ArgumentError('implementation="reference" must be given a SegmentLayout')
-        out = segment_attention_reference(q, k, v, layout, sm_scale=sm_scale, kv_pages=kv_pages)
+        out = segment_attention_reference(
+            q, k, v, layout, sm_scale=sm_scale, kv_pages=kv_pages, **options
+        )
         return out.astype(q.dtype)
     schedule = jax.tree.map(jnp.asarray, _schedule(layout, block_sizes, q, k, page_size))
     if implementation == "dense":
-        return segment_attention_dense(q, k, v, kv_pages, schedule, sm_scale=sm_scale)
+        return segment_attention_dense(q, k, v, kv_pages, schedule, sm_scale=sm_scale, **options)
 
     # The kernel copies whole blocks of packed keys: a bucket that is no multiple is padded here.
     tail = align_to(q.shape[1], schedule.block_sizes.block_kv) - q.shape[1]

@@ -122,6 +122,11 @@ class SegmentLayout:
             positions.append((index + np.repeat(restart - starts, lens)).astype(np.int32))
         return self._per_token(positions, 0)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence: a whole prefix, in pages or packed, and one item."""
+        return int(self.position_ids.max(initial=-1)) + 1
+
     @cached_property
     def scored_rows(self) -> Int32Array:
         """i32[num_items]: storage index of every item's last token.

@@ -53,6 +53,8 @@ def segment_attention_reference(
     *,
     sm_scale: float,
     kv_pages: jax.Array | None = None,  # [num_pages, num_kv_heads, 2, page_size, head_dim]
+    soft_cap: float | None = None,
+    sliding_window: int | jax.Array | None = None,
 ) -> jax.Array:
     """Attention of the packed tokens to their groups' pages and among themselves, in float32.
 
@@ -65,11 +67,14 @@ def segment_attention_reference(
       layout: who sees whom.
       sm_scale: factor on the scores before the softmax.
       kv_pages: keys (0) and values (1) of the cached prefix tokens.
+      soft_cap: scores become `soft_cap * tanh(score / soft_cap)`; None leaves them.
+      sliding_window: how many tokens back a row sees by position, itself included; None: all.
 
     Returns:
       float32[num_q_heads, num_tokens, head_dim].
     """
     mask = visible(layout)
+    positions = layout.position_ids
     if kv_pages is not None:
         num_heads, page_size, head_dim = kv_pages.shape[1], kv_pages.shape[3], kv_pages.shape[4]
         places, owners = cached_tokens(layout, page_size)
@@ -78,11 +83,17 @@ def segment_attention_reference(
         v = jnp.concatenate([pool[1], v], axis=1)
         cached = jnp.asarray(layout.group_ids)[:, None] == jnp.asarray(owners)[None, :]
         mask = jnp.concatenate([cached, mask], axis=1)
+        before = [np.arange(group.cached_len) for group in layout.groups]
+        positions = np.concatenate([*before, positions])
+    if sliding_window is not None:
+        mask &= positions[None, :] > layout.position_ids[:, None] - sliding_window
     seen = mask.any(axis=1)[None, :, None]
     group_size = q.shape[0] // k.shape[0]
     k = jnp.repeat(k.astype(jnp.float32), group_size, axis=0)
     v = jnp.repeat(v.astype(jnp.float32), group_size, axis=0)
     scores = jnp.einsum("hqd,hkd->hqk", q.astype(jnp.float32), k, precision="highest") * sm_scale
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
     scores = jnp.where(mask, scores, -jnp.inf)
     weights = jnp.exp(scores - jnp.where(seen, scores.max(axis=-1, keepdims=True), 0.0))
     weights /= jnp.where(seen, weights.sum(axis=-1, keepdims=True), 1.0)

@@ -172,8 +172,15 @@ def segment_attention_xla(
     return out[:, : schedule.num_tokens]
 
 
-def dense_mask(schedule: SegmentSchedule) -> jax.Array:
+def dense_mask(
+    schedule: SegmentSchedule, sliding_window: int | jax.Array | None = None
+) -> jax.Array:
     """Who sees whom, rebuilt from the schedule's per-token and per-group numbers.
+
+    Args:
+      schedule: of which only the tokens' and groups' numbers are read.
+      sliding_window: how many tokens back a row sees in its own sequence, itself included: by
+        positions, for in storage an item lies behind all items before it.
 
     Returns:
       bool[num_tokens, max_pages * page_size + num_tokens]: the entries of `page_indices` come
@@ -191,10 +198,18 @@ def dense_mask(schedule: SegmentSchedule) -> jax.Array:
     packed: jax.Array = ((index >= own) & (index <= index[:, None])) | (
         (index >= start) & (index < prefix_end) & (index <= index[:, None])
     )
+    row = index[:, None]
+    in_item = row >= prefix_end
+    position = cached_len + jnp.where(in_item, prefix_end - start + row - own, row - start)
+    if sliding_window is not None:
+        packed &= position.T > position - sliding_window
     if schedule.page_size:
         entry = jnp.arange(len(schedule.page_indices) * schedule.page_size)
         at = entry - first_page * schedule.page_size
-        packed = jnp.concatenate([(at >= 0) & (at < cached_len), packed], axis=1)
+        cached = (at >= 0) & (at < cached_len)
+        if sliding_window is not None:
+            cached &= at > position - sliding_window
+        packed = jnp.concatenate([cached, packed], axis=1)
     mask: jax.Array = packed & real
     return mask
 
@@ -207,6 +222,8 @@ def segment_attention_dense(
     schedule: SegmentSchedule,
     *,
     sm_scale: float,
+    soft_cap: float | None = None,
+    sliding_window: int | jax.Array | None = None,
 ) -> jax.Array:
     """Attention with the mask of `dense_mask` in memory: slow, large, plain.
 
@@ -217,6 +234,8 @@ def segment_attention_dense(
       kv_pages: keys (0) and values (1) of the cached prefix tokens.
       schedule: the work list, of which only the tokens' and groups' numbers are read.
       sm_scale: factor on the scores before the softmax.
+      soft_cap: scores become `soft_cap * tanh(score / soft_cap)`; None leaves them.
+      sliding_window: see `dense_mask`; it may be data, another one in each layer.
 
     Returns:
       [num_q_heads, num_tokens, head_dim] in the dtype of q.
@@ -227,9 +246,12 @@ def segment_attention_dense(
         pool = kv_pages[jnp.asarray(schedule.page_indices)].transpose(2, 1, 0, 3, 4)
         pool = pool.reshape(2, num_kv_heads, -1, head_dim)
         k, v = jnp.concatenate([pool[0], k], axis=1), jnp.concatenate([pool[1], v], axis=1)
-    mask = dense_mask(schedule)
+    mask = dense_mask(schedule, sliding_window)
     grouped = q.reshape(num_kv_heads, -1, num_tokens, head_dim)
-    _, total, acc = _fold(_start(grouped), _scores(grouped, k, sm_scale), mask, v)
+    scores = _scores(grouped, k, sm_scale)
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    _, total, acc = _fold(_start(grouped), scores, mask, v)
     real = jnp.asarray(schedule.group_ids)[:, None] >= 0
     out = jnp.where(real, acc / jnp.where(real, total, 1.0), 0.0)
     return out.reshape(num_q_heads, num_tokens, head_dim).astype(q.dtype)

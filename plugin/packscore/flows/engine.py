@@ -54,6 +54,7 @@ class Engine(Protocol):
     pool: PagePool | None
     costs: CostModel
     mask_impl: MaskImpl
+    keeps_pages: bool  # whether it could; a cache of no bytes has none either
 
     @property
     def only_flow(self) -> Flow | None:

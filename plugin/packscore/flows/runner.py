@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from packscore.encoded import EncodedRequest, TokenIds
-from packscore.errors import OutOfMemoryError, StalePrefixError
+from packscore.errors import MaskTooLargeError, OutOfMemoryError, StalePrefixError
 from packscore.flows.costs import measured_cost_model
 from packscore.flows.engine import Engine, Readout
 from packscore.flows.jobs import LabelLogits, Run
@@ -133,7 +133,7 @@ class Runner:
           num_tokens: how many it has in all.
 
         Raises:
-          OutOfMemoryError: it is short for the smallest launches too.
+          OutOfMemoryError, MaskTooLargeError: it is short for the smallest launches too.
         """
         limits = self.engine.limits
         while True:
@@ -145,6 +145,8 @@ class Runner:
                 # its frames hold what the launch had computed
                 failure = error.with_traceback(None)
             most = min(limits.max_tokens, num_tokens) // 2
+            if most < PAGE_SIZE and isinstance(failure, MaskTooLargeError):
+                raise failure
             if most < PAGE_SIZE:
                 raise OutOfMemoryError(
                     f"memory does not suffice for an item and its query at a time: {failure}; "

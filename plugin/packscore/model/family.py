@@ -40,7 +40,18 @@ def output_head(model: PreTrainedModel) -> Any:
     return head
 
 
-SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+# Families whose layers programs can scan: equal but for their windows, under one rotary embedding.
+TRACED_MODEL_TYPES = ("gemma2", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+SUPPORTED_MODEL_TYPES = (*TRACED_MODEL_TYPES, "gemma3_text", "gpt_oss")
+# Options that a configuration may name, and the families that heed them.
+HEEDED = {
+    "attn_logit_softcapping": ("gemma2",),
+    "final_logit_softcapping": ("gemma2", "gemma3_text"),
+    "attention_chunk_size": (),
+}
+LAYER_TYPES = ("full_attention", "sliding_attention")
+# Families whose attention only their own function computes: sdpa leaves caps and sinks out.
+EAGER_ONLY = ("gemma2", "gpt_oss")
 # The name we register, by the implementation that keeps serving every call that is not packed.
 # Transformers gives names with "sdpa", "flash" or "flex" in them a meaning of their own.
 REGISTERED_NAMES = {"sdpa": "packscore", "eager": "packscore_eager"}
@@ -77,8 +88,8 @@ def check_supported(model: nn.Module) -> None:
     """Refuse, by name, what packed scoring could not reproduce exactly.
 
     Raises:
-      UnsupportedModelError: architecture, sliding window, logit soft-capping, rotary embedding or
-        attention implementation that is not exact when packed.
+      UnsupportedModelError: architecture, kind of layer, option, rotary embedding or attention
+        implementation that is not exact when packed.
     """
     inner = base_model(model)
     check_token_wise(model)
@@ -94,14 +105,14 @@ def check_supported(model: nn.Module) -> None:
             f"layer_types names {len(kinds)} of num_hidden_layers={num_layers} layers, so that the "
             "model's own forward fails; set config.layer_types for all of them"
         )
-    windows = {getattr(module, "sliding_window", None) for module in inner.modules()} - {None}
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or windows:
-        raise UnsupportedModelError(
-            f"sliding_window={getattr(config, 'sliding_window', None)} is in use, and packed items "
-            "have no such window; load with use_sliding_window=False if it was trained without"
-        )
-    for option in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if getattr(config, option, None) is not None:
+    for kind in kinds or ():
+        if kind not in LAYER_TYPES:
+            raise UnsupportedModelError(
+                f"layer_types has {kind!r}, which is not supported; layers must be of "
+                f"{' or '.join(LAYER_TYPES)}"
+            )
+    for option, families in HEEDED.items():
+        if getattr(config, option, None) is not None and config.model_type not in families:
             raise UnsupportedModelError(f"{option}={getattr(config, option)} is not supported")
     rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope_type in LENGTH_DEPENDENT_ROPE:
@@ -109,9 +120,16 @@ def check_supported(model: nn.Module) -> None:
             f"rope_type={rope_type!r} makes one item's angles depend on the others' lengths; "
             "use a static type such as 'default', 'linear', 'yarn' or 'llama3'"
         )
-    if getattr(config, "is_causal", True) is False:
-        raise UnsupportedModelError("is_causal=False: the model must be a causal decoder")
+    is_bidirectional = getattr(config, "use_bidirectional_attention", None)
+    if getattr(config, "is_causal", True) is False or is_bidirectional:
+        which = "use_bidirectional_attention=True" if is_bidirectional else "is_causal=False"
+        raise UnsupportedModelError(f"{which}: the model must be a causal decoder")
     implementation = config._attn_implementation
+    if config.model_type in EAGER_ONLY and "sdpa" in (implementation, BASES.get(implementation)):
+        raise UnsupportedModelError(
+            f"attn_implementation={implementation!r} leaves out what {config.model_type!r} does to "
+            "its scores; call model.set_attn_implementation('eager') first"
+        )
     if implementation not in REGISTERED_NAMES and implementation not in BASES:
         raise UnsupportedModelError(
             f"attn_implementation={implementation!r} has a mask of its own kind; call "

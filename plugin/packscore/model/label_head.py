@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from packscore.encoded import EncodedRequest
 from packscore.errors import InputError, UnsupportedModelError
 from packscore.model.family import output_head
+from packscore.model.masks import final_cap
 from packscore.text.labels import LabelIds, Labels, read_labels
 from packscore.text.tokenizer import PieceTokenizer
 
@@ -92,8 +93,9 @@ class LinearHead:
                     f"label_token_ids: {max(label_ids)} is no row of the head, which now has "
                     f"{num_rows}; name other labels"
                 )
-            return self._linear(hidden, torch.tensor(label_ids, device=self._head.weight.device))
-        return torch.cat([logits[:, label_ids] for logits in self._whole(hidden)])
+            chosen = torch.tensor(label_ids, device=self._head.weight.device)
+            return self._capped(self._linear(hidden, chosen))
+        return torch.cat([self._capped(logits[:, label_ids]) for logits in self._whole(hidden)])
 
     def logsumexp(
         self,
@@ -106,11 +108,15 @@ class LinearHead:
         """
         if self._is_plain:
             chunks = [
-                self._linear(hidden, slice(start, start + VOCAB_CHUNK)).logsumexp(-1)
+                self._capped(self._linear(hidden, slice(start, start + VOCAB_CHUNK))).logsumexp(-1)
                 for start in range(0, self._head.weight.shape[0], VOCAB_CHUNK)
             ]
             return torch.stack(chunks).logsumexp(0)
-        return torch.cat([logits.logsumexp(-1) for logits in self._whole(hidden)])
+        return torch.cat([self._capped(logits).logsumexp(-1) for logits in self._whole(hidden)])
+
+    def _capped(self, logits: torch.Tensor) -> torch.Tensor:
+        cap = final_cap(self._model)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _whole(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
         """float32[ROW_CHUNK, vocab_size] at a time, through the module itself."""

@@ -30,7 +30,8 @@ class ModelSizes:
         experts = getattr(config, "num_experts", None)
         if not experts:
             return cls(*dense, config.intermediate_size)
-        mixture = experts, config.num_experts_per_tok, config.moe_intermediate_size
+        columns = getattr(config, "moe_intermediate_size", config.intermediate_size)
+        mixture = experts, config.num_experts_per_tok, columns
         return cls(*dense, config.intermediate_size, *mixture)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -16,11 +17,12 @@ from jax.experimental.compilation_cache import compilation_cache
 from tqdm.auto import tqdm
 
 from packscore.errors import UnexpectedCompileError
+from packscore.model.masks import MaskKind, final_cap
 from packscore.model.sizes import ModelSizes
 from packscore.programs.head import whole_head
 from packscore.programs.launch_inputs import LaunchInputs, block_sizes_for
 from packscore.programs.pages import pool_struct
-from packscore.programs.sizes import HeadKey, ProgramKey
+from packscore.programs.sizes import DenseKey, HeadKey, ProgramKey
 from packscore.programs.traced_model import TracedModel
 from packscore.programs.traced_ops import KernelImplementation
 from packscore.programs.weights import Weights
@@ -194,7 +196,8 @@ def trace_program(
 ) -> jax.stages.Traced:
     """One program before it is lowered, inside `tracing_on`; see `compile_program`."""
     if isinstance(key, HeadKey):
-        return jax.jit(whole_head).trace(*shapes)
+        head = functools.partial(whole_head, soft_cap=final_cap(traced.skeleton))
+        return jax.jit(head).trace(*shapes)
     donated = (1,) if key.num_pages else ()
     jitted = jax.jit(_program(traced, key, implementation), donate_argnums=donated)
     return jitted.trace(*shapes)
@@ -203,12 +206,13 @@ def trace_program(
 def _program(
     traced: TracedModel, key: ProgramKey, implementation: KernelImplementation
 ) -> Callable[..., Any]:
+    mask_impl: MaskKind = "dense" if isinstance(key, DenseKey) else "segment"
+
     def program(weights: Weights, kv_pages: jax.Array | None, inputs: LaunchInputs) -> Any:
+        given = weights, kv_pages, inputs, implementation, mask_impl
         if not key.num_labels:
-            return traced.hidden_rows(weights, kv_pages, inputs, implementation)
-        return traced.label_logits(
-            weights, kv_pages, inputs, implementation, over_vocabulary=key.over_vocabulary
-        )
+            return traced.hidden_rows(*given)
+        return traced.label_logits(*given, over_vocabulary=key.over_vocabulary)
 
     return program
 

@@ -10,12 +10,13 @@ import jax
 import numpy as np
 import torch
 
-from packscore.errors import PackscoreError, UnsupportedModelError
+from packscore.errors import MaskTooLargeError, PackscoreError, UnsupportedModelError
 from packscore.flows.costs import CostModel, flops_cost_model, tpu_cost_model
 from packscore.flows.engine import Limits, Readout, RowLogits
 from packscore.flows.packing import PackedBatch
 from packscore.flows.page_pool import PagePool
 from packscore.model.family import check_supported
+from packscore.model.masks import MaskKind, check_segment
 from packscore.model.plain import foreign_part
 from packscore.programs.pages import DevicePages
 from packscore.programs.program import Launched, ModelProgram
@@ -33,29 +34,37 @@ class ProgramEngine:
     Args:
       program: of the patched model.
       cache_bytes: what the pages of prefixes may take.
+      mask_kind: how items are kept apart; the programs of both share the weights.
     """
 
-    mask_impl: MaskImpl = "segment"
     only_flow: Flow | None = None
+    keeps_pages = True
 
-    def __init__(self, program: ModelProgram, cache_bytes: int) -> None:
+    def __init__(self, program: ModelProgram, cache_bytes: int, mask_kind: MaskKind) -> None:
+        self.mask_impl: MaskImpl = mask_kind
+        self._mask_kind: MaskKind = mask_kind
         self._program = program
         self._cache_bytes = cache_bytes
         self._lock = threading.Lock()
         self.pool: PagePool | None = None
         self._pages: DevicePages | None = None
+        self._most_tokens = program.max_tokens
         self._follow()
         self.costs = _costs(program)
 
     @property
     def limits(self) -> Limits:
-        """One program's."""
+        """One program's; under a dense mask one request's, of the memory free when a run began."""
+        if self._mask_kind == "dense":
+            return Limits(min(self._most_tokens, self._program.max_tokens), 1, 1, NAMED_PAGES)
         most = self._program.max_tokens
         return Limits(most, most, MAX_GROUPS, NAMED_PAGES)
 
     def refresh(self, *, force: bool = False) -> None:
         """Follow the model where it changed, and forget prefixes of before."""
         self._program.refresh(force=force)
+        if self._mask_kind == "dense":
+            self._most_tokens = self._program.fitting_tokens()
         with self._lock:  # whoever comes meanwhile waits, and finds no page of before
             if self._generation != self._program.generation:
                 self._follow()
@@ -69,6 +78,8 @@ class ProgramEngine:
         """Pages for the model as it is now, which hold nothing yet."""
         program, generation = self._program, self._program.generation
         check_supported(program.model)
+        if self._mask_kind == "segment":
+            check_segment(program.model, longest=1)
         self._foreign = foreign_part(program.model)
         if self.pool is not None:
             self.pool.clear()
@@ -85,15 +96,15 @@ class ProgramEngine:
         self._generation = generation
 
     def is_out_of_memory(self, error: Exception) -> bool:
-        """Whether the device, or the compiler for it, found no room."""
+        """Whether the device, the compiler for it, or the count of a mask's bytes found no room."""
         if isinstance(error, MemoryError):
-            return not isinstance(error, PackscoreError)
+            return isinstance(error, MaskTooLargeError) or not isinstance(error, PackscoreError)
         return isinstance(error, jax.errors.JaxRuntimeError) and OUT_OF_MEMORY in str(error)
 
     def launch(self, batch: PackedBatch, readout: Readout) -> Launched:
         """Start a batch; the host goes on while the device computes."""
         with self._recovering():
-            return self._program.start(batch, readout, self._pages)
+            return self._program.start(batch, readout, self._pages, self._mask_kind)
 
     def read(self, launched: Sequence[Launched]) -> RowLogits:
         """Logits and normaliser of all rows."""

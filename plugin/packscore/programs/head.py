@@ -21,6 +21,7 @@ def head_weight(weights: Weights) -> jax.Array:
 def whole_head(
     weights: Weights,
     rows: jax.Array,  # [num_rows, hidden_size]
+    soft_cap: float | None = None,
 ) -> jax.Array:
     """Logits of the whole vocabulary at a few rows, rounded as the model's own head rounds them.
 
@@ -30,7 +31,11 @@ def whole_head(
     logits = jnp.dot(
         rows, head_weight(weights).T, precision="highest", preferred_element_type=jnp.float32
     )
-    return logits.astype(rows.dtype)
+    return _capped(logits.astype(rows.dtype), soft_cap)
+
+
+def _capped(logits: jax.Array, soft_cap: float | None) -> jax.Array:
+    return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
 
 
 def label_head(
@@ -38,12 +43,14 @@ def label_head(
     weight: jax.Array,  # [vocab_size, hidden_size]
     label_ids: jax.Array,  # i32[num_labels]
     over_vocabulary: bool,
+    soft_cap: float | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Label logits and their normaliser, in float32; the logits of the vocabulary never exist."""
     rows = rows.astype(jnp.float32)
 
     def logits(w: jax.Array) -> jax.Array:
-        return jnp.dot(rows, w.astype(jnp.float32).T, precision="highest")
+        found = jnp.dot(rows, w.astype(jnp.float32).T, precision="highest")
+        return _capped(found, soft_cap)
 
     chosen = logits(weight[label_ids])
     if not over_vocabulary:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from packscore.flows.page_pool import PAGE_SIZE, PrefixLease
 from packscore.model.sizes import ModelSizes
-from packscore.programs.sizes import MAX_GROUPS, NAMED_PAGES, ProgramKey
+from packscore.programs.sizes import MAX_GROUPS, NAMED_PAGES, DenseKey, ProgramKey
 from packscore_kernels import (
     BlockSizes,
     PageWrites,
@@ -69,7 +69,7 @@ class LaunchInputs(NamedTuple):
             page_size=PAGE_SIZE if key.num_pages else 0,
             num_pages=key.num_pages,
             max_groups=MAX_GROUPS,
-            max_pages=max(key.num_pages, NAMED_PAGES) if key.num_pages else 0,
+            max_pages=_page_room(key),
         )
         return cls(
             _padded(token_ids, key.num_tokens),
@@ -79,6 +79,13 @@ class LaunchInputs(NamedTuple):
             _padded(label_ids, key.num_labels),
             _page_writes(key, padded, leases) if key.num_pages else None,
         )
+
+
+def _page_room(key: ProgramKey) -> int:
+    """How many page numbers a program's inputs have room for."""
+    if isinstance(key, DenseKey):
+        return key.read_pages
+    return max(key.num_pages, NAMED_PAGES) if key.num_pages else 0
 
 
 def _padded(values: npt.NDArray[Any] | Sequence[int], size: int) -> npt.NDArray[np.int32]:

@@ -19,16 +19,19 @@ from transformers import PreTrainedModel
 from packscore.errors import InputError
 from packscore.flows.engine import Readout
 from packscore.flows.packing import PackedBatch
-from packscore.flows.page_pool import PREFIX_CACHE_BYTES
+from packscore.flows.page_pool import PAGE_SIZE, PREFIX_CACHE_BYTES
 from packscore.inputs import checked
 from packscore.model.family import class_count
+from packscore.model.masks import MaskKind, check_segment, mask_reason
 from packscore.model.sizes import ModelSizes
 from packscore.programs.compiling import Executables
+from packscore.programs.dense import check_dense_fits, fitting_tokens
 from packscore.programs.launch_inputs import LaunchInputs, block_sizes_for
 from packscore.programs.pages import DevicePages, pages_within, pool_struct
 from packscore.programs.sizes import (
     DEFAULT_MAX_TOKENS,
     HEAD_ROWS,
+    DenseKey,
     HeadKey,
     ProgramKey,
     program_key,
@@ -38,7 +41,9 @@ from packscore.programs.sizes import (
 from packscore.programs.traced_model import TracedModel
 from packscore.programs.traced_ops import KernelImplementation
 from packscore.programs.weights import DeviceWeights, to_torch
-from packscore_kernels import BlockSizes
+from packscore.results import MaskChoice
+from packscore_kernels import BlockSizes, SegmentLayout
+from packscore_kernels.hardware import cdiv
 
 logger = logging.getLogger("packscore")
 
@@ -191,7 +196,11 @@ class ModelProgram:
         return self.start(batch, readout).read()
 
     def start(
-        self, batch: PackedBatch, readout: Readout, pages: DevicePages | None = None
+        self,
+        batch: PackedBatch,
+        readout: Readout,
+        pages: DevicePages | None = None,
+        mask_kind: MaskKind | None = None,
     ) -> Launched:
         """Begin a packed batch; raises what `run` does.
 
@@ -199,6 +208,10 @@ class ModelProgram:
           batch: whose leases say what is read from pages and written to them.
           readout: what is read of its scored rows.
           pages: that the leases speak of.
+          mask_kind: how items are kept apart; None: in segments, unless the model needs a mask.
+
+        Raises:
+          MaskTooLargeError: a dense mask does not fit into the device's memory.
         """
         weights = self._weights.arrays
         layout = batch.layout
@@ -206,6 +219,7 @@ class ModelProgram:
         num_pages = pages.num_pages if pages else 0
         over_vocabulary = readout.over_vocabulary
         key = program_key(len(batch.token_ids), num_items, num_labels, over_vocabulary, num_pages)
+        key = self._masked(key, layout, mask_kind)
         leases = [share.lease for share in batch.shares]
         inputs = LaunchInputs.of(
             key, self._blocks(key), layout, batch.token_ids, readout.label_ids, leases=leases
@@ -232,7 +246,7 @@ class ModelProgram:
           UnsupportedModelError: the model was changed in a way that programs cannot follow.
         """
         weights = self._weights.arrays
-        key = program_key(len(batch.token_ids), len(rows), 0, False)
+        key = self._masked(program_key(len(batch.token_ids), len(rows), 0, False), batch.layout)
         inputs = LaunchInputs.of(
             key, self._blocks(key), batch.layout, batch.token_ids, (), rows=rows
         )
@@ -247,6 +261,34 @@ class ModelProgram:
             logits = self._executables.get(HeadKey(step))(weights, chunk)
             yield start, to_torch(logits)[: len(part)]
 
+    def needs_mask(self, longest: int) -> bool:
+        """Whether sequences of up to so many tokens are exact under a dense mask alone."""
+        return mask_reason(self.model, longest) is not None
+
+    def fitting_tokens(self) -> int:
+        """Tokens of the largest program under a dense mask that the free memory holds."""
+        itemsize = self._weights.dtype.itemsize
+        return fitting_tokens(self.sizes, itemsize, self.device, self.max_tokens)
+
+    def _masked(
+        self, key: ProgramKey, layout: SegmentLayout, mask_kind: MaskKind | None = None
+    ) -> ProgramKey:
+        """The program that keeps items apart in this way.
+
+        Raises:
+          MaskTooLargeError: its mask does not fit.
+          UnsupportedModelError: segments are asked for, and would not be exact.
+        """
+        if mask_kind == "segment":
+            check_segment(self.model, layout.longest)
+        if mask_kind == "segment" or not (mask_kind or self.needs_mask(layout.longest)):
+            return key
+        named = sum(len(group.page_indices) for group in layout.groups)
+        dense = DenseKey.of(key, named)
+        itemsize = self._weights.dtype.itemsize
+        check_dense_fits(self.model, self.sizes, itemsize, self.device, dense, layout.longest)
+        return dense
+
     @checked
     def warmup(
         self,
@@ -257,6 +299,7 @@ class ModelProgram:
         over_vocabulary: tuple[bool, ...] = (False, True),
         plain_calls: bool = False,
         prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
+        mask_impl: MaskChoice = "auto",
         show_progress_bar: bool = False,
     ) -> int:
         """Compile every program that requests of up to `max_tokens` tokens can need.
@@ -268,6 +311,7 @@ class ModelProgram:
           over_vocabulary: which programs: over the labels (False), over the vocabulary (True).
           plain_calls: with the programs of `model(input_ids=...)`.
           prefix_cache_bytes: of the scorer that will run them.
+          mask_impl: of that scorer; under a dense mask a program for every few pages it may read.
           show_progress_bar: show one, counting programs.
 
         Returns:
@@ -287,6 +331,10 @@ class ModelProgram:
             for labels, over, pages in kinds
         }
         heads = [HeadKey(n) for n in HEAD_ROWS if plain_calls and not self.num_classes]
+        longest = max_tokens or self.max_tokens
+        if mask_impl == "dense" or (mask_impl == "auto" and self.needs_mask(longest)):
+            most_pages = cdiv(longest, PAGE_SIZE)
+            keys = {DenseKey.of(key, n) for key in keys for n in range(min(most_pages, key.num_pages) + 1)}
         ordered = sorted(keys, key=lambda key: (key.num_tokens, key.num_items, key.over_vocabulary))
         return self._executables.warm_up([*ordered, *heads], show_progress_bar)
 

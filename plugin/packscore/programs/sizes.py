@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from packscore.flows.page_pool import PAGE_SIZE
 from packscore_kernels.hardware import cdiv
 
 SMALLEST_BUCKET = 128
@@ -18,6 +19,8 @@ SMALLEST_LABELS = 8
 MAX_GROUPS = 32
 MAX_PAGES = 512
 NAMED_PAGES = 256
+# Pages that a program under a dense mask reads beside its tokens, and scores whether filled or not.
+READ_PAGES = (1, 4, 16, 64, 256, MAX_PAGES)
 # Rows of the programs that give the logits of the whole vocabulary: one token each of a few
 # sequences, or many tokens in steps, whose logits fit beside the weights (78 MB for Qwen3).
 HEAD_ROWS = (8, 128)
@@ -50,6 +53,24 @@ class ProgramKey:
     num_labels: int  # 0: the program stops before the head and gives hidden states
     over_vocabulary: bool
     num_pages: int = 0  # of the pool that the program reads and writes; 0: it has none
+
+
+@dataclass(frozen=True)
+class DenseKey(ProgramKey):
+    """The same under a dense mask: of all its tokens, and of `read_pages` pages before them."""
+
+    read_pages: int = 1
+
+    @classmethod
+    def of(cls, key: ProgramKey, read_pages: int) -> DenseKey:
+        """The dense program that stands for a segment one, of a launch that names so many pages."""
+        room = next(room for room in READ_PAGES if room >= read_pages) if key.num_pages else 0
+        return cls(**vars(key), read_pages=room)
+
+    @property
+    def num_keys(self) -> int:
+        """Keys that each token is scored against."""
+        return self.num_tokens + self.read_pages * PAGE_SIZE
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -21,6 +22,8 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 
 from packscore.errors import UnsupportedModelError
+from packscore.model.family import TRACED_MODEL_TYPES
+from packscore.model.masks import MaskKind, final_cap, windows_of
 from packscore.programs.fused_layer import can_fuse, fused_layer
 from packscore.programs.head import head_weight, label_head
 from packscore.programs.launch_inputs import LaunchInputs
@@ -66,6 +69,11 @@ class TracedModel:
     """
 
     def __init__(self, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
+        if config.model_type not in TRACED_MODEL_TYPES:
+            raise UnsupportedModelError(
+                f"model_type={config.model_type!r} is not held by programs, which scan layers that "
+                "are equal; patch the model without device=..., to score in torch"
+            )
         self._env = torchax_environment()
         AttentionInterface.register(NAME, program_attention)
         ExpertsInterface.register(NAME, program_experts)
@@ -98,6 +106,7 @@ class TracedModel:
         kv_pages: jax.Array | None,  # as `pool_struct` has it; None where nothing is cached
         inputs: LaunchInputs,
         implementation: KernelImplementation,
+        mask_impl: MaskKind = "segment",
     ) -> tuple[jax.Array, jax.Array | None]:
         """From token ids to the hidden states that the head reads, at some tokens.
 
@@ -106,6 +115,7 @@ class TracedModel:
           kv_pages: the pool of all layers.
           inputs: the packed tokens, who sees whom, and at which rows to read.
           implementation: of the kernels.
+          mask_impl: how items are kept apart; only under a dense mask do windows have a place.
 
         Returns:
           [num_rows, hidden_size] after the final norm, in the model's dtype, and the pages with
@@ -129,11 +139,14 @@ class TracedModel:
             return self._call(_Bound(first, layer_attention=attend), state, hidden, **keywords)
 
         layer = fused if fuses else traced
+        windows = _windows(self.skeleton) if mask_impl == "dense" else None
 
         def step(carry: Any, scanned: tuple[Any, jax.Array]) -> tuple[Any, None]:
             hidden, kv_pages = carry
             own_weights, index = scanned
             attend = _attention_of(index, num_layers, kv_pages, inputs, implementation)
+            attend.mask_impl = mask_impl
+            attend.window = None if windows is None else windows[index]
             hidden = layer(own_weights, index, hidden, attend)
             return (hidden, attend.kv_pages), None
 
@@ -148,6 +161,7 @@ class TracedModel:
         kv_pages: jax.Array | None,
         inputs: LaunchInputs,
         implementation: KernelImplementation,
+        mask_impl: MaskKind = "segment",
         *,
         over_vocabulary: bool,
     ) -> tuple[tuple[jax.Array, jax.Array | None], jax.Array | None]:
@@ -157,9 +171,19 @@ class TracedModel:
           ((float32[num_items, num_labels], float32[num_items] or None), pages): logits, and with
           `over_vocabulary` their log-sum-exp over the vocabulary.
         """
-        rows, kv_pages = self.hidden_rows(weights, kv_pages, inputs, implementation)
-        found = label_head(rows, head_weight(weights), inputs.label_ids, over_vocabulary)
+        rows, kv_pages = self.hidden_rows(weights, kv_pages, inputs, implementation, mask_impl)
+        cap = final_cap(self.skeleton)
+        found = label_head(rows, head_weight(weights), inputs.label_ids, over_vocabulary, cap)
         return found, kv_pages
+
+
+def _windows(model: PreTrainedModel) -> jax.Array | None:
+    """i32[num_layers]: how far back each layer sees; None where all see everything."""
+    windows = windows_of(model)
+    if not any(windows):
+        return None
+    everything = np.iinfo(np.int32).max // 2  # positions are subtracted from it
+    return jnp.asarray([window or everything for window in windows], jnp.int32)
 
 
 def _attention_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,8 @@ class LayerAttention:
     # [num_layers * num_pages, num_kv_heads, 2, page_size, head_dim]; None where nothing is cached
     kv_pages: jax.Array | None = None
     writes: PageWrites | None = None
+    mask_impl: Literal["segment", "dense"] = "segment"
+    window: jax.Array | None = None  # i32[]: how far back a row sees, under a dense mask
 
     def __call__(
         self,
@@ -62,6 +64,7 @@ class LayerAttention:
         v: jax.Array,  # [num_kv_heads, num_tokens, head_dim]
         *,
         sm_scale: float,
+        soft_cap: float | None = None,
     ) -> jax.Array:
         """Write what is new to the pages, which changes `kv_pages`, then attend.
 
@@ -74,7 +77,15 @@ class LayerAttention:
                 self.kv_pages, k, v, self.writes, implementation=implementation
             )
         return segment_paged_attention(
-            q, k, v, self.kv_pages, self.schedule, sm_scale=sm_scale, implementation=implementation
+            q,
+            k,
+            v,
+            self.kv_pages,
+            self.schedule,
+            sm_scale=sm_scale,
+            implementation="dense" if self.mask_impl == "dense" else implementation,
+            soft_cap=soft_cap,
+            sliding_window=self.window,
         )
 
 
@@ -92,12 +103,13 @@ def program_attention(
     attention_mask: torch.Tensor | None,
     scaling: float,
     layer_attention: LayerAttention,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention that the skeleton's layers call while they are traced."""
     env = torchax_environment()
     q, k, v = (env.t2j_iso(x)[0] for x in (query, key, value))
-    out = layer_attention(q, k, v, sm_scale=scaling)
+    out = layer_attention(q, k, v, sm_scale=scaling, soft_cap=softcap)
     result: torch.Tensor = env.j2t_iso(jnp.transpose(out, (1, 0, 2))[None])
     return result, None
 

@@ -107,7 +107,7 @@ def weights_of(model: PreTrainedModel, skeleton: PreTrainedModel) -> Weights:
         "layers": {name: to_jax(stack) for name, stack in stacks.items()},
         "rotary": {name: to_jax(b) for name, b in decoder.rotary_emb.named_buffers()},
         "norm": {name: to_jax(p) for name, p in decoder.norm.named_parameters()},
-        "embed_tokens": {"weight": to_jax(decoder.embed_tokens.weight)},
+        "embed_tokens": {name: to_jax(x) for name, x in _tensors(decoder.embed_tokens)},
     }
     if head.weight is not decoder.embed_tokens.weight:  # a tied one is there already
         weights["head"] = {"weight": to_jax(head.weight)}
@@ -126,7 +126,10 @@ def weight_shapes(skeleton: PreTrainedModel, dtype: Any) -> Weights:
     found: Weights = {
         "layers": shapes(decoder.layers[0].named_parameters(), num_layers),
         "norm": shapes(decoder.norm.named_parameters()),
-        "embed_tokens": shapes(decoder.embed_tokens.named_parameters()),
+        "embed_tokens": {
+            **shapes(decoder.embed_tokens.named_parameters()),
+            **{name: shape_of((), jnp.float32) for name, _ in decoder.embed_tokens.named_buffers()},
+        },
         "rotary": {
             name: shape_of(tuple(x.shape), jnp.float32)
             for name, x in decoder.rotary_emb.named_buffers()
@@ -135,6 +138,11 @@ def weight_shapes(skeleton: PreTrainedModel, dtype: Any) -> Weights:
     if is_classifier(skeleton) or not skeleton.config.tie_word_embeddings:
         found["head"] = shapes(head.named_parameters())
     return found
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:

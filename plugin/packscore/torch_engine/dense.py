@@ -19,6 +19,7 @@ from packscore.flows.packing import PackedBatch, Share, pack
 from packscore.flows.page_pool import PagePool
 from packscore.model.family import base_model, check_supported
 from packscore.model.label_head import LinearHead
+from packscore.model.masks import as_taken, smaller_mask, windows_of
 from packscore.model.plain import foreign_part
 from packscore.model.sizes import ModelSizes
 from packscore.results import Flow, MaskImpl
@@ -46,6 +47,7 @@ class DenseEngine:
     """Packed batches under a 4-D mask, through the model's own attention, patched or not."""
 
     mask_impl: MaskImpl = "dense"
+    keeps_pages = False
     pool: PagePool | None = None
 
     def __init__(self, model: nn.Module, head: LinearHead) -> None:
@@ -84,7 +86,7 @@ class DenseEngine:
         device = device_of(self._model)
         inputs: dict[str, Any] = {}
         if not batch.is_causal:
-            inputs["attention_mask"] = dense_mask(
+            inputs["attention_mask"] = dense_masks(
                 self._model, batch.layout, device, self._model.dtype
             )
             inputs["position_ids"] = positions_of(batch.layout, device)
@@ -108,45 +110,62 @@ def _alone(batch: PackedBatch) -> Iterator[PackedBatch]:
             yield pack([Share(0, share.prefix, [item], np.arange(1))])
 
 
-def dense_mask(
+def dense_masks(
     model: PreTrainedModel, layout: SegmentLayout, device: torch.device, dtype: torch.dtype
-) -> torch.Tensor:
-    """The segment rule as a 4-D mask for the model's own attention.
+) -> Any:
+    """The segment rule as 4-D masks for the model's own attention, as its decoder takes them.
 
     `visible = (kv_segment == q_segment) | (kv_segment == PREFIX_SEGMENT)`, and-ed with storage
-    order `kv_index <= q_index`.
+    order `kv_index <= q_index`. A window counts positions: in storage an item lies behind all items
+    before it, and by position right behind its prefix.
 
     Returns:
-      [1, 1, num_tokens, num_tokens]: bool for sdpa, additive in the model's dtype for eager.
+      [1, 1, num_tokens, num_tokens]: bool for sdpa, additive in the model's dtype for eager; where
+      the model's layers are of several kinds, one for each by its name.
 
     Raises:
-      MaskTooLargeError: mask and the buffers that attention makes of it exceed the free memory.
+      MaskTooLargeError: masks and the buffers that attention makes of one exceed the free memory.
     """
     eager = "eager" in str(model.config._attn_implementation)
-    check_dense_fits(layout.num_tokens, model.config.num_attention_heads, dtype, device, eager)
+    window = next((window for window in windows_of(model) if window is not None), None)
+    check_dense_fits(model, layout, device, dtype, num_masks=1 if window is None else 2)
     segment = torch.from_numpy(layout.segment_ids).to(device)
     visible = segment[:, None] == segment
     visible |= segment == PREFIX_SEGMENT
     visible.tril_()
-    if eager:
-        additive = torch.full(visible.shape, torch.finfo(dtype).min, dtype=dtype, device=device)
-        return additive.masked_fill_(visible, 0.0)[None, None]
-    return visible[None, None]
+    near = visible
+    if window is not None:
+        positions = positions_of(layout, device)[0]
+        near = visible & (positions > positions[:, None] - window)
+
+    def shaped(mask: torch.Tensor) -> torch.Tensor:
+        if not eager:
+            return mask[None, None]
+        additive = torch.full(mask.shape, torch.finfo(dtype).min, dtype=dtype, device=device)
+        return additive.masked_fill_(mask, 0.0)[None, None]
+
+    full = shaped(visible)
+    return as_taken(model, (full, full if near is visible else shaped(near)))
 
 
 def check_dense_fits(
-    num_tokens: int, num_q_heads: int, dtype: torch.dtype, device: torch.device, eager: bool
+    model: PreTrainedModel,
+    layout: SegmentLayout,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_masks: int,
 ) -> None:
     """Say what a dense mask needs, before it exists.
 
     Raises:
       MaskTooLargeError: it needs more than is free on `device`.
     """
-    # sdpa keeps a bool mask and makes a float one of it in every layer; eager holds the scores of
-    # all heads in the model's dtype, in float32 for the softmax, and once more as weights
-    per_pair = 1 + dtype.itemsize
-    if eager:
-        per_pair = 1 + dtype.itemsize + num_q_heads * (2 * dtype.itemsize + 4)
+    # sdpa keeps bool masks and makes a float one of it in every layer; eager holds masks in the
+    # model's dtype, the scores of all heads too, in float32 for the softmax, and as weights again
+    num_tokens, heads = layout.num_tokens, model.config.num_attention_heads
+    per_pair = num_masks + dtype.itemsize
+    if "eager" in str(model.config._attn_implementation):
+        per_pair = num_masks * (1 + dtype.itemsize) + heads * (2 * dtype.itemsize + 4)
     needed = num_tokens**2 * per_pair
     free = free_bytes(device)
     told = (
@@ -154,5 +173,5 @@ def check_dense_fits(
         f"({per_pair} bytes for each pair of tokens); {free / 2**20:,.0f} MiB are free"
     )
     if needed > free:
-        raise MaskTooLargeError(f"{told}; use mask_impl='segment', which needs no mask")
+        raise MaskTooLargeError(f"{told}; {smaller_mask(model, layout.longest)}")
     logger.log(logging.WARNING if needed >= TELL_MASK_BYTES else logging.INFO, told)

@@ -18,6 +18,7 @@ from packscore.flows.packing import PackedBatch
 from packscore.flows.page_pool import PAGE_SIZE, PagePool
 from packscore.model.family import base_model, check_supported
 from packscore.model.label_head import LinearHead
+from packscore.model.masks import check_segment
 from packscore.model.plain import foreign_part
 from packscore.model.sizes import ModelSizes
 from packscore.model.weight_watch import WeightWatch
@@ -61,6 +62,7 @@ class TorchEngine:
     """
 
     mask_impl: MaskImpl = "segment"
+    keeps_pages = True
 
     def __init__(self, model: nn.Module, head: LinearHead, cache_bytes: int) -> None:
         self._given = model
@@ -112,6 +114,7 @@ class TorchEngine:
         if self.pool is not None:
             self.pool.clear()
         check_supported(self._given)
+        check_segment(self._given, longest=1)
         self._hooked = hooked(decoder_modules(self._model))
         foreign = foreign_part(self._given, decoder_modules(self._model))
         self._sizes = ModelSizes.of(self._model.config)
@@ -141,6 +144,7 @@ class TorchEngine:
 
         Raises:
           StalePrefixError: a hook mixed tokens, or may have; another launch runs without pages.
+          UnsupportedModelError: a sequence is longer than the model's window.
         """
         if self._foreign:
             return whole_rows(self._given, batch, readout)
@@ -152,6 +156,7 @@ class TorchEngine:
         device = device_of(self._model)
         inputs: dict[str, Any] = {}
         if writes or not batch.is_causal:
+            check_segment(self._model, batch.layout.longest)
             # An empty 4-D mask keeps HF from building one; a model that dropped our plan would
             # fail on its shape instead of attending to the wrong tokens.
             inputs["attention_mask"] = torch.empty(1, 1, 0, 0, device=device)

@@ -1,0 +1,71 @@
+"""What a program under a dense mask takes of a device's memory, before it is taken."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import jax
+import psutil
+
+from packscore.errors import MaskTooLargeError
+from packscore.model.masks import smaller_mask
+from packscore.model.sizes import ModelSizes
+from packscore.programs.sizes import DenseKey, token_ladder
+
+logger = logging.getLogger("packscore")
+
+# A dense mask of this size is worth telling the user, who may not know what it costs.
+TELL_MASK_BYTES = 256 * 2**20
+
+
+def free_bytes(device: jax.Device) -> int:
+    """Memory that new arrays can have; a CPU's is the machine's."""
+    stats: dict[str, Any] = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return int(psutil.virtual_memory().available)
+    return int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
+
+
+def pair_bytes(sizes: ModelSizes, itemsize: int) -> int:
+    """Bytes for each pair of a token and a key, in the one layer that runs.
+
+    The mask; the scores of all heads in float32, what their exponentials are, and these in the
+    values' dtype; and the mask once more as numbers, by which NaN is kept where it belongs.
+    """
+    return 1 + 4 + sizes.heads * (4 + 4 + itemsize)
+
+
+def fitting_tokens(sizes: ModelSizes, itemsize: int, device: jax.Device, most: int) -> int:
+    """The largest bucket up to `most` whose tokens fit under a mask now; the smallest if none."""
+    room = free_bytes(device) // pair_bytes(sizes, itemsize)
+    ladder = token_ladder(most)
+    return max((tokens for tokens in ladder if tokens**2 <= room), default=ladder[0])
+
+
+def check_dense_fits(
+    model: Any, sizes: ModelSizes, itemsize: int, device: jax.Device, key: DenseKey, longest: int
+) -> None:
+    """Say what a launch under a dense mask needs, before it exists.
+
+    Args:
+      model: whose program it is.
+      sizes: of the model.
+      itemsize: bytes of a value.
+      device: where it runs.
+      key: of the program.
+      longest: tokens of its longest sequence.
+
+    Raises:
+      MaskTooLargeError: it needs more than is free on `device`.
+    """
+    per_pair = pair_bytes(sizes, itemsize)
+    needed, free = per_pair * key.num_tokens * key.num_keys, free_bytes(device)
+    told = (
+        f"mask_impl='dense' needs {needed / 2**20:,.0f} MiB on {device} for {key.num_tokens:,} "
+        f"tokens that see up to {key.num_keys:,} ({per_pair} bytes for each pair); "
+        f"{free / 2**20:,.0f} MiB are free"
+    )
+    if needed > free:
+        raise MaskTooLargeError(f"{told}; {smaller_mask(model, longest)}")
+    logger.log(logging.WARNING if needed >= TELL_MASK_BYTES else logging.INFO, told)
