@@ -68,7 +68,7 @@ def random_ids(count: int, vocab_size: int = VOCAB_SIZE, *, seed: int) -> list[i
     return torch.randint(0, vocab_size, (count,), generator=generator).tolist()
 
 
-def _spread_scores(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+def spread_scores(model: Any, seed: int = 0) -> Any:
     """Weights at which attention is sharp and probabilities differ: errors have nowhere to hide."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -104,7 +104,7 @@ def random_qwen3(
         tie_word_embeddings=tied,
         **options,
     )
-    return _spread_scores(Qwen3ForCausalLM(config), seed)
+    return spread_scores(Qwen3ForCausalLM(config), seed)
 
 
 SMALL: dict[str, Any] = {
@@ -128,7 +128,7 @@ def random_decoder(family: str, **options: Any) -> PreTrainedModel:
     else:
         moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**SMALL, **moe, "head_dim": 16, **options}))
-    return _spread_scores(model, seed=0)
+    return spread_scores(model, seed=0)
 
 
 CLASSIFIERS: dict[str, Any] = {
@@ -142,7 +142,7 @@ def random_classifier(family: str = "qwen3", num_labels: int = 2, **options: Any
     """A small random sequence classifier, with a padding token that its inputs may hold."""
     config_class, model_class = CLASSIFIERS[family]
     sizes = {**SMALL, "pad_token_id": 0, "num_labels": num_labels, **options}
-    return _spread_scores(model_class(config_class(**sizes)), seed=0)
+    return spread_scores(model_class(config_class(**sizes)), seed=0)
 
 
 FAMILIES = ("qwen3", "qwen3_moe", "qwen2", "llama")

@@ -124,14 +124,12 @@ def test_other_queries_keep_their_scores(short: Short) -> None:
 
 
 def test_a_held_query(short: Short) -> None:
-    if short.scorer.mask_impl == "dense":
-        with pytest.raises(InputError, match="mask_impl='dense' keeps no pages"):
-            short.scorer.prefix(QUERY)
-        return
-    short.refuses = lambda batch: len(batch.token_ids) > 2 * PAGE_SIZE
+    # in torch a dense mask keeps no pages, and the query is in every launch
+    most = 600 if short.scorer.mask_impl == "dense" else 2 * PAGE_SIZE
+    short.refuses = lambda batch: len(batch.token_ids) > most
     with short.scorer.prefix(QUERY) as held:
         short.check(held.score(ITEMS))
-    assert max(short.sizes) > 2 * PAGE_SIZE
+    assert max(short.sizes) > most
 
 
 def test_other_failures_are_not_taken_for_it(short: Short, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,8 +194,6 @@ class ModelMachine(World, RuleBasedStateMachine):
     # what is held
 
     def may_not_hold(self, prefix: Ids, error: Any) -> bool:
-        if self.engine == "dense":
-            return isinstance(error, InputError) and "keeps no pages" in str(error)
         if not isinstance(error, InputError) or "prefix_cache_bytes" not in str(error):
             return False
         pool = engine_of(self.scorer).pool

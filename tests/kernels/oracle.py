@@ -32,6 +32,8 @@ def attention(
     layout: SegmentLayout,
     sm_scale: float,
     kv_pages: jax.Array | None = None,
+    soft_cap: float | None = None,
+    sliding_window: int | None = None,
 ) -> np.ndarray:
     """float64[num_q_heads, num_tokens, head_dim]; padding rows are zeros."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
@@ -50,7 +52,11 @@ def attention(
             cache[id(group)] = held
         seen_k = np.concatenate([cache[id(group)][0], k[:, keys]], axis=1).repeat(group_size, 0)
         seen_v = np.concatenate([cache[id(group)][1], v[:, keys]], axis=1).repeat(group_size, 0)
+        if sliding_window is not None:
+            seen_k, seen_v = (x[:, -sliding_window:] for x in (seen_k, seen_v))
         scores = np.einsum("hd,hkd->hk", q[:, row], seen_k) * sm_scale
+        if soft_cap is not None:
+            scores = np.tanh(scores / soft_cap) * soft_cap
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))
         weights /= weights.sum(axis=1, keepdims=True)
         out[:, row] = np.einsum("hk,hkd->hd", weights, seen_v)

@@ -234,8 +234,16 @@ def call(**changes: Any) -> jax.Array:
             r"kv_pages has dtype bfloat16; it must have q's, float32",
         ),
         ({"implementation": "cuda"}, ArgumentError, r"implementation='cuda' must be one of"),
-        ({"soft_cap": 30.0}, UnsupportedError, r"soft_cap=30.0 is not supported"),
-        ({"sliding_window": 7}, UnsupportedError, r"sliding_window=7 is not supported"),
+        (
+            {"soft_cap": 30.0},
+            UnsupportedError,
+            r"soft_cap=30.0 is not supported by implementation=",
+        ),
+        (
+            {"sliding_window": 7},
+            UnsupportedError,
+            r"sliding_window=7 is not supported by implementation=",
+        ),
         (
             {
                 "layout": build_schedule(SegmentLayout.single(5, [4], 128), block_sizes=BLOCKS),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +86,23 @@ def test_shapes(
         *(x.astype(jnp.float32) for x in (q, k, v)), layout, scale, pages.astype(jnp.float32)
     )
     assert_close(got.astype(jnp.float32), want, dtype)
+
+
+@pytest.mark.parametrize("implementation", ["dense", "reference"])
+@pytest.mark.parametrize(("soft_cap", "window"), [(1.5, None), (None, 9), (2.0, 31), (None, 400)])
+def test_caps_and_windows_where_there_is_a_mask(
+    implementation: str, soft_cap: float | None, window: int | None
+) -> None:
+    free = np.random.default_rng(0).permutation(24).tolist()
+    groups = group(70, [20, 33, 0, 150], 40, 16, free), group(5, [30, 31], 9, 16, free)
+    layout = SegmentLayout((*groups, group(0, [3, 40])), 512)
+    q, k, v = (draw(i, h, 512, 64) for i, h in enumerate((4, 2, 2)))
+    pages = draw(3, 24, 2, 2, 16, 64)
+    options: dict[str, Any] = {"soft_cap": soft_cap, "sliding_window": window}
+    got = segment_paged_attention(
+        q, k, v, pages, layout, sm_scale=0.25, implementation=implementation, **options
+    )
+    assert_close(got, attention(q, k, v, layout, 0.25, pages, **options), "float32")
 
 
 @pytest.mark.parametrize("num_tokens", [1, 129, 300])

@@ -202,15 +202,9 @@ def test_weights_offloaded_to_disk(
     assert_scores(patch_model(model.eval()), unpatched, case)
 
 
-WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
-
-
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (random_qwen3(**WINDOW), "sliding_window=8 is in use"),
-        (random_decoder("qwen2", **WINDOW), "sliding_window=8 is in use"),
-        (random_decoder("qwen3_moe", **WINDOW), "sliding_window=8 is in use"),
         (random_qwen3(attn_logit_softcapping=30.0), "attn_logit_softcapping=30.0 is not supported"),
         (
             random_qwen3(final_logit_softcapping=30.0),

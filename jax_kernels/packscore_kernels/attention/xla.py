@@ -202,7 +202,7 @@ def dense_mask(
     in_item = row >= prefix_end
     position = cached_len + jnp.where(in_item, prefix_end - start + row - own, row - start)
     if sliding_window is not None:
-        packed &= position.T > position - sliding_window
+        packed &= position - sliding_window < position.T
     if schedule.page_size:
         entry = jnp.arange(len(schedule.page_indices) * schedule.page_size)
         at = entry - first_page * schedule.page_size

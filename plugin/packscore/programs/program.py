@@ -334,7 +334,11 @@ class ModelProgram:
         longest = max_tokens or self.max_tokens
         if mask_impl == "dense" or (mask_impl == "auto" and self.needs_mask(longest)):
             most_pages = cdiv(longest, PAGE_SIZE)
-            keys = {DenseKey.of(key, n) for key in keys for n in range(min(most_pages, key.num_pages) + 1)}
+            keys = {
+                DenseKey.of(key, n)
+                for key in keys
+                for n in range(min(most_pages, key.num_pages) + 1)
+            }
         ordered = sorted(keys, key=lambda key: (key.num_tokens, key.num_items, key.over_vocabulary))
         return self._executables.warm_up([*ordered, *heads], show_progress_bar)
 
