@@ -3,8 +3,8 @@
 Each round draws a query and items that no system has seen, runs every system on them in turn, and
 compares all their scores with one-by-one's on the first items. Nothing is timed before one round
 has agreed, and a round that disagrees ends it all: there is no speed without the right scores.
-Times are the processor's, of the one thread that runs, so that other work on the machine counts
-little.
+In torch times are the processor's, of the one thread that runs, so that other work on the machine
+counts little; those of programs are by the clock, for the host does not see what a device does.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,28 +49,38 @@ def dense_extend(peer: HuggingFace) -> System:
     return score
 
 
-def systems_of(model: PreTrainedModel) -> dict[str, System]:
-    """Every system of the tables by name, on copies of one model's weights."""
+def systems_of(model: PreTrainedModel, device: str | None = None) -> dict[str, System]:
+    """Every system of the tables by name, on copies of one model's weights.
+
+    Args:
+      model: the weights.
+      device: as in `patch_model`: programs compute all four ways; None: torch does.
+    """
     peer = HuggingFace(model)
-    patched = patch_model(copy.deepcopy(model))
+    patched = patch_model(copy.deepcopy(model), device=device)
     segment = MultiItemScorer(patched, label_token_ids=LABELS)
-    dense = MultiItemScorer(model, mask_impl="dense", label_token_ids=LABELS)
+    shared = patched if device else model  # programs of both masks share the weights
+    dense = MultiItemScorer(shared, mask_impl="dense", label_token_ids=LABELS)
 
     def packed(scorer: MultiItemScorer) -> System:
         return lambda prefix, items: torch.tensor(
             scorer.score(prefix, items, apply_softmax=True, flow="packed")
         )
 
-    def extend(prefix: Ids, items: list[Ids]) -> torch.Tensor:
-        with segment.prefix(prefix) as held:
-            return torch.tensor(held.score(items, apply_softmax=True))
+    def extend(scorer: MultiItemScorer) -> System:
+        def score(prefix: Ids, items: list[Ids]) -> torch.Tensor:
+            with scorer.prefix(prefix) as held:
+                return torch.tensor(held.score(items, apply_softmax=True))
+
+        return score
 
     return {
         BASE: peer.one_by_one,
         "dense packed": packed(dense),
-        "dense prefill + extend": dense_extend(peer),
+        # in torch a dense mask keeps no pages
+        "dense prefill + extend": extend(dense) if device else dense_extend(peer),
         "segment packed": packed(segment),
-        "segment prefill + extend": extend,
+        "segment prefill + extend": extend(segment),
     }
 
 
@@ -86,6 +97,7 @@ def measure(
     workload: Workload,
     rounds: int,
     max_difference: float,
+    clock: Callable[[], float] = time.process_time,
 ) -> list[dict[str, Any]]:
     """Check, then time, every system, in an order that is turned around every round.
 
@@ -99,11 +111,11 @@ def measure(
         scores = {}
         for name in list(systems)[:: -1 if number % 2 else 1]:
             chosen = items[: workload.sampled_items] if name == BASE else items
-            start = time.process_time()
+            start = clock()
             scores[name] = systems[name](prefix, chosen)
             if number:
                 scale = workload.scale if name == BASE else 1.0
-                seconds[name].append((time.process_time() - start) * scale)
+                seconds[name].append((clock() - start) * scale)
         for name, found in scores.items():
             expected = scores[BASE]
             difference = float((found[: len(expected)] - expected).abs().max())

@@ -3,6 +3,7 @@
     python benchmarks/ab_tables.py                       both parts, into results/ab_tables.json
     python benchmarks/ab_tables.py --predict --chips v6e         one chip's programs alone
     python benchmarks/ab_tables.py --measure --rounds 3          the CPU alone
+    python benchmarks/ab_tables.py --measure --device jax        in programs, into a file of its own
     python benchmarks/ab_tables.py --show                        print what is there
 
 The request: a query of 2 000 tokens and 500 items of 20, the query's own computation included. For
@@ -119,8 +120,10 @@ def predicted_rows(programs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def measure(rounds: int, names: Sequence[str]) -> list[dict[str, Any]]:
-    """The CPU's part: each workload checked and timed."""
+def measure(rounds: int, names: Sequence[str], device: str | None = None) -> list[dict[str, Any]]:
+    """The part of this machine: each workload checked and timed, in torch or in programs."""
+    import time
+
     import torch
 
     from ab_measure import measure as timed
@@ -133,13 +136,14 @@ def measure(rounds: int, names: Sequence[str]) -> list[dict[str, Any]]:
         Workload("reduced", 500, (20,) * 100, 10),
         Workload("reference", REFERENCE.prefix_len, REFERENCE.item_lens, 3),
     ]
-    systems = systems_of(make_model(torch.float32))
+    systems = systems_of(make_model(torch.float32), device)
+    clock = time.perf_counter if device else time.process_time
     results = []
     for workload in workloads:
         if workload.name in names:
             # the whole request takes minutes a round
             turns = rounds if workload.name == "reduced" else max(rounds // 2, 1)
-            rows = timed(systems, workload, turns, MAX_DIFFERENCE[torch.float32])
+            rows = timed(systems, workload, turns, MAX_DIFFERENCE[torch.float32], clock)
             results.append(
                 {
                     "workload": workload.name,
@@ -247,8 +251,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--workloads", nargs="+", choices=("reduced", "reference"), default=("reduced",)
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--device", choices=("jax", "tpu"), help="measure programs there")
+    parser.add_argument("--json", type=Path, help="default: results/ab_tables[_DEVICE].json")
     args = parser.parse_args(argv)
+    if args.json is None:  # docs/ab.md shows what torch measures
+        args.json = RESULTS.with_stem(f"ab_tables_{args.device}") if args.device else RESULTS
     every = not (args.predict or args.measure or args.show)
     if args.predict or every:
         for chip in args.chips:
@@ -261,8 +268,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             part = {"made": about, "programs": programs, "rows": predicted_rows(programs)}
             save(args.json, "predicted", {chip: part})
     if args.measure or every:
-        about = {**made(argv), "threads": 1, "dtype": "float32", "num_layers": 4}
-        found = measure(args.rounds, args.workloads)
+        threads = None if args.device else 1
+        about = {**made(argv), "threads": threads, "dtype": "float32", "num_layers": 4}
+        found = measure(args.rounds, args.workloads, args.device)
         save(args.json, "measured", {"made": about, "results": found})
     results = load(args.json)
     for name, text in tables(results).items():

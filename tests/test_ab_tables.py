@@ -122,8 +122,12 @@ def workload() -> Any:
     return cpu_peers.Workload("tiny", 20, (5, 3, 7), 2)
 
 
-def test_a_tiny_model_is_measured(tiny: Qwen3ForCausalLM, workload: Any) -> None:
-    systems = ab_measure.systems_of(tiny)
+@pytest.mark.parametrize("device", [None, "jax"])
+@pytest.mark.usefixtures("quick_programs")
+def test_a_tiny_model_is_measured(
+    tiny: Qwen3ForCausalLM, workload: Any, device: str | None
+) -> None:
+    systems = ab_measure.systems_of(tiny, device)
     rows = ab_measure.measure(systems, workload, 2, PROBABILITY_MAX_FLOAT32)
     assert [row["system"] for row in rows] == list(systems)
     base = rows[0]

@@ -242,7 +242,7 @@ def test_a_window_that_no_request_reaches_needs_no_mask(caplog: pytest.LogCaptur
     # labels that go on behind an item make sequences longer
     long = {"label_token_ids": [[5, 17], [44]], "max_tokens": 94}
     assert MultiItemScorer(model, **long).mask_impl == "dense"
-    with pytest.raises(UnsupportedModelError, match="sliding_window=94 hides keys .* 95 tokens"):
+    with pytest.raises(UnsupportedModelError, match=r"sliding_window=94 hides keys .* 95 tokens"):
         scorer.score(QUERY, ITEMS, label_token_ids=long["label_token_ids"])
     with pytest.raises(NotPatchedError):
         MultiItemScorer(mistral(sliding_window=94), label_token_ids=LABELS, max_tokens=94)

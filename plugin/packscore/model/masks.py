@@ -74,7 +74,7 @@ def smaller_mask(model: nn.Module, longest: int) -> str:
 
 
 def as_taken(model: PreTrainedModel, masks: Sequence[Any]) -> Any:
-    """A mask for each of `KINDS` as the model's decoder takes it: by the kind, or the one it has."""
+    """Masks of `KINDS` as the model's decoder takes them: by kind, or the one that it has."""
     if model.config.model_type in MASKS_BY_LAYER:
         return dict(zip(KINDS, masks, strict=True))
     full, windowed = masks
