@@ -49,8 +49,9 @@ def patch_model(
     as before. Patching twice changes nothing.
 
     Args:
-      model: a causal Hugging Face decoder (Qwen3, Qwen3-MoE, Qwen2, Llama), PEFT-wrapped or not,
-        using the "sdpa" or "eager" attention.
+      model: a causal Hugging Face decoder (Qwen3, Qwen3-MoE, Qwen2, Llama, Mistral, Gemma 2 and 3,
+        gpt-oss), PEFT-wrapped or not, using the "sdpa" or "eager" attention. Where only a
+        dense mask is exact the scorer takes one, which needs no patch.
       device: None scores in torch, where the model is. "tpu" and "jax" (the device jax prefers)
         score through compiled programs that share the weights of a model on the CPU; "auto" is
         "tpu" where jax sees one. Ordinary calls in eval mode, `model(input_ids=...)` with or
@@ -64,7 +65,8 @@ def patch_model(
       The same object.
 
     Raises:
-      UnsupportedModelError: the model cannot be scored exactly when packed; the message says why.
+      UnsupportedModelError: the model cannot be scored exactly when packed, or not in programs; the
+        message says why.
       InputError: there is no such device, or a `compile_cache` and no device to compile for.
     """
     if compile_cache is not None and device is None:

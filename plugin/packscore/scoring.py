@@ -41,8 +41,10 @@ class MultiItemScorer:
         `patch_model(model)`.
       tokenizer: its tokenizer, which is copied and never changed; without one, pass token ids.
       prompt: a name ("plain", "qwen3-reranker", "yes-no") or a `PromptSpec`; None is "plain".
-      mask_impl: "segment" (no mask at all), "dense" (a 4-D mask through the model's own attention,
-        num_tokens x num_tokens, also for a model that is not patched), or "auto" (segment).
+      mask_impl: "segment" (no mask at all), "dense" (a mask of num_tokens x num_tokens: through the
+        model's own attention, also where it is not patched, or in its programs), or "auto": segment
+        wherever it is exact; dense, and a warning that says why, where only a mask can be (a
+        sliding window that requests may reach, soft-capping, attention sinks).
       instruction: what `{instruction}` of the prompt becomes; None takes the prompt's default.
       labels: default label texts; None takes the prompt's. Of a sequence classifier: names of
         classes, and None takes all.
@@ -61,8 +63,9 @@ class MultiItemScorer:
         items in the usage.
 
     Raises:
-      UnsupportedModelError: the model cannot be scored exactly, or has no trained head.
-      NotPatchedError: the model is not patched and `mask_impl` is not "dense".
+      UnsupportedModelError: the model cannot be scored exactly, or not with this `mask_impl`, or
+        has no trained head.
+      NotPatchedError: the model is not patched, and no dense mask serves it.
       InputError, InputTypeError: an option does not exist or does not fit the others.
     """
 

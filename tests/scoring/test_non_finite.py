@@ -29,7 +29,7 @@ QUERY = [ids + 9 for ids in random_ids(20, 250, seed=1)]
 ITEMS = [[11, 12, 13], [14, NAN, 15], [19], [], [HUGE], [11, 12, 19], [19]]
 GAPS = (1, 4)
 FINITE = [i for i in range(len(ITEMS)) if i not in GAPS]
-ENGINES = [(None, "segment"), (None, "dense"), ("jax", "segment")]
+ENGINES = [(None, "segment"), (None, "dense"), ("jax", "segment"), ("jax", "dense")]
 
 
 def broken_model() -> Any:
@@ -46,7 +46,7 @@ def scorer_of(engine: tuple[str | None, str], **options: Any) -> MultiItemScorer
     return MultiItemScorer(patch_model(broken_model(), device=device), **options)
 
 
-@pytest.fixture(params=ENGINES, ids=["torch", "dense", "jax"], scope="module")
+@pytest.fixture(params=ENGINES, ids=["torch", "dense", "jax", "jax-dense"], scope="module")
 def engine(request: pytest.FixtureRequest) -> tuple[str | None, str]:
     found: tuple[str | None, str] = request.param
     return found

@@ -125,7 +125,10 @@ class SegmentLayout:
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence: a whole prefix, in pages or packed, and one item."""
-        return int(self.position_ids.max(initial=-1)) + 1
+        return max(
+            (g.cached_len + g.prefix_len + int(g.item_lens.max(initial=0)) for g in self.groups),
+            default=0,
+        )
 
     @cached_property
     def scored_rows(self) -> Int32Array:

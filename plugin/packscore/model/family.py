@@ -114,12 +114,13 @@ def check_supported(model: nn.Module) -> None:
     for option, families in HEEDED.items():
         if getattr(config, option, None) is not None and config.model_type not in families:
             raise UnsupportedModelError(f"{option}={getattr(config, option)} is not supported")
-    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope_type in LENGTH_DEPENDENT_ROPE:
-        raise UnsupportedModelError(
-            f"rope_type={rope_type!r} makes one item's angles depend on the others' lengths; "
-            "use a static type such as 'default', 'linear', 'yarn' or 'llama3'"
-        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    for one in (rope, *(rope.get(kind) or {} for kind in LAYER_TYPES)):  # of all layers, or by kind
+        if one.get("rope_type") in LENGTH_DEPENDENT_ROPE:
+            raise UnsupportedModelError(
+                f"rope_type={one['rope_type']!r} makes one item's angles depend on the others' "
+                "lengths; use a static type such as 'default', 'linear', 'yarn' or 'llama3'"
+            )
     is_bidirectional = getattr(config, "use_bidirectional_attention", None)
     if getattr(config, "is_causal", True) is False or is_bidirectional:
         which = "use_bidirectional_attention=True" if is_bidirectional else "is_causal=False"

@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from packscore.errors import InputError
 from packscore.flows.page_pool import PREFIX_CACHE_BYTES, PrefixLease
+from packscore.model.masks import MaskKind
 from packscore.model.sizes import ModelSizes
 from packscore.programs.compiling import compile_program
 from packscore.programs.launch_inputs import LaunchInputs, block_sizes_for
 from packscore.programs.pages import pages_within, pool_struct
-from packscore.programs.sizes import program_key
+from packscore.programs.sizes import DenseKey, program_key
 from packscore.programs.traced_model import TracedModel
 from packscore.programs.traced_ops import KernelImplementation
 from packscore.programs.weights import weight_shapes
@@ -59,6 +60,7 @@ def compile_ahead(
     prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
     leases: Sequence[PrefixLease | None] = (),
     implementation: KernelImplementation = "pallas",
+    mask_impl: MaskKind = "segment",
 ) -> AheadOfTime:
     """Compile the program that would score `layout` with a model of this configuration.
 
@@ -77,6 +79,7 @@ def compile_ahead(
       prefix_cache_bytes: what the pages of prefixes may take, as in `MultiItemScorer`; 0: none.
       leases: of the pages that the request's prefixes go to; data too.
       implementation: of the kernels: "pallas" (TPU), "pallas_interpret" or "xla".
+      mask_impl: "segment", or "dense" for a program that holds a mask.
 
     Returns:
       The compiled program with its sizes in bytes.
@@ -98,6 +101,8 @@ def compile_ahead(
     key = program_key(
         layout.num_real_tokens, len(layout.scored_rows), num_labels, over_vocabulary, num_pages
     )
+    if mask_impl == "dense":
+        key = DenseKey.of(key, sum(len(group.page_indices) for group in layout.groups))
     blocks = block_sizes_for(sizes, dtype, key, chip)
     token_ids = np.zeros(layout.num_real_tokens, np.int64)
     inputs = LaunchInputs.of(key, blocks, layout, token_ids, range(num_labels), leases=leases)

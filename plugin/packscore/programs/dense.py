@@ -27,18 +27,19 @@ def free_bytes(device: jax.Device) -> int:
     return int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
 
 
-def pair_bytes(sizes: ModelSizes, itemsize: int) -> int:
-    """Bytes for each pair of a token and a key, in the one layer that runs.
+def pair_bytes(sizes: ModelSizes, itemsize: int, platform: str = "cpu") -> int:
+    """Bytes for each pair of a token and a key, in the one layer that runs, as compilers count.
 
-    The mask; the scores of all heads in float32, what their exponentials are, and these in the
-    values' dtype; and the mask once more as numbers, by which NaN is kept where it belongs.
+    The mask, and once more as numbers, by which NaN is kept where it belongs; the scores of all
+    heads in float32; and where XLA does not fuse them into the product, as it does for a TPU, their
+    exponentials and these in the values' dtype.
     """
-    return 1 + 4 + sizes.heads * (4 + 4 + itemsize)
+    return 1 + 4 + sizes.heads * (4 if platform == "tpu" else 4 + 4 + itemsize)
 
 
 def fitting_tokens(sizes: ModelSizes, itemsize: int, device: jax.Device, most: int) -> int:
     """The largest bucket up to `most` whose tokens fit under a mask now; the smallest if none."""
-    room = free_bytes(device) // pair_bytes(sizes, itemsize)
+    room = free_bytes(device) // pair_bytes(sizes, itemsize, device.platform)
     ladder = token_ladder(most)
     return max((tokens for tokens in ladder if tokens**2 <= room), default=ladder[0])
 
@@ -59,7 +60,7 @@ def check_dense_fits(
     Raises:
       MaskTooLargeError: it needs more than is free on `device`.
     """
-    per_pair = pair_bytes(sizes, itemsize)
+    per_pair = pair_bytes(sizes, itemsize, device.platform)
     needed, free = per_pair * key.num_tokens * key.num_keys, free_bytes(device)
     told = (
         f"mask_impl='dense' needs {needed / 2**20:,.0f} MiB on {device} for {key.num_tokens:,} "

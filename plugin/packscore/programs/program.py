@@ -332,13 +332,16 @@ class ModelProgram:
         }
         heads = [HeadKey(n) for n in HEAD_ROWS if plain_calls and not self.num_classes]
         longest = max_tokens or self.max_tokens
-        if mask_impl == "dense" or (mask_impl == "auto" and self.needs_mask(longest)):
-            most_pages = cdiv(longest, PAGE_SIZE)
+        if mask_impl == "segment":
+            check_segment(self.model, longest=1)
+        elif mask_impl == "dense" or self.needs_mask(longest):
+            # ordinary calls take segments for rows that no window cuts
+            plain = {key for key in keys if plain_calls and not key.num_pages}
             keys = {
                 DenseKey.of(key, n)
                 for key in keys
-                for n in range(min(most_pages, key.num_pages) + 1)
-            }
+                for n in range(min(cdiv(longest, PAGE_SIZE), key.num_pages) + 1)
+            } | (plain if not self.needs_mask(1) else set())
         ordered = sorted(keys, key=lambda key: (key.num_tokens, key.num_items, key.over_vocabulary))
         return self._executables.warm_up([*ordered, *heads], show_progress_bar)
 
