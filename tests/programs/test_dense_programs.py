@@ -182,7 +182,8 @@ def test_a_large_request_is_cut_into_launches_whose_masks_fit(
         taken.append(key.num_tokens * key.num_keys * pair_bytes(sizes, itemsize))
 
     monkeypatch.setattr("packscore.programs.program.check_dense_fits", counted)
-    memory.available = 256 * 768 * pair_bytes(program.sizes, 4)  # a launch of 256 and four pages
+    # 256 tokens fit beside one page, and beside the query's no more than 128
+    memory.available = 256 * 512 * pair_bytes(program.sizes, 4)
     found = scorer.score(QUERY, items, return_usage=True)
     assert found.usage.flow == "chunked"
     assert len(taken) > 2

@@ -1,6 +1,6 @@
 """Compile a whole model for a TPU that is not there, and say what is in the program. One object.
 
-python compile_programs.py v6e 0.6B [--over-vocabulary]
+python compile_programs.py v6e 0.6B [--over-vocabulary] [--dense]
 """
 
 import json
@@ -26,17 +26,18 @@ def shapes(text):
                 yield [int(size) for size in dims.split(",")], line
 
 
-def main(chip, model, over_vocabulary):
+def main(chip, model, over_vocabulary, mask_impl):
     configure(CHIPS[chip].topology)
     from packscore.programs.ahead import compile_ahead
     from packscore_kernels import SegmentLayout
 
     items = [REFERENCE.item_len] * NUM_ITEMS[model]
     config, layout = config_of(model), SegmentLayout.single(REFERENCE.prefix_len, items)
-    ahead = compile_ahead(config, layout, chip=chip, over_vocabulary=over_vocabulary)
+    options = {"over_vocabulary": over_vocabulary, "mask_impl": mask_impl}
+    ahead = compile_ahead(config, layout, chip=chip, **options)
     text, tokens = ahead.compiled.as_text(), ahead.num_tokens
     found = {"squares": [], "logits": [], "constants": []}
-    layer = next(x for x in text.split("\n\n") if "%segment_paged_attention" in x)
+    layer = next(x for x in text.split("\n\n") if "%project_out" in x)
     for sizes, line in shapes(text):
         own = [size for size in sizes if size > 1]
         if own.count(tokens) > 1:
@@ -69,4 +70,5 @@ def main(chip, model, over_vocabulary):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], "--over-vocabulary" in sys.argv)
+    mask_impl = "dense" if "--dense" in sys.argv else "segment"
+    main(sys.argv[1], sys.argv[2], "--over-vocabulary" in sys.argv, mask_impl)

@@ -17,8 +17,12 @@ from compile_products import products
 from compile_programs import shapes
 from compile_variants import VARIANTS
 from every_model import MODELS
+from packscore.flows.page_pool import PAGE_SIZE
+from packscore.model.sizes import ModelSizes
+from packscore.programs.dense import pair_bytes
 from packscore_kernels.hardware import CHIPS
 from selection import pairwise
+from workloads import config_of
 
 PROGRAMS = Path(__file__).with_name("compile_programs.py")
 PRODUCTS = Path(__file__).with_name("compile_products.py")
@@ -169,6 +173,19 @@ def test_the_reader_of_products_sees_what_must_not_be_there():
     """
     found = [(dtypes, highest) for dtypes, highest, _ in products(text)]
     assert found == [({"f32", "bf16"}, False), ({"f32"}, True)]
+
+
+@needs_libtpu
+@pytest.mark.long
+def test_a_dense_program_takes_the_bytes_that_are_counted_for_it():
+    out = json.loads(output_of(PROGRAMS, "v6e", "0.6B", "--dense"))
+    assert out["squares"]
+    assert "segment_paged_attention" not in out["kernels"]
+    assert {"project_qkv", "write_kv_pages"} <= set(out["kernels"])
+    sizes = ModelSizes.of(config_of("0.6B"))
+    pairs = out["num_tokens"] * (out["num_tokens"] + PAGE_SIZE)
+    counted = pairs * pair_bytes(sizes, 2, "tpu")
+    assert counted == pytest.approx(out["temporary_bytes"], rel=0.05)
 
 
 def test_the_reader_of_programs_sees_what_must_not_be_there():
