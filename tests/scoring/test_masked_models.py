@@ -44,6 +44,7 @@ from packscore import (
     is_patched,
     patch_model,
     program_of,
+    unpatch_model,
     verify_parity,
 )
 from packscore.torch_engine import dense
@@ -221,6 +222,29 @@ def test_programs_hold_them(name: str) -> None:
     got = model(input_ids=ids).logits
     torch.testing.assert_close(got, reference(input_ids=ids).logits, atol=1e-4, rtol=0)
     assert program.compile_count > count  # not in torch
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("mistral", "sliding_window", 9),
+        ("qwen3", "layer_types", ["sliding_attention"] * 2),
+        ("gemma2", "final_logit_softcapping", 9.0),
+    ],
+)
+def test_programs_follow_a_configuration_or_refuse_it(name: str, option: str, value: Any) -> None:
+    model = patch_model(MODELS[name][0](), device="jax")
+    scorer = MultiItemScorer(model, label_token_ids=LABELS, prefix_cache_bytes=0)
+    before = torch.tensor(scorer.score(QUERY, ITEMS))
+    setattr(model.config, option, value)
+    expected = one_by_one(unpatch_model(copy.deepcopy(model)), QUERY, ITEMS, LABELS)
+    assert (before - expected).abs().max() > 100 * PROBABILITY_MAX_FLOAT32
+    if option == "layer_types":  # of which modules hold a copy
+        with pytest.raises(UnsupportedModelError, match=r"layer_type is .* and by the model's"):
+            scorer.score(QUERY, ITEMS)
+        return
+    found = torch.tensor(scorer.score(QUERY, ITEMS))
+    assert (found - expected).abs().max() <= PROBABILITY_MAX_FLOAT32
 
 
 @pytest.mark.parametrize(("make", "kind"), [(gemma3, "gemma3_text"), (gpt_oss, "gpt_oss")])

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from packscore.errors import UnsupportedModelError
 from packscore.model.family import is_classifier, output_head
+from packscore.model.masks import final_cap, windows_of
 from packscore.model.weight_watch import WeightWatch, values_of
 from packscore_kernels.hardware import shape_of
 
@@ -75,9 +76,12 @@ class DeviceWeights:
         return self._watch.sees_change(model)
 
     def fits(self, model: PreTrainedModel) -> bool:
-        """Whether the model has the skeleton's parameters, and runs as many layers."""
-        num_layers = [one.config.num_hidden_layers for one in (model, self._skeleton)]
-        return num_layers[0] == num_layers[1] and _shapes(model) == _shapes(self._skeleton)
+        """Whether the model has the skeleton's parameters, and runs as many layers as it does."""
+        own, traced = (
+            (one.config.num_hidden_layers, windows_of(one), final_cap(one), _shapes(one))
+            for one in (model, self._skeleton)
+        )
+        return own == traced
 
     def follow(self, model: PreTrainedModel) -> None:
         """Take the weights again, unless torch wrote them where jax reads them.
