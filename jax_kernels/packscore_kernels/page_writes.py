@@ -231,6 +231,7 @@ def _kernel(
                 copy.wait()
 
 
+@jax.named_scope("write_kv_pages")  # by which a profile knows it
 def write_kv_pages(
     kv_pages: jax.Array,  # [num_pages, num_kv_heads, 2, page_size, head_dim]
     k: jax.Array,  # [num_kv_heads, num_tokens, head_dim]

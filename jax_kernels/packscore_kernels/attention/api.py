@@ -49,6 +49,7 @@ def _schedule(
     return build_schedule(layout, block_sizes=block_sizes, page_size=page_size)
 
 
+@jax.named_scope("segment_paged_attention")  # by which a profile knows it
 def segment_paged_attention(
     q: jax.Array,  # [num_q_heads, num_tokens, head_dim]
     k: jax.Array,  # [num_kv_heads, num_tokens, head_dim]

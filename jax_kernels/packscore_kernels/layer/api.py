@@ -40,6 +40,7 @@ def can_project(
     )
 
 
+@jax.named_scope("project_qkv")  # by which a profile knows it
 def project_qkv(
     x: jax.Array,  # [num_tokens, hidden_size]
     x_norm: jax.Array,  # [hidden_size]
@@ -103,6 +104,7 @@ def project_qkv(
     )
 
 
+@jax.named_scope("project_out")  # by which a profile knows it
 def project_out(
     attended: jax.Array,  # [num_q_heads, num_tokens, head_dim]
     weight: jax.Array,  # [num_layers, hidden_size, num_q_heads * head_dim]
@@ -135,6 +137,7 @@ def can_gate(hidden_size: int, intermediate_size: int, itemsize: int) -> bool:
     return mlp_tiles(1, hidden_size, intermediate_size, itemsize) is not None
 
 
+@jax.named_scope("gated_mlp")  # by which a profile knows it
 def gated_mlp(
     x: jax.Array,  # [num_tokens, hidden_size]
     x_norm: jax.Array,  # [hidden_size]

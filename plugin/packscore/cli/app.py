@@ -1,4 +1,4 @@
-"""`packscore score | rank | verify | doctor | warmup`."""
+"""`packscore score | rank | verify | doctor | warmup | selftest`."""
 
 from __future__ import annotations
 
@@ -251,6 +251,53 @@ def warmup(
         from packscore.cli.warmup import warm_up
 
         warm_up(model, revision, device, dtype, max_tokens, num_labels, cache_dir, quiet=quiet)
+
+
+@app.command()
+def selftest(
+    device: Annotated[
+        str, typer.Option(help="auto, tpu, cuda, mps, cpu (torch and programs) or jax (programs).")
+    ] = "auto",
+    ab: Annotated[bool, typer.Option("--ab", help="Time the dense mask too: four cells.")] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Hub name or folder of what is timed; default: Qwen3-0.6B's shape, random.",
+        ),
+    ] = None,
+    dtype: opt.Dtype = "auto",
+    query: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of the query that is timed.")
+    ] = None,
+    items: Annotated[
+        str | None, typer.Option(help="Its items and their tokens, such as 500x20.")
+    ] = None,
+    warmup: Annotated[
+        int | None, typer.Option(min=1, help="Runs of each way that are not timed.")
+    ] = None,
+    runs: Annotated[int | None, typer.Option(min=1, help="Runs of each way that are.")] = None,
+    output: Annotated[
+        str, typer.Option("--json", help="The file to write; - is stdout, without the text.")
+    ] = "packscore-selftest.json",
+) -> None:
+    """Check every way to score against eager torch, and time a request, part by part."""
+    with exit_codes():
+        from packscore.cli.selftest import selftest as run_selftest
+
+        code = run_selftest(
+            device=device,
+            model=model,
+            dtype=dtype,
+            query=query,
+            items=items,
+            warmup=warmup,
+            runs=runs,
+            ab=ab,
+            output=output,
+        )
+    raise typer.Exit(code)
 
 
 def _run(

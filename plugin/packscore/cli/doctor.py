@@ -77,7 +77,7 @@ def examine() -> Findings:
     versions = {"packscore": packscore.__version__, "python": platform.python_version()}
     found = Findings(
         versions={**versions, **{name: version_of(name) for name in PACKAGES + OPTIONAL_PACKAGES}},
-        machine=_machine(),
+        machine=machine(),
         torch_devices=torch_devices(),
         jax_devices=[f"{device['platform']} ({device['kind']})" for device in jax_devices],
         runs=what_runs({device["platform"] for device in jax_devices}, jax_failure),
@@ -98,7 +98,8 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def _machine() -> dict[str, str]:
+def machine() -> dict[str, str]:
+    """System, processors and memory."""
     memory = psutil.virtual_memory()
     return {
         "system": f"{platform.system()} {platform.machine()}",

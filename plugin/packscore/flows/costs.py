@@ -134,6 +134,19 @@ class TpuCycles:
     head: float
     weight: float
 
+    def parts(
+        self, sizes: ModelSizes, flops_per_cycle: float, num_tokens: int, num_pairs: float
+    ) -> dict[str, float]:
+        """Cycles of one launch, by part; together what the methods below give."""
+        heads = sizes.layers * sizes.q / 128
+        product = 2 * sizes.weights / flops_per_cycle + self.column * sizes.columns
+        product += self.rotated * (sizes.q + sizes.kv)
+        return {
+            "attention": heads * (self.pair * num_pairs + self.row * num_tokens + self.head),
+            "products": product * sizes.layers * num_tokens,
+            "rest": self.weight * sizes.all_weights,
+        }
+
     def of_token(self, sizes: ModelSizes, flops_per_cycle: float) -> float:
         """Cycles of one token in all layers, but for the keys it sees."""
         layer = 2 * sizes.weights / flops_per_cycle + self.column * sizes.columns
@@ -151,6 +164,19 @@ def tpu_table(chip: str) -> dict[str, Any]:
     file = resources.files("packscore") / "tpu_costs" / f"{chip}.json"
     found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     return found
+
+
+def predicted_parts(
+    sizes: ModelSizes, chip: str, num_tokens: int, num_pairs: float
+) -> dict[str, float]:
+    """Milliseconds of one launch on a chip, by part; empty where there is no table of it."""
+    table = tpu_table(chip)
+    if not table:
+        return {}
+    facts = CHIPS[chip]
+    cycles = TpuCycles(**table["cycles"])
+    found = cycles.parts(sizes, facts.peak_flops / facts.clock_hz, num_tokens, num_pairs)
+    return {part: 1e3 * count / facts.clock_hz for part, count in found.items()}
 
 
 def tpu_cost_model(

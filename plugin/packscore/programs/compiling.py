@@ -61,6 +61,7 @@ class Executables:
         self.implementation = implementation
         self.strict = False  # compile nothing but what a warm-up asks for
         self.count = 0  # of programs that were made ready
+        self.seconds = 0.0  # that this took
         # folder that keeps compiled programs; None leaves that to jax's configuration
         self.folder: Path | None = None
         self.by_key: dict[ProgramKey | HeadKey, Callable[..., Any]] = {}
@@ -115,12 +116,12 @@ class Executables:
             compiled = compile_program(
                 self._traced, key, arguments, self._device, self.implementation
             )
+        seconds = time.perf_counter() - start
         self.count += 1
+        self.seconds += seconds
         memory = compiled.memory_analysis()
         code_bytes = getattr(memory, "generated_code_size_in_bytes", 0)
-        logger.info(
-            "compiled %s in %.1f s, %d bytes of code", key, time.perf_counter() - start, code_bytes
-        )
+        logger.info("compiled %s in %.1f s, %d bytes of code", key, seconds, code_bytes)
         return compiled
 
 

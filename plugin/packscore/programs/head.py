@@ -18,6 +18,7 @@ def head_weight(weights: Weights) -> jax.Array:
     return weight
 
 
+@jax.named_scope("whole_head")  # by which a profile knows it
 def whole_head(
     weights: Weights,
     rows: jax.Array,  # [num_rows, hidden_size]
@@ -38,6 +39,7 @@ def _capped(logits: jax.Array, soft_cap: float | None) -> jax.Array:
     return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
 
 
+@jax.named_scope("label_head")  # by which a profile knows it
 def label_head(
     rows: jax.Array,  # [num_items, hidden_size]
     weight: jax.Array,  # [vocab_size, hidden_size]

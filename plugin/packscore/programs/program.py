@@ -123,6 +123,11 @@ class ModelProgram:
         return self._executables.count
 
     @property
+    def compile_seconds(self) -> float:
+        """What that took."""
+        return self._executables.seconds
+
+    @property
     def strict(self) -> bool:
         """Whether a program that no warm-up made ready is an `UnexpectedCompileError`."""
         return self._executables.strict
@@ -180,7 +185,7 @@ class ModelProgram:
         self._trace(model)
         self._generations = generation + 1
         self._executables.strict, self._executables.folder = before.strict, before.folder
-        self._executables.count = before.count
+        self._executables.count, self._executables.seconds = before.count, before.seconds
 
     def run(self, batch: PackedBatch, readout: Readout) -> tuple[Float32, Float32]:
         """Label logits of a packed batch without pages.
