@@ -6,8 +6,6 @@ import os
 
 # before transformers loads: the suite must never reach for a hub
 os.environ["HF_HUB_OFFLINE"] = "1"
-# and jax for a TPU, which libtpu makes it look for
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # and torch's threads would turn in circles while they wait, on cores that the other process needs
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -19,10 +17,19 @@ import pytest
 from selection import LONGEST_FIRST, unit_of
 
 LEFT_OUT = pytest.StashKey[int]()
+ON_A_TPU = "tpu"  # what -m says where the tests of a chip are to run
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What one process compiles the others find, in a folder of this run or one that is given."""
+    """What one process compiles the others find, in a folder of this run or one that is given.
+
+    Raises:
+      pytest.UsageError: a chip is asked for that is not there, or by several processes.
+    """
+    if config.option.markexpr == ON_A_TPU:
+        _check_tpu(config)
+    else:  # jax would look for a TPU, as libtpu makes it do
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     folder = tempfile.TemporaryDirectory(prefix="packscore_tests_")
@@ -32,6 +39,19 @@ def pytest_configure(config: pytest.Config) -> None:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
+
+
+def _check_tpu(config: pytest.Config) -> None:
+    if getattr(config.option, "numprocesses", None):
+        raise pytest.UsageError("a TPU has one owner: pytest -m tpu -n 0 tests/tpu")
+    from packscore.cli.doctor import ask_jax
+    from packscore.cli.load import tpu_is_plugged_in
+
+    if not tpu_is_plugged_in():
+        raise pytest.UsageError("pytest -m tpu needs a TPU, and this machine has none")
+    devices, failure = ask_jax()
+    if not any(found["platform"] == "tpu" for found in devices):
+        raise pytest.UsageError(f"jax sees no TPU: {failure or 'install packscore[tpu]'}")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

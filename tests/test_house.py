@@ -36,14 +36,16 @@ prefixes -> core
 scoring -> prefixes, core
 integrations, verify -> scoring
 testing -> verify
+selftest -> verify, shipped
 plot -> inputs
-cli -> scoring, verify, files
+cli -> scoring, verify, files, selftest
 __main__ -> cli
 """
 # programs brings jax and torchax; from outside it is imported here and nowhere else.
 DOORS_OF_PROGRAMS = {
     ("packscore.patching", "_compile", "call"),
     ("packscore.core", "_new_engine", "call"),
+    ("packscore.selftest.parts", "parts", "call"),
     ("packscore", "", "types"),
     ("packscore.calls", "", "types"),
     ("packscore.core", "", "types"),
