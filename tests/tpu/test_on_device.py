@@ -126,14 +126,14 @@ def test_what_is_no_number_in_an_item_reaches_no_other(models: Any) -> None:
     poison = min(set(range(VOCAB_SIZE)) - {*QUERY, *itertools.chain(*ITEMS)})
     scorer = MultiItemScorer(patched, label_token_ids=LABELS, on_non_finite="report")
     bad = [*ITEMS[:2], [poison, *ITEMS[2][1:]], *ITEMS[3:]]
-    before = np.array(scorer.score(QUERY, bad, flow="packed"))
+    before = np.array(scorer.score(QUERY, bad, apply_softmax=True, flow="packed"))
     weight = plain.get_input_embeddings().weight  # shared with the patched one
     kept = weight[poison].clone()
     try:
         with torch.no_grad():
             weight[poison] = torch.nan
         scorer.refresh()
-        found = np.array(scorer.score(QUERY, bad, flow="packed"))
+        found = np.array(scorer.score(QUERY, bad, apply_softmax=True, flow="packed"))
     finally:
         with torch.no_grad():
             weight[poison] = kept

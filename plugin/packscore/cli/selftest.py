@@ -17,6 +17,7 @@ import packscore
 from packscore.cli import doctor
 from packscore.cli.exits import ExitCode, tell
 from packscore.cli.load import leave_absent_tpus_alone, resolve_torch_device
+from packscore.cli.options import DTYPES
 from packscore.files.failures import UsageError
 from packscore.selftest.run import Settings, has_jax, run
 from packscore.selftest.subjects import REFERENCE, SMALL, Request
@@ -70,22 +71,21 @@ def _settings(
     ab: bool,
 ) -> tuple[Settings, list[str]]:
     """(what is asked, the devices that run it)."""
-    if device not in DEVICES:
-        raise UsageError(f"--device={device!r} must be one of {', '.join(DEVICES)}")
+    for name, value, allowed in (("device", device, DEVICES), ("dtype", dtype, DTYPES)):
+        if value not in allowed:
+            raise UsageError(f"--{name}={value!r} must be one of {', '.join(allowed)}")
+    asked = None if items is None else Request.of(1, items)
     torch_device, programs = resolve_torch_device(device)
-    names = [torch_device]
-    if programs == "tpu":
-        names = _tpus()
-    elif programs is None and torch_device == "cpu" and has_jax():
-        leave_absent_tpus_alone()
-        programs = "jax"
+    names = _tpus() if programs == "tpu" else [torch_device]
     if programs == "jax" and not has_jax():
         raise UsageError("--device=jax: jax or torchax is missing; pip install 'packscore[tpu]'")
+    if programs is None and torch_device == "cpu" and has_jax():
+        leave_absent_tpus_alone()
+        programs = "jax"
     is_small = torch_device == "cpu" and programs != "tpu"
-    request = SMALL if is_small else REFERENCE
-    if query is not None or items is not None:
-        items = items or f"{request.num_items}x{request.item_len}"
-        request = Request.of(request.query_len if query is None else query, items)
+    usual = SMALL if is_small else REFERENCE
+    sizes = asked or usual
+    request = Request(query or usual.query_len, sizes.num_items, sizes.item_len)
     chosen = "float32" if is_small else "bfloat16"
     found = Settings(
         device=torch_device,
