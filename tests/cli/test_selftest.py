@@ -119,15 +119,17 @@ def test_an_occupied_chip_is_told(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_killed_it_leaves_no_report(tmp_path: Path) -> None:
     script = [sys.executable, "-m", "packscore", "selftest", "--device", "cpu"]
+    folder = tmp_path / "empty"
+    folder.mkdir()
     running = subprocess.Popen(
-        script, cwd=tmp_path, env=with_command(tmp_path), stderr=subprocess.PIPE, text=True
+        script, cwd=folder, env=with_command(tmp_path), stderr=subprocess.PIPE, text=True
     )
     assert running.stderr is not None
     assert any("every flow" in line for line in running.stderr)
     running.send_signal(signal.SIGKILL)
     running.wait()
     running.stderr.close()
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(folder) == []
 
 
 def test_a_report_that_cannot_be_written_leaves_the_one_before(
