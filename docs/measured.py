@@ -16,11 +16,15 @@ REPORTS = DOCS.parent / "benchmarks" / "results" / "selftest"
 PAGE = DOCS / "measured.md"
 HEAD = """# Measured
 
-What `packscore selftest --ab` found on machines, from the JSON that it writes; `python docs/measured.py` makes this page from `benchmarks/results/selftest/`. There is no report of a TPU or a
-GPU among them yet: what other pages say of those is predicted. [TPU in ten minutes](tpu.md) has the commands for the first one.
+What `packscore selftest --ab` found on machines, from the JSON that it writes;
+`python docs/measured.py` makes this page from `benchmarks/results/selftest/`. There is no report of
+a TPU or a GPU among them yet: what other pages say of those is predicted.
+[TPU in ten minutes](tpu.md) has the commands for the first one.
 
-Every run has a query that was not seen before. *Items/s*, *ms/item* and *s/request* are of the median, the query's own computation included; *predicted* is the planner's, before it was calibrated.
-Milliseconds of parts are those of all threads that computed, from a profile of one packed request.
+Every run has a query that was not seen before. *Items/s*, *ms/item* and *s/request* are of the
+median, the query's own computation included; *predicted* is the planner's, before it was
+calibrated. Milliseconds of parts are those of all threads that computed, from a profile of one
+packed request.
 """
 Report = dict[str, Any]
 
@@ -40,13 +44,15 @@ def section(name: str, found: Report) -> str:
     machine = ", ".join(str(x) for x in made["machine"].values())
     return f"""## {name}
 
-{found["model"]} in {found["dtype"]}: a query of {sizes["query_len"]:,} tokens, {sizes["num_items"]:,} items of {sizes["item_len"]:,}.
+{found["model"]} in {found["dtype"]}: a query of {sizes["query_len"]:,} tokens,
+{sizes["num_items"]:,} items of {sizes["item_len"]:,}.
 
 {cells(found)}
 
 {parts(found)}
 
-{len(taken)} ways checked against eager torch, one by one, on the shipped reranker and on this model: {verdict}, {worst:.1e} off at most. {planned(found)}
+{len(taken)} ways checked against eager torch, one by one, on the shipped reranker and on this
+model: {verdict}, {worst:.1e} off at most. {planned(found)}
 
 (`{made["command"]}`, {made["date"]}, {", ".join(made["devices"])}; {machine}; {versions}.)
 """

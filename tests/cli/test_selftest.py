@@ -100,7 +100,7 @@ REFUSED = {
 def test_what_cannot_run_is_said_in_one_line(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, options: str
 ) -> None:
-    monkeypatch.setattr(doctor, "tpu_is_plugged_in", lambda: False)
+    monkeypatch.setattr(command, "tpu_is_plugged_in", lambda: False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     done = cli("selftest", *options.split())
     assert done.code == 2
@@ -110,7 +110,7 @@ def test_what_cannot_run_is_said_in_one_line(
 
 
 def test_an_occupied_chip_is_told(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "tpu_is_plugged_in", lambda: True)
+    monkeypatch.setattr(command, "tpu_is_plugged_in", lambda: True)
     monkeypatch.setattr(doctor, "ask_jax", lambda: ([], "The TPU is already in use by process 7"))
     done = cli("selftest", "--device", "tpu")
     assert done.code == 2

@@ -16,7 +16,7 @@ import torch
 import packscore
 from packscore.cli import doctor
 from packscore.cli.exits import ExitCode, tell
-from packscore.cli.load import leave_absent_tpus_alone, resolve_torch_device
+from packscore.cli.load import leave_absent_tpus_alone, resolve_torch_device, tpu_is_plugged_in
 from packscore.cli.options import DTYPES
 from packscore.files.failures import UsageError
 from packscore.selftest.run import Settings, has_jax, run
@@ -108,7 +108,7 @@ def _tpus() -> list[str]:
     Raises:
       UsageError: there is none, or another process has it.
     """
-    if not doctor.tpu_is_plugged_in():
+    if not tpu_is_plugged_in():
         raise UsageError(
             "--device=tpu: this machine has no TPU; pass --device cpu, or see docs/tpu"
         )

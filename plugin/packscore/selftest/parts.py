@@ -9,6 +9,7 @@ import torch
 
 from packscore.calls import program_of
 from packscore.flows.costs import predicted_parts
+from packscore.model.family import base_model
 from packscore.model.sizes import ModelSizes
 from packscore.selftest.report import Part
 from packscore.selftest.subjects import Request
@@ -29,7 +30,7 @@ def parts(way: Way, request: Request) -> list[Part]:
       way: a scorer under segments, which ran such requests before.
       request: its sizes.
     """
-    runs, model = way.runs, way.scorer.model
+    runs, model = way.runs, base_model(way.scorer.model)
     query, items = request.drawn(UNSEEN, model.config.vocab_size)
 
     def call() -> object:

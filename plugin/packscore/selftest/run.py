@@ -118,7 +118,7 @@ def _ways(subject: Subject, settings: Settings) -> Iterator[Way]:
     """Scorers of one model: in torch and in programs, under each mask."""
     for runs, device in settings.ways_to_run:
         # other modules over the same weights, where these do not move
-        twin = twin_of(subject.model) if settings.device == "cpu" else copy.deepcopy(subject.model)
+        twin: nn.Module = (twin_of if settings.device == "cpu" else copy.deepcopy)(subject.model)
         model = patch_model(twin.to(settings.device), device=device)
         for mask in MASKS:
             yield Way(runs, mask, MultiItemScorer(model, label_token_ids=LABEL_IDS, mask_impl=mask))

@@ -70,8 +70,7 @@ class Subject:
 
 def shipped(dtype: torch.dtype) -> Subject:
     """The reranker inside the package."""
-    model = AutoModelForCausalLM.from_pretrained(shipped_model_path(), dtype=dtype).eval()
-    return Subject("shipped reranker", model)
+    return Subject("shipped reranker", _loaded(str(shipped_model_path()), dtype))
 
 
 def reference(name: str | None, dtype: torch.dtype, *, is_small: bool) -> Subject:
@@ -83,8 +82,7 @@ def reference(name: str | None, dtype: torch.dtype, *, is_small: bool) -> Subjec
       is_small: two of its layers, a small vocabulary.
     """
     if name is not None:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
-        return Subject(name, model)
+        return Subject(name, _loaded(name, dtype))
     sizes = FEW if is_small else WHOLE
     config = Qwen3Config(
         hidden_size=1024,
@@ -98,9 +96,16 @@ def reference(name: str | None, dtype: torch.dtype, *, is_small: bool) -> Subjec
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    random: Any = Qwen3ForCausalLM(config).to(dtype).eval()
+    # Any: `to` and `eval` are untyped in transformers
+    random: Any = Qwen3ForCausalLM(config)
     layers = f"{sizes['layers']} layers of " if is_small else ""
-    return Subject(f"{layers}Qwen3-0.6B's shape, random weights", random)
+    return Subject(f"{layers}Qwen3-0.6B's shape, random weights", random.to(dtype).eval())
+
+
+def _loaded(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    auto: Any = AutoModelForCausalLM
+    model: PreTrainedModel = auto.from_pretrained(name, dtype=dtype).eval()
+    return model
 
 
 def checked_request(vocab_size: int) -> tuple[Ids, list[Ids]]:
