@@ -29,6 +29,13 @@ logger = logging.getLogger("packscore")
 FIRST_ITEMS = 8
 
 
+@functools.cache  # once is enough
+def _tell_that_nothing_is_kept() -> None:
+    logger.warning(
+        "a dense mask in torch keeps no pages: every score of a held query computes it anew"
+    )
+
+
 class Prefix:
     """A query whose keys and values stay on the device until `release`; `scorer.prefix(query)`.
 
@@ -53,9 +60,7 @@ class Prefix:
             return None
         lease = Runner(self._engine).hold(self._tokens)
         if not self._engine.keeps_pages:
-            logger.warning(
-                "a dense mask in torch keeps no pages: every score of a held query computes it anew"
-            )
+            _tell_that_nothing_is_kept()
         elif lease is None and self._engine.only_flow is None:
             pool = self._engine.pool
             free = (pool.num_pages - pool.num_pinned_pages) * pool.page_size if pool else 0

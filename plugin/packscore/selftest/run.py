@@ -23,7 +23,7 @@ from packscore.selftest.timing import cells, predicted
 from packscore.selftest.ways import EXTEND, LABEL_IDS, MASKS, PACKED, Way
 from packscore.verify import twin_of
 
-CALIBRATION_SECONDS = 5.0
+CALIBRATION_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
