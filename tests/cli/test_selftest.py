@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import measured
 from cli_helpers import Cli, with_command
 from helpers import QWEN3
 from packscore import MultiItemScorer, shipped_model_path
@@ -186,6 +187,13 @@ def test_time_is_that_of_the_innermost_operation() -> None:
         ("fusion.1", 7),
         ("segment_paged_attention.3", 1),
     ]
+
+
+def test_the_page_of_what_was_measured_is_made_from_the_reports() -> None:
+    reports = measured.reports()
+    assert reports
+    assert measured.page(reports) == measured.PAGE.read_text()
+    assert all(found["passed"] for found in reports.values())
 
 
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
