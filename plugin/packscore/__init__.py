@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from packscore.integrations.cross_encoder import CrossEncoder as CrossEncoder
     from packscore.integrations.pipeline import MultiItemScoringPipeline as MultiItemScoringPipeline
     from packscore.integrations.pipeline import register_pipelines as register_pipelines
-    from packscore.model.family import is_patched as is_patched
+    from packscore.patching import is_patched as is_patched
     from packscore.patching import patch_model as patch_model
     from packscore.patching import patched as patched
     from packscore.patching import unpatch_model as unpatch_model
@@ -65,8 +65,7 @@ _HOMES = {
     "flows.planner": ("Explanation", "Plan", "Workload"),
     "integrations.cross_encoder": ("CrossEncoder",),
     "integrations.pipeline": ("MultiItemScoringPipeline", "register_pipelines"),
-    "model.family": ("is_patched",),
-    "patching": ("patch_model", "patched", "unpatch_model"),
+    "patching": ("is_patched", "patch_model", "patched", "unpatch_model"),
     "prefixes": ("Prefix",),
     "programs.program": ("ModelProgram",),
     "results": (

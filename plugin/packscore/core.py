@@ -28,10 +28,11 @@ from packscore.flows.page_pool import PrefixLease
 from packscore.flows.runner import Runner
 from packscore.inputs import check_count, short
 from packscore.model.class_head import ClassHead, head_of
-from packscore.model.family import base_model, check_supported, is_patched
+from packscore.model.family import base_model, check_supported
 from packscore.model.label_head import LabelHead
 from packscore.model.masks import MaskKind, check_segment, mask_reason
 from packscore.model.plain import random_part
+from packscore.patching import is_patched
 from packscore.results import Flow, MaskChoice, NonFiniteChoice, ScoreResult, Usage
 from packscore.text.encoding import ArgumentNames, Budget, RequestEncoder, request_encoder
 from packscore.text.labels import LabelIds, Labels

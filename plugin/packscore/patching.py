@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import sys
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,29 +11,19 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers import AttentionInterface, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from packscore.calls import leave, program_of, serve
 from packscore.errors import InputError
 from packscore.inputs import checked
 from packscore.model.class_head import remember_drawn_head
-from packscore.model.family import (
-    BASES,
-    REGISTERED_NAMES,
-    base_model,
-    check_supported,
-    configs_of,
-    is_patched,
-)
+from packscore.model.family import REGISTERED_NAMES, base_model, check_supported, layer_configs
 from packscore.model.weight_watch import SIGNS, listen
 from packscore.torch_engine.attention import SegmentPlan, segment_attention
 from packscore.torch_engine.pages import LaunchPages
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-MARK = "_packscore"  # the attribute of a patched model
-BATCHING = "init_continuous_batching"  # what `generate_batch` begins with
 
 
 @checked
@@ -44,9 +32,9 @@ def patch_model(
 ) -> ModelT:
     """Give `model` the packed attention, in place.
 
-    Only this instance changes: its configuration is copied first, so that models which shared it
-    stay as they are. Calls that are not packed by a scorer run the model's own attention exactly
-    as before. Patching twice changes nothing.
+    Only the layers of this instance change: its configuration, and models that share it, stay as
+    they are. Calls that are not packed by a scorer run the model's own attention exactly as before,
+    also one that is set later. Patching twice changes nothing.
 
     Args:
       model: a causal Hugging Face decoder (Qwen3, Qwen3-MoE, Qwen2, Llama, Mistral, Gemma 2 and 3,
@@ -76,10 +64,8 @@ def patch_model(
         )
     check_supported(model)
     _register()
-    if not is_patched(model):
-        switch_attention(model, _ours)
-    base_model(model).__dict__[MARK] = Mark()
-    base_model(model).__dict__[BATCHING] = OwnBatching(base_model(model))
+    for layer, config in layer_configs(model):
+        layer.config = config if isinstance(config, PatchedConfig) else PatchedConfig(config)
     remember_drawn_head(base_model(model))
     if device is not None:
         _compile(model, device, None if compile_cache is None else Path(compile_cache))
@@ -107,12 +93,18 @@ def unpatch_model(model: ModelT) -> ModelT:
     Returns:
       The same object; its logits are bit-identical to before it was patched.
     """
-    if base_model(model).config._attn_implementation in BASES:
-        switch_attention(model, lambda name: BASES.get(name, name))
-        for name in (MARK, BATCHING):
-            base_model(model).__dict__.pop(name, None)
-        leave(base_model(model))
+    for layer, config in layer_configs(model):
+        if isinstance(config, PatchedConfig):
+            layer.config = config.own
+    leave(base_model(model))
     return model
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether `patch_model` is in effect on `model`, in all of its layers."""
+    names = REGISTERED_NAMES.values()
+    found = [config._attn_implementation for _, config in layer_configs(model)]
+    return bool(found) and all(name in names for name in found)
 
 
 @contextmanager
@@ -126,88 +118,46 @@ def patched(model: ModelT) -> Iterator[ModelT]:
             unpatch_model(model)
 
 
-class Mark:
-    """What a patched model carries, so that its copy in another process finds our attention."""
+class PatchedConfig:
+    """What a patched layer has as its configuration: its own, but for the attention it names.
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _mark, ()
-
-
-class OwnBatching:
-    """What `model.init_continuous_batching` is while the model is patched.
-
-    Continuous batching knows attentions by their names, and takes none that it does not know: from
-    its beginning until the manager stops, the model has its own again, and cannot be scored.
+    The model's stays as it is, so that whatever reads there which attention serves ordinary calls,
+    or sets another (`set_attn_implementation`, continuous batching), finds what it knows.
 
     Args:
-      model: held weakly, for the model holds this.
+      own: the layer's configuration.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = weakref.ref(model)
+    own: PreTrainedConfig
+
+    def __init__(self, own: PreTrainedConfig) -> None:
+        self.__dict__["own"] = own
+
+    @property
+    def _attn_implementation(self) -> str:
+        name: str = self.own._attn_implementation or "eager"
+        return REGISTERED_NAMES.get(name, name)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.own, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.own, name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return OwnBatching, (self._model(),)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The manager, which gives the model the packed attention back when it stops."""
-        model: Any = self._model()
-        name = model.config._attn_implementation
-        begin = functools.partial(type(model).init_continuous_batching, model, *args, **kwargs)
-        if name not in BASES:  # another manager runs
-            return begin()
-        model.set_attn_implementation(BASES[name])
-        try:
-            manager = begin()
-        except BaseException:
-            model.set_attn_implementation(name)
-            raise
-        manager._original_attn_impl = name
-        return manager
+        # a copy in another process finds our attention
+        return _unpickled, (self.own,)
 
 
-def _mark() -> Mark:
+def _unpickled(own: PreTrainedConfig) -> PatchedConfig:
     _register()
-    return Mark()
-
-
-def _ours(name: str) -> str:
-    """The registered name that stands for an implementation; for one of another kind, "sdpa"'s."""
-    return name if name in BASES else REGISTERED_NAMES.get(name, REGISTERED_NAMES["sdpa"])
-
-
-def switch_attention(model: nn.Module, named: Callable[[str], str]) -> Callable[[], None]:
-    """Name other attentions in configurations of the model's own.
-
-    Modules that share a configuration share its copy, and no other model does.
-
-    Args:
-      model: the model.
-      named: the name to have, of the one that is there.
-
-    Returns:
-      What gives the modules their old configurations back.
-    """
-    before: Any = configs_of(model)
-    own: dict[int, Any] = {}
-    for module, config in before:
-        if id(config) not in own:
-            own[id(config)] = copied = copy.deepcopy(config)
-            copied._attn_implementation_internal = named(config._attn_implementation)
-        module.config = own[id(config)]
-
-    def take_back() -> None:
-        for module, config in before:
-            module.config = config
-
-    return take_back
+    return PatchedConfig(own)
 
 
 def _register() -> None:
     listen()
     for base, name in REGISTERED_NAMES.items():
         AttentionInterface.register(name, functools.partial(packed_attention, base))
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
 
 
 def _base_attention(base: str, module: nn.Module) -> Callable[..., Any]:

@@ -12,12 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from packscore.encoded import EncodedRequest
 from packscore.errors import InputError
 from packscore.inputs import Text, as_list, as_pairs, checked
-from packscore.model.family import base_model, is_classifier, is_patched
-from packscore.patching import ModelT, patch_model, switch_attention
+from packscore.model.family import base_model, is_classifier
+from packscore.model.plain import modules_of
+from packscore.patching import ModelT, is_patched, patch_model, unpatch_model
 from packscore.results import MaskChoice
 from packscore.scoring import MultiItemScorer
 from packscore.text.labels import LabelIds, Labels
@@ -197,8 +199,7 @@ def verify_parity(
     )
     if scorer.label_token_ids is None:
         raise InputError("labels are missing, and the prompt has none; pass labels=[...]")
-    unpacked = twin_of(model)
-    switch_attention(unpacked, lambda _: "eager")
+    unpacked = eager_twin_of(model)
     found = [_compare(scorer, unpacked, query, as_list("items", items)) for query, items in pairs]
     errors = np.concatenate([errors.ravel() for _, errors, _ in found])
     report = ParityReport(
@@ -271,6 +272,15 @@ def log_probs_one_by_one(model: nn.Module, request: EncodedRequest, labels: Labe
         each = [rows[ids[:-1]][range(len(ids)), list(ids)].sum() for ids in labels.sequences]
         found.append(torch.stack(each))
     return torch.stack(found)
+
+
+def eager_twin_of(model: ModelT) -> ModelT:
+    """A twin that is not patched and has the eager attention."""
+    twin = unpatch_model(twin_of(model))
+    for module in modules_of(base_model(twin)):
+        if isinstance(config := module.__dict__.get("config"), PreTrainedConfig):
+            config._attn_implementation_internal = "eager"
+    return twin
 
 
 def twin_of(model: ModelT) -> ModelT:

@@ -41,7 +41,7 @@ from subjects import (
     put_back,
     what_runs,
 )
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 from world import PAIR, Ids, Request, World, part_with_dropout
 
 from helpers import engine_of
@@ -361,7 +361,6 @@ class ModelMachine(World, RuleBasedStateMachine):
         if is_pickled:
             for name in REGISTERED_NAMES.values():
                 AttentionInterface._global_mapping.pop(name, None)
-                AttentionMaskInterface._global_mapping.pop(name, None)
             copied = pickle.loads(copied)
         self.scorer = copied
         self.changed("pickled" if is_pickled else "copied")

@@ -29,6 +29,7 @@ from helpers import FAMILIES, FrozenCase, one_by_one, random_decoder, random_ids
 from packscore import (
     InputTypeError,
     MultiItemScorer,
+    NotPatchedError,
     UnsupportedModelError,
     is_patched,
     patch_model,
@@ -122,8 +123,45 @@ def test_only_this_instance_changes() -> None:
     patch_model(one)
     assert is_patched(one)
     assert not is_patched(other)
-    modules = [module for module in one.modules() if hasattr(module, "config")]
-    assert all(module.config is one.config for module in modules)
+    assert one.config is other.config
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_configuration_is_the_models_own(attention: str, tmp_path: Path) -> None:
+    """Whoever reads there which attention serves ordinary calls finds a name that it knows."""
+    model = random_qwen3()
+    model.set_attn_implementation(attention)
+    config, layer = model.config, model.model.layers[0].self_attn
+    patch_model(model)
+    assert model.config is config
+    assert config._attn_implementation == attention
+    assert layer.config.hidden_size == config.hidden_size
+    assert not is_patched(AutoModelForCausalLM.from_config(config))
+    if attention == "eager":
+        config.output_attentions = True
+        model.save_pretrained(tmp_path)
+        assert len(model(IDS).attentions) == config.num_hidden_layers
+    unpatch_model(model)
+    assert layer.config is config
+
+
+def test_an_attention_that_is_set_later_serves_ordinary_calls() -> None:
+    model, reference = patch_model(random_qwen3()), random_qwen3()
+    scorer = MultiItemScorer(model, label_token_ids=[7, 8])
+    request: Any = {"query": [1, 2, 3], "items": [[4], [5, 6]], "flow": "packed"}
+    scores = scorer.score(**request)
+    for attention in ("eager", "sdpa", "eager"):
+        model.set_attn_implementation(attention)
+        reference.set_attn_implementation(attention)
+        assert_same(plain_outputs(reference), plain_outputs(model))
+        assert bool(model(IDS, output_attentions=True).attentions) == (attention == "eager")
+        assert scorer.score(**request) == scores
+    model.set_attn_implementation("flex_attention")
+    assert not is_patched(model)
+    with pytest.raises(NotPatchedError, match="model is not patched"):
+        scorer.score(**request)
+    model.set_attn_implementation("sdpa")
+    assert scorer.score(**request) == scores
 
 
 def test_deep_copy_is_patched_and_apart(fresh: PreTrainedModel, case: FrozenCase) -> None:
@@ -235,6 +273,14 @@ def test_unused_sliding_window_is_fine() -> None:
 
 def test_other_attention_implementations_are_refused(fresh: PreTrainedModel) -> None:
     fresh.set_attn_implementation("flex_attention")
+    with pytest.raises(UnsupportedModelError, match=r"'flex_attention' has a mask of its own kind"):
+        patch_model(fresh)
+
+
+def test_another_implementation_in_one_layer_is_refused(fresh: PreTrainedModel) -> None:
+    layer = fresh.model.layers[1].self_attn
+    layer.config = copy.deepcopy(layer.config)
+    layer.config._attn_implementation = "flex_attention"
     with pytest.raises(UnsupportedModelError, match=r"'flex_attention' has a mask of its own kind"):
         patch_model(fresh)
 

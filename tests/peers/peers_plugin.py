@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,8 +26,6 @@ HOMES = (sentence_transformers, sentence_transformers.cross_encoder)
 # the drop-in must give.
 COMPARED = "test_qwen3_reranker"
 
-outcomes: list[dict[str, str]] = []
-
 
 def pytest_configure() -> None:
     """Give tokenizers their class back, which only their conftest is to see replaced."""
@@ -42,26 +38,6 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
         if item.name.startswith(COMPARED):
             item.own_markers = [mark for mark in item.own_markers if mark.name != "skipif"]
             item.obj = _compared(item.obj)
-
-
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Note what became of a test."""
-    is_bad = report.outcome != "passed"
-    if report.when != "call" and not is_bad:
-        return
-    reason = ""
-    if report.skipped:
-        reason = str(report.longrepr[-1] if isinstance(report.longrepr, tuple) else "")
-    elif report.failed:
-        crash = getattr(report.longrepr, "reprcrash", None)
-        lines = (crash.message if crash else str(report.longrepr)).splitlines()
-        reason = lines[0] if lines else ""
-    outcomes.append({"test": report.nodeid, "outcome": report.outcome, "reason": reason})
-
-
-def pytest_sessionfinish() -> None:
-    """Hand the outcomes to the process that started this one."""
-    Path(os.environ["PEERS_OUTCOMES"]).write_text(json.dumps(outcomes), encoding="utf-8")
 
 
 def _compared(test: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,8 +2,9 @@
 
     python tests/peers/run.py --checkout FOLDER
 
-The checkout is a clone of the library at a tag; nothing of it is copied here, and nothing is
-downloaded: names on the hub lead to small checkpoints made for the run (`stand_ins.py`).
+The checkout is a clone of the library at a tag, sentence-transformers or transformers; nothing of
+it is copied here, and nothing is downloaded: names on the hub lead to small checkpoints made for
+the run (`stand_ins.py`).
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
+# (the plugin that puts packscore in place, their file): a checkout has those of its library
 SUITES = {
-    "models": "tests/cross_encoder/test_model.py",
-    "trainer": "tests/cross_encoder/test_trainer.py",
+    "models": ("peers_plugin", "tests/cross_encoder/test_model.py"),
+    "trainer": ("peers_plugin", "tests/cross_encoder/test_trainer.py"),
+    "qwen3": ("peers_qwen3", "tests/models/qwen3/test_modeling_qwen3.py"),
 }
 
 
@@ -35,18 +39,26 @@ def main() -> int:
     parser.add_argument("-k", dest="only", help="as pytest's")
     options = parser.parse_args()
     checkout = options.checkout.resolve()
+    wanted = [options.suite] if options.suite else SUITES
+    suites = [name for name in wanted if (checkout / SUITES[name][1]).exists()]
+    if not suites:
+        files = ", ".join(SUITES[name][1] for name in wanted)
+        parser.error(f"--checkout {checkout} has none of {files}")
     with tempfile.TemporaryDirectory() as folder:
         environment = _environment(Path(folder), options.without)
-        # imported here: it reads the environment
-        import stand_ins
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        stand_ins.write(Path(folder) / "hub", checkout)
-        failed = 0
-        for suite in [options.suite] if options.suite else SUITES:
-            failed += _run(checkout, suite, environment, options.only)
+        if suites != ["qwen3"]:
+            _write_stand_ins(Path(folder), checkout)
+        failed = sum(_run(checkout, suite, environment, options.only) for suite in suites)
     return int(failed > 0)
+
+
+def _write_stand_ins(folder: Path, checkout: Path) -> None:
+    # imported here: it reads the environment
+    import stand_ins
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    stand_ins.write(folder / "hub", checkout)
 
 
 def _environment(folder: Path, without: bool) -> dict[str, str]:
@@ -66,11 +78,13 @@ def _environment(folder: Path, without: bool) -> dict[str, str]:
 
 def _run(checkout: Path, suite: str, environment: dict[str, str], only: str | None) -> int:
     """How many tests failed; each has its line."""
+    plugin, file = SUITES[suite]
     # -P: the installed library is tested, and not the one that lies in the checkout
-    command = [sys.executable, "-P", "-m", "pytest", "-p", "peers_plugin", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider"]
+    plugins = ["-p", "peers_outcomes", "-p", plugin]
     chosen = ["-k", only] if only else []
     done = subprocess.run(
-        [*command, *chosen, SUITES[suite]],
+        [*command, *plugins, *chosen, file],
         cwd=checkout,
         env=environment,
         capture_output=True,
@@ -81,15 +95,26 @@ def _run(checkout: Path, suite: str, environment: dict[str, str], only: str | No
     if not outcomes.exists():
         print(done.stdout, done.stderr, sep="\n")
         raise SystemExit(f"pytest ended with {done.returncode} before it ran a test")
-    found = json.loads(outcomes.read_text(encoding="utf-8"))
+    found = list(json.loads(outcomes.read_text(encoding="utf-8")).values())
     outcomes.unlink()
     counts = collections.Counter(entry["outcome"] for entry in found)
     print(f"{suite}: " + ", ".join(f"{counts[x]} {x}" for x in ("passed", "failed", "skipped")))
     for entry in found:
         if entry["outcome"] != "passed":
-            name = entry["test"].rpartition("::")[2]
-            print(f"  {entry['outcome']} {name}: {entry['reason'][:200]}")
+            print(f"  {entry['outcome']} {entry['test']}: {entry['reason'][:200]}")
+    _tell_of_patches([entry for entry in found if entry.get("models") or entry.get("refusals")])
     return counts["failed"]
+
+
+def _tell_of_patches(found: list[dict[str, Any]]) -> None:
+    """How much of a suite ran patched, and what could not; nothing where nothing was patched."""
+    if found:
+        models, calls = (sum(entry[what] for entry in found) for what in ("models", "calls"))
+        reached = sum(entry["calls"] > 0 for entry in found)
+        print(f"  patched {models} models; {reached} tests called our attention, {calls} times")
+    for entry in found:
+        for refusal in entry["refusals"]:
+            print(f"  left alone in {entry['test']}: {refusal[:200]}")
 
 
 if __name__ == "__main__":

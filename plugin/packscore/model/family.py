@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from packscore.errors import InputTypeError, UnsupportedModelError
@@ -55,7 +55,6 @@ EAGER_ONLY = ("gemma2", "gpt_oss")
 # The name we register, by the implementation that keeps serving every call that is not packed.
 # Transformers gives names with "sdpa", "flash" or "flex" in them a meaning of their own.
 REGISTERED_NAMES = {"sdpa": "packscore", "eager": "packscore_eager"}
-BASES = {name: base for base, name in REGISTERED_NAMES.items()}
 # Rotary embeddings whose angles depend on the longest sequence of the batch.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -125,26 +124,26 @@ def check_supported(model: nn.Module) -> None:
     if getattr(config, "is_causal", True) is False or is_bidirectional:
         which = "use_bidirectional_attention=True" if is_bidirectional else "is_causal=False"
         raise UnsupportedModelError(f"{which}: the model must be a causal decoder")
-    implementation = config._attn_implementation
-    if config.model_type in EAGER_ONLY and "sdpa" in (implementation, BASES.get(implementation)):
-        raise UnsupportedModelError(
-            f"attn_implementation={implementation!r} leaves out what {config.model_type!r} does to "
-            "its scores; call model.set_attn_implementation('eager') first"
-        )
-    if implementation not in REGISTERED_NAMES and implementation not in BASES:
-        raise UnsupportedModelError(
-            f"attn_implementation={implementation!r} has a mask of its own kind; call "
-            "model.set_attn_implementation('sdpa') first"
-        )
+    known = {None, *REGISTERED_NAMES, *REGISTERED_NAMES.values()}
+    for owner in (config, *(own for _, own in layer_configs(model))):
+        implementation = owner._attn_implementation
+        if implementation not in known:
+            raise UnsupportedModelError(
+                f"attn_implementation={implementation!r} has a mask of its own kind; call "
+                "model.set_attn_implementation('sdpa') first"
+            )
+        if config.model_type in EAGER_ONLY and implementation in ("sdpa", REGISTERED_NAMES["sdpa"]):
+            raise UnsupportedModelError(
+                f"attn_implementation='sdpa' leaves out what {config.model_type!r} does to its "
+                "scores; call model.set_attn_implementation('eager') first"
+            )
 
 
-def is_patched(model: nn.Module) -> bool:
-    """Whether `patch_model` is in effect on `model`, in all of its layers."""
-    holders = configs_of(base_model(model))
-    return all(config._attn_implementation in BASES for _, config in holders)
-
-
-def configs_of(model: nn.Module) -> list[tuple[nn.Module, PreTrainedConfig]]:
-    """Every module that has a configuration, which it may share or, copied or replaced, may not."""
-    found = ((module, module.__dict__.get("config")) for module in modules_of(model))
-    return [(module, config) for module, config in found if isinstance(config, PreTrainedConfig)]
+def layer_configs(model: nn.Module) -> list[tuple[nn.Module, Any]]:
+    """Every module that has a configuration and is no model; they may share one or, copied, not."""
+    found = ((module, module.__dict__.get("config")) for module in modules_of(base_model(model)))
+    return [
+        (module, config)
+        for module, config in found
+        if hasattr(config, "_attn_implementation") and not isinstance(module, PreTrainedModel)
+    ]

@@ -7,12 +7,11 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from packscore.errors import InputError, UnsupportedModelError
-from packscore.patching import switch_attention
 from packscore.selftest.report import Check
 from packscore.selftest.subjects import Subject, checked_request
 from packscore.selftest.ways import FLOWS, LABEL_IDS, Way
 from packscore.text.labels import Labels
-from packscore.verify import TOLERANCES, log_probs_one_by_one, twin_of
+from packscore.verify import TOLERANCES, eager_twin_of, log_probs_one_by_one
 
 
 def checks(subject: Subject, ways: Sequence[Way]) -> Iterator[Check]:
@@ -24,8 +23,7 @@ def checks(subject: Subject, ways: Sequence[Way]) -> Iterator[Check]:
     """
     model = subject.model
     query, items = checked_request(model.config.vocab_size)
-    eager = twin_of(model)
-    switch_attention(eager, lambda _: "eager")
+    eager = eager_twin_of(model)
     labels = Labels(tuple((index,) for index in LABEL_IDS))
     request = ways[0].scorer.encode(query, items)
     expected = log_probs_one_by_one(eager, request, labels).softmax(-1)
