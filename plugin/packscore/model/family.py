@@ -139,7 +139,7 @@ def check_supported(model: nn.Module) -> None:
             )
 
 
-def layer_configs(model: nn.Module) -> list[tuple[nn.Module, Any]]:
+def layer_configs(model: nn.Module) -> list[tuple[Any, Any]]:
     """Every module that has a configuration and is no model; they may share one or, copied, not."""
     found = ((module, module.__dict__.get("config")) for module in modules_of(base_model(model)))
     return [
