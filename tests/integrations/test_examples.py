@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 import runpy
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import nbformat
 import pytest
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import logging
@@ -66,6 +69,45 @@ def test_rerankers(capsys: pytest.CaptureFixture[str]) -> None:
     best, other = run("rerankers_rank.py", capsys)
     assert re.fullmatch(r"1  0\.\d{3}  shutil: Recursively delete .*", best)
     assert re.fullmatch(r"2  0\.\d{3}  os: Rename .*", other)
+
+
+@pytest.mark.usefixtures("quick_programs")
+def test_programs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["rerank_tpu.py", "--device", "jax"])
+    compiled, *lines = run("rerank_tpu.py", capsys)
+    assert compiled == "4 programs on cpu"
+    assert re.fullmatch(r"  0\.\d{3}  Recursively delete a directory tree\.", lines[1])
+    assert re.fullmatch(r"  0\.\d{3}  Shuffle list x in place, and return None\.", lines[5])
+    saved = [re.findall(r"\d+", line) for line in (lines[3], lines[7])]
+    assert all(int(computed) < int(alone) / 2 for computed, alone in saved)
+
+
+def printed(notebook: Any) -> list[list[str]]:
+    """By cell of code: kinds of what it shows, and its words; numbers are those of a machine."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    found = []
+    for cell in cells:
+        texts = [re.sub(r"\d+(\.\d+)?(e-\d+)?", "0", out.get("text", "")) for out in cell.outputs]
+        kinds = [
+            kind
+            for out in cell.outputs
+            for kind in (out.output_type, *sorted(out.get("data", ())))
+        ]
+        found.append([*kinds, *" ".join(texts).split()])
+    return found
+
+
+def test_notebook_runs_and_holds_what_it_prints() -> None:
+    example = runpy.run_path(str(EXAMPLES / "run_notebook.py"))
+    kept = nbformat.read(example["NOTEBOOK"], as_version=4)
+    ran = example["run"](example["NOTEBOOK"])  # a cell that fails raises
+    assert printed(ran) == printed(kept)
+    for cell in ran.cells:
+        for out in cell.get("outputs", ()):
+            assert out.get("name") != "stderr", out
+    text = "".join(out.get("text", "") for cell in ran.cells for out in cell.get("outputs", ()))
+    assert "verdict: exact" in text
+    assert [cell.source for cell in ran.cells] == [cell.source for cell in kept.cells]
 
 
 def test_command_line(tmp_path: Path) -> None:
