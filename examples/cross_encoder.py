@@ -1,6 +1,6 @@
 """Change one import of a sentence-transformers program, and each query is computed once.
 
-    pip install 'packscore[sentence-transformers]' && python examples/cross_encoder.py
+    pip install '.[sentence-transformers]' && python examples/cross_encoder.py
 
 It ranks with both and prints how far the scores are apart.
 """

@@ -1,6 +1,6 @@
 """Rerank what a LangChain retriever found.
 
-    pip install 'packscore[langchain]' && python examples/langchain_rerank.py
+    pip install '.[langchain]' && python examples/langchain_rerank.py
 
 The retriever here is a list; any retriever's documents go the same way, and with `langchain`
 installed `ContextualCompressionRetriever(base_compressor=reranker, base_retriever=...)` joins them.

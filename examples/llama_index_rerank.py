@@ -1,6 +1,6 @@
 """Rerank what a LlamaIndex retriever found.
 
-    pip install 'packscore[llama-index]' && python examples/llama_index_rerank.py
+    pip install '.[llama-index]' && python examples/llama_index_rerank.py
 
 The nodes here are a list; a query engine takes the reranker as `node_postprocessors=[reranker]`.
 """

@@ -1,6 +1,6 @@
 """Rank as any model of the `rerankers` library does.
 
-pip install 'packscore[rerankers]' && python examples/rerankers_rank.py
+pip install '.[rerankers]' && python examples/rerankers_rank.py
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """Run tpu_notebook.ipynb from top to bottom in a kernel of its own, and store what it printed.
 
 pip install '.[test]' && python examples/run_notebook.py
+python examples/run_notebook.py ran.ipynb  # into another file
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -32,11 +34,12 @@ def run(path: Path) -> nbformat.NotebookNode:
             kernel_name="python3",
             resources=resources,
             record_timing=False,
+            coalesce_streams=True,
         ).execute(env={**os.environ, **QUIET})
     return notebook
 
 
-def main() -> None:
+def main(target: Path = NOTEBOOK) -> None:
     """Run and store."""
     notebook = run(NOTEBOOK)
     # which Python ran it is nobody's concern
@@ -45,8 +48,8 @@ def main() -> None:
         "language_info": {"name": "python"},
     }
     nbformat.validate(notebook)
-    nbformat.write(notebook, NOTEBOOK)
+    nbformat.write(notebook, target)
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(Path, sys.argv[1:2]))

@@ -120,7 +120,7 @@ def test_shell_commands_run_here_or_in_ci(page: Path, tmp_path: Path) -> None:
             assert done.returncode == 0, done.stderr
             continue
         for step in filter(None, steps(block)):
-            extra = re.fullmatch(r"pip install 'packscore\[(\S+)\]'", step)
+            extra = re.fullmatch(r"pip install '\.\[(\S+)\]'", step)
             assert extra[1] in extras["optional-dependencies"] if extra else step in in_ci
 
 
