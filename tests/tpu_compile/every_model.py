@@ -27,6 +27,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+WINDOW = {"sliding_window": 64}
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}
 
 
@@ -42,6 +43,8 @@ def model(family: str, head: str = "CausalLM", **options: Any) -> Model:
     return Model(f"{family}For{head}", config_class(**{**SMALL, **options}))
 
 
+# Those that are exact under a dense mask alone.
+MASKED = ("qwen3-window", "mistral", "gemma2")
 MODELS = {
     "shipped": Model(
         "Qwen3ForCausalLM", transformers.AutoConfig.from_pretrained(shipped_model_path())
@@ -55,6 +58,9 @@ MODELS = {
     "llama-bias-gelu": model("Llama", attention_bias=True, mlp_bias=True, hidden_act="gelu"),
     "qwen3_moe": model("Qwen3Moe", head_dim=32, **MIXTURE),
     "qwen3_moe-kernels": model("Qwen3Moe", norm_topk_prob=True, **KERNELS, **MIXTURE),
+    "qwen3-window": model("Qwen3", **KERNELS, **WINDOW, use_sliding_window=True),
+    "mistral": model("Mistral", head_dim=32, **WINDOW),
+    "gemma2": model("Gemma2", head_dim=32, **WINDOW),
     "qwen3-classes": model("Qwen3", "SequenceClassification", head_dim=64),
     "qwen2-classes": model("Qwen2", "SequenceClassification"),
     "llama-classes": model("Llama", "SequenceClassification"),

@@ -16,11 +16,11 @@ import transformers
 from jax.experimental import pallas as pl
 from jax.lax import Precision
 
-from every_model import MODELS
-from packscore.model.family import SUPPORTED_MODEL_TYPES
+from every_model import MASKED, MODELS
+from packscore.model.family import TRACED_MODEL_TYPES
 from packscore.model.sizes import ModelSizes
 from packscore.programs.compiling import arguments_of, trace_program, tracing_on
-from packscore.programs.sizes import HeadKey, ProgramKey
+from packscore.programs.sizes import DenseKey, HeadKey, ProgramKey
 from packscore.programs.traced_model import TracedModel
 from packscore.programs.weights import weight_shapes
 from products import equations, faults, products
@@ -31,14 +31,15 @@ KINDS = {"v5e": "TPU v5 lite", "v6e": "TPU v6 lite"}
 # What is read: labels, labels and the vocabulary, hidden states.
 READS = {"labels": (8, False), "vocabulary": (8, True), "rows": (0, False)}
 CASES = cover(
-    (f"{name}-{dtype}-{read}-pages{pages}-{implementation}-{chip}", features, features)
+    (f"{name}-{dtype}-{read}-pages{pages}-{mask}-{implementation}-{chip}", features, features)
     for name in MODELS
     for dtype in DTYPES
     for read in (["labels", "rows"] if "classes" in name else READS)
     for pages in (0, 16)
+    for mask in (["dense"] if name in MASKED else ["segment", "dense"])
     for implementation in ("pallas", "xla")
     for chip in KINDS
-    for features in [(name, dtype, read, pages, implementation, chip)]
+    for features in [(name, dtype, read, pages, mask, implementation, chip)]
 )
 
 
@@ -60,16 +61,21 @@ def traced(
     return trace_program(model, key, shapes, implementation)
 
 
-@pytest.mark.parametrize(("name", "dtype", "read", "pages", "implementation", "chip"), CASES)
+@pytest.mark.parametrize(
+    ("name", "dtype", "read", "pages", "mask", "implementation", "chip"), CASES
+)
 def test_every_product_has_the_bits_of_its_operands(
-    name: str, dtype: str, read: str, pages: int, implementation: str, chip: str
+    name: str, dtype: str, read: str, pages: int, mask: str, implementation: str, chip: str
 ) -> None:
     key = ProgramKey(256, 16, *READS[read], pages)
+    if mask == "dense":
+        key = DenseKey.of(key, 3)
     with tracing_on(chip_mesh(chip)):
         program = traced(name, dtype, key, implementation, chip)
     assert faults(program.jaxpr, dtype) == []
     in_kernels = {"pallas_call" in path for path, _ in products(program.jaxpr)}
-    assert (implementation == "pallas") in in_kernels
+    if mask == "segment":  # whose attention is a kernel
+        assert (implementation == "pallas") in in_kernels
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -83,7 +89,7 @@ def test_so_has_the_head_of_ordinary_calls(name: str, dtype: str) -> None:
 
 def test_the_table_has_every_family() -> None:
     families = {config.model_type for _, config in MODELS.values()}
-    assert families == set(SUPPORTED_MODEL_TYPES)
+    assert families == set(TRACED_MODEL_TYPES)
 
 
 @pytest.mark.parametrize(
