@@ -150,7 +150,10 @@ def in_a_scan(x: jax.Array) -> Any:
         (lambda x: jax.nn.softmax(x), B, "bfloat16", "computes it in float32"),
         (lambda x: jnp.mean(x, dtype=x.dtype), B, "bfloat16", "computes it in float32"),
     ],
-    ids=str,
+    ids=[
+        *("scan", "kernel", "high", "narrowed", "bfloat16-scan", "bfloat16-kernel"),
+        *("exponential", "softmax", "mean"),
+    ],
 )
 def test_the_reader_sees_what_must_not_be_there(
     function: Any, operand: Any, dtype: str, words: str
