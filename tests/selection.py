@@ -20,6 +20,7 @@ LONGEST_FIRST = (
     "tests/programs/test_program.py",
     "tests/text/test_labels.py",
     "tests/test_docs.py",
+    "tests/integrations/test_examples.py",
     "tests/scoring/test_memory.py",
     "tests/programs/test_program_exactness.py",
     "tests/kernels/test_layer.py",
