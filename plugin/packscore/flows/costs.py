@@ -138,14 +138,20 @@ class TpuCycles:
         self, sizes: ModelSizes, flops_per_cycle: float, num_tokens: int, num_pairs: float
     ) -> dict[str, float]:
         """Cycles of one launch, by part; together what the methods below give."""
-        heads = sizes.layers * sizes.q / 128
-        product = 2 * sizes.weights / flops_per_cycle + self.column * sizes.columns
-        product += self.rotated * (sizes.q + sizes.kv)
-        return {
-            "attention": heads * (self.pair * num_pairs + self.row * num_tokens + self.head),
-            "products": product * sizes.layers * num_tokens,
-            "rest": self.weight * sizes.all_weights,
+        heads, qkv = sizes.layers * sizes.q / 128, sizes.q + 2 * sizes.kv
+        kernels = {  # (weights, columns) of a layer
+            "project_qkv": (sizes.hidden * qkv, qkv),
+            "project_out": (sizes.hidden * sizes.q, sizes.hidden),
+            "gated_mlp": (3 * sizes.hidden * sizes.inner, sizes.hidden + 2 * sizes.inner),
         }
+        found = {
+            name: sizes.layers * num_tokens * (2 * w / flops_per_cycle + self.column * columns)
+            for name, (w, columns) in kernels.items()
+        }
+        rotated = self.rotated * (sizes.q + sizes.kv)
+        found["project_qkv"] += sizes.layers * num_tokens * rotated
+        found["attention"] = heads * (self.pair * num_pairs + self.row * num_tokens + self.head)
+        return {**found, "rest": self.weight * sizes.all_weights}
 
     def of_token(self, sizes: ModelSizes, flops_per_cycle: float) -> float:
         """Cycles of one token in all layers, but for the keys it sees."""

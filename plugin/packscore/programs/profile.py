@@ -19,12 +19,14 @@ INSTRUCTION = re.compile(
     r'^\s+(?:ROOT )?%?([\w.\-]+) = \S.*? ([a-z][a-z\-]*)\(.*metadata=\{.*?op_name="([^"]*)"', re.M
 )
 CONTROL = {"while", "conditional", "call"}  # the time of these is that of what they call
+KERNELS = ("project_qkv", "project_out", "gated_mlp")
 # Parts by the scopes that kernels and their composed forms are traced in; the first that fits.
 SCOPES = {
     "attention": ("segment_paged_attention",),
     "pages": ("write_kv_pages",),
     "head": ("label_head", "whole_head"),
-    "products": ("project_qkv", "project_out", "gated_mlp", "dot_general"),
+    **{name: (name,) for name in KERNELS},
+    "products": ("dot_general",),  # of layers that are not these kernels
 }
 REST = "rest"
 OPERATIONS = "XLA Ops"  # the line of a device's plane that has each operation once

@@ -40,12 +40,14 @@ def parts(way: Way, request: Request) -> list[Part]:
     if program is None:
         return [Part(runs, name, ms, None) for name, ms in _of_torch(call)]
     # imported here: jax and torchax come into the process on the JAX path only
-    from packscore.programs.profile import profiled_ms
+    from packscore.programs.profile import KERNELS, profiled_ms
 
     chip = chip_of(program.device)
     measured, wall_ms = profiled_ms(program, call)
     predicted = _predicted(program.sizes, request, chip) if chip else {}
-    found = [Part(runs, name, ms, predicted.get(name)) for name, ms in measured.items()]
+    if predicted and not any(measured[name] for name in KERNELS):
+        predicted["products"] = sum(predicted.pop(name) for name in KERNELS)
+    found = [Part(runs, name, ms, predicted.get(name)) for name, ms in measured.items() if ms]
     if chip:  # one device whose operations follow each other: what is not theirs is the host's
         found.append(Part(runs, "host", max(wall_ms - sum(measured.values()), 0.0), None))
     return found
