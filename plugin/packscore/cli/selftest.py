@@ -27,19 +27,12 @@ DEVICES = ("auto", "tpu", "cuda", "mps", "cpu", "jax")
 RUNS = {True: (1, 5), False: (3, 20)}
 
 
-def selftest(
-    *,
-    device: str,
-    model: str | None,
-    dtype: str,
-    query: int | None,
-    items: str | None,
-    warmup: int | None,
-    runs: int | None,
-    ab: bool,
-    output: str,
-) -> ExitCode:
+def selftest(output: str, **options: Any) -> ExitCode:
     """Run it, print what it found, and write it as JSON.
+
+    Args:
+      output: the file; "-" is stdout.
+      **options: of `_settings`.
 
     Returns:
       OK, or FAILURE where a score is not exact.
@@ -49,7 +42,7 @@ def selftest(
     """
     if output != "-" and not Path(output).absolute().parent.is_dir():
         raise UsageError(f"--json={output}: there is no such folder; make it, or name another file")
-    settings, found = _settings(device, model, dtype, query, items, warmup, runs, ab)
+    settings, found = _settings(**options)
     report = run(settings, _made(found), tell)
     if output == "-":
         print(report.json(), end="")
@@ -61,6 +54,7 @@ def selftest(
 
 
 def _settings(
+    *,
     device: str,
     model: str | None,
     dtype: str,
