@@ -25,6 +25,7 @@ from packscore.errors import MaskTooLargeError, UnsupportedModelError
 from packscore.flows.engine import Readout
 from packscore.flows.packing import PackedBatch, split_items
 from packscore.model.family import base_model, is_classifier
+from packscore.model.place import is_on_torchax
 from packscore.model.plain import foreign_part
 from packscore_kernels.attention.layout import SegmentLayout
 
@@ -45,6 +46,8 @@ UNASKED: Mapping[str, tuple[Any, ...]] = {
     "output_hidden_states": (None, False),
     "return_dict": (None, False, True),
 }
+# The model's own forward on torchax does these with any attention that is causal.
+ASKED_OF_TORCHAX = {"inputs_embeds", "labels", "use_cache", "return_dict", "output_hidden_states"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +100,8 @@ class ServedForward:
         program = program_of(model)
         if program is not None:
             try:
+                if is_on_torchax(model):
+                    return self._in_torch(model, (), _row_arguments(model, program, args, kwargs))
                 call = read_call(model, program.max_tokens, args, kwargs)
                 _take_weights(program)
                 return _serve(model, program, call)
@@ -171,6 +176,25 @@ def read_call(
     return PlainCall(ids.numpy().astype(np.int64), starts, ends, columns, bool(return_dict))
 
 
+def _row_arguments(
+    model: PreTrainedModel, program: ModelProgram, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call on torchax, with the op as its attention.
+
+    Raises:
+      NotServedError: the model's own attention runs, for more than causal order and padding.
+    """
+    _check_mode(model)
+    given = _by_name(model, args, kwargs)
+    _check_asked(given, SERVED | ASKED_OF_TORCHAX)
+    tokens, mask = given.get("input_ids"), given.get("attention_mask")
+    tokens = given.get("inputs_embeds") if tokens is None else tokens
+    shape = None if mask is None else getattr(mask, "shape", ())
+    if tokens is None or shape not in (None, tokens.shape[:2]):
+        raise NotServedError("attention_mask is no [batch, num_tokens] tensor")
+    return {**given, **program.row_arguments(mask)}
+
+
 def _take_weights(program: ModelProgram) -> None:
     try:
         program.refresh()
@@ -179,34 +203,49 @@ def _take_weights(program: ModelProgram) -> None:
 
 
 def _check_model(model: PreTrainedModel) -> None:
+    _check_mode(model)
+    foreign = foreign_part(model, but_hooks_of=[model])
+    if foreign:
+        raise NotServedError(f"the model has {foreign}")
+
+
+def _check_mode(model: PreTrainedModel) -> None:
     if model.training:
         raise NotServedError("the model is in train mode")
     if torch.compiler.is_compiling():
         raise NotServedError("the call is being traced")
     if model.config.output_attentions or model.config.output_hidden_states:
         raise NotServedError("the configuration asks for attentions or hidden states")
-    foreign = foreign_part(model, but_hooks_of=[model])
-    if foreign:
-        raise NotServedError(f"the model has {foreign}")
+
+
+def _by_name(
+    model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Arguments by name."""
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    if len(args) > len(names) or set(names[: len(args)]) & set(kwargs):
+        raise NotServedError("arguments that do not fit")
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _arguments(
     model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """Arguments by name that were given and are not None."""
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
-    if len(args) > len(names) or set(names[: len(args)]) & set(kwargs):
-        raise NotServedError("arguments that do not fit")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    for name, value in given.items():
-        # "in" would compare tensors
-        unasked = any(value is default for default in UNASKED.get(name, (None,)))
-        if name not in SERVED and not unasked:
-            raise NotServedError(f"{name} is given")
+    given = _by_name(model, args, kwargs)
+    _check_asked(given, SERVED)
     found = {name: value for name, value in given.items() if value is not None}
     if "input_ids" not in found:
         raise NotServedError("there are no input_ids")
     return found
+
+
+def _check_asked(given: dict[str, Any], served: set[str]) -> None:
+    for name, value in given.items():
+        # "in" would compare tensors
+        unasked = any(value is default for default in UNASKED.get(name, (None,)))
+        if name not in served and not unasked:
+            raise NotServedError(f"{name} is given")
 
 
 def _check_ids(ids: Any, vocab_size: int) -> None:

@@ -31,6 +31,7 @@ from packscore.model.class_head import ClassHead, head_of
 from packscore.model.family import base_model, check_supported
 from packscore.model.label_head import LabelHead
 from packscore.model.masks import MaskKind, check_segment, mask_reason
+from packscore.model.place import is_on_torchax
 from packscore.model.plain import random_part
 from packscore.patching import is_patched
 from packscore.results import Flow, MaskChoice, NonFiniteChoice, ScoreResult, Usage
@@ -298,9 +299,15 @@ class ScoringCore:
 
         Raises:
           NotPatchedError: the model was unpatched since.
+          UnsupportedModelError: it is on torchax, and has no programs.
           InputError: it is in train mode.
         """
         check_patched(self.model, self.mask_impl)
+        if is_on_torchax(self.base) and program_of(self.base) is None:
+            raise UnsupportedModelError(
+                "the model is on torchax, whose tensors torch's own kernels do not read; call "
+                "packscore.patch_model(model) now that it is there"
+            )
         part = random_part(self.base)
         if part is not None:
             raise InputError(

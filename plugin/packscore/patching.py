@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,9 +19,13 @@ from packscore.errors import InputError
 from packscore.inputs import checked
 from packscore.model.class_head import remember_drawn_head
 from packscore.model.family import REGISTERED_NAMES, base_model, check_supported, layer_configs
+from packscore.model.place import is_on_torchax
 from packscore.model.weight_watch import SIGNS, listen
 from packscore.torch_engine.attention import SegmentPlan, segment_attention
 from packscore.torch_engine.pages import LaunchPages
+
+if TYPE_CHECKING:
+    from packscore.programs.row_attention import RowAttention
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -44,8 +48,9 @@ def patch_model(
         score through compiled programs that share the weights of a model on the CPU; "auto" is
         "tpu" where jax sees one. Ordinary calls in eval mode, `model(input_ids=...)` with or
         without an `attention_mask`, run through the programs too: they return no `past_key_values`
-        and no gradients, and zeros at padding. All other calls stay in torch.
-
+        and no gradients, and zeros at padding. All other calls stay in torch. A model on torchax is
+        scored where it is, through programs that share its jax arrays; its ordinary calls stay
+        torchax's, with the packed attention in the place of their own.
       compile_cache: folder that keeps compiled programs for the next process; None leaves that to
         jax, which reads JAX_COMPILATION_CACHE_DIR.
 
@@ -57,27 +62,28 @@ def patch_model(
         message says why.
       InputError: there is no such device, or a `compile_cache` and no device to compile for.
     """
-    if compile_cache is not None and device is None:
+    check_supported(model)
+    compiles = device is not None or is_on_torchax(model)
+    if compile_cache is not None and not compiles:
         raise InputError(
             f"compile_cache={str(compile_cache)!r} keeps compiled programs, and {device=} compiles "
             "none; pass device='tpu', 'jax' or 'auto'"
         )
-    check_supported(model)
     _register()
     for layer, config in layer_configs(model):
         layer.config = config if isinstance(config, PatchedConfig) else PatchedConfig(config)
     remember_drawn_head(base_model(model))
-    if device is not None:
+    if compiles:
         _compile(model, device, None if compile_cache is None else Path(compile_cache))
     return model
 
 
-def _compile(model: nn.Module, device: str, compile_cache: Path | None) -> None:
+def _compile(model: nn.Module, device: str | None, compile_cache: Path | None) -> None:
     # imported here: jax and torchax come into the process on the JAX path only
     from packscore.programs.program import ModelProgram, resolve_device
 
-    found = resolve_device(device)
     inner = base_model(model)
+    found = resolve_device(device, inner)
     if found is None:
         return
     program = program_of(inner)
@@ -178,6 +184,7 @@ def packed_attention(
     dropout: float = 0.0,
     segment_plan: SegmentPlan | None = None,
     kv_pages: LaunchPages | None = None,
+    row_attention: RowAttention | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The attention function that Hugging Face calls: packed with a `segment_plan`, else `base`.
@@ -187,6 +194,8 @@ def packed_attention(
     """
     if module.training:
         SIGNS.trained(module)
+    if row_attention is not None:
+        return row_attention(query, key, value, scaling), None
     if segment_plan is None:
         forward = _base_attention(base, module)
         output: tuple[torch.Tensor, torch.Tensor | None] = forward(

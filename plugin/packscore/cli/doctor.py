@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 
 import packscore
 from packscore.cli.load import choose_device, tpu_is_plugged_in
+from packscore.model.place import TORCHTPU_STANDS_BEFORE_TORCHAX, torchtpu_is_loaded
 
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "jax", "jaxlib", "torchax", "libtpu")
 OPTIONAL_PACKAGES = ("pyarrow", "peft")
@@ -86,6 +87,8 @@ def examine() -> Findings:
     if jax_failure:
         found.problems.append(f"jax: {jax_failure}")
     found.problems += device_problems({device["platform"] for device in jax_devices})
+    if torchtpu_is_loaded():
+        found.problems.append(f"torch: {TORCHTPU_STANDS_BEFORE_TORCHAX}")
     found.notes += _notes(found)
     return found
 
@@ -140,15 +143,19 @@ def what_runs(jax_platforms: set[str], jax_failure: str | None) -> dict[str, str
     """What each value of `--device` does on this machine, and why."""
     torch_device, patch_device, reason = choose_device()
     programs = "compiled programs with the Pallas kernel on the TPU"
-    chosen = programs if patch_device == "tpu" else f"torch on {torch_device}"
     preferred = "the TPU, Pallas kernel" if "tpu" in jax_platforms else "jax's CPU"
+    on_jax = f"refused: jax {jax_failure}" if jax_failure else f"programs on {preferred}"
+    on_tpu = programs if "tpu" in jax_platforms else "refused: jax sees no TPU"
+    if torchtpu_is_loaded():
+        programs = on_tpu = on_jax = f"refused: {TORCHTPU_STANDS_BEFORE_TORCHAX}"
+    chosen = programs if patch_device == "tpu" else f"torch on {torch_device}"
     return {
         "auto": f"{chosen}: {reason}",
         "cpu": "torch on the CPU",
         "cuda": "torch on CUDA" if torch.cuda.is_available() else "refused: torch sees no CUDA",
         "mps": "torch on MPS" if torch.backends.mps.is_available() else "refused: no MPS",
-        "tpu": programs if "tpu" in jax_platforms else "refused: jax sees no TPU",
-        "jax": f"refused: jax {jax_failure}" if jax_failure else f"programs on {preferred}",
+        "tpu": on_tpu,
+        "jax": on_jax,
     }
 
 

@@ -15,6 +15,7 @@ from packscore.errors import InputError, InputTypeError, UnsupportedModelError
 from packscore.inputs import as_list, short
 from packscore.model.family import class_count, is_classifier, output_head
 from packscore.model.label_head import LabelHead, LinearHead
+from packscore.model.place import rows_in_torch
 from packscore.model.weight_watch import SIGNS
 from packscore.text.labels import LabelIds, Labels
 from packscore.text.tokenizer import PieceTokenizer
@@ -168,9 +169,11 @@ def has_new_head(model: PreTrainedModel) -> bool:
     remember_drawn_head(model)
     drawn = model.__dict__.get(DRAWN)
     weight: Any = getattr(output_head(model), "weight", None)
-    if drawn is None or weight is None or weight.is_meta or weight.shape != drawn.shape:
+    if drawn is None or weight is None or weight.shape != drawn.shape:
         return False
-    return torch.equal(weight.detach().cpu(), drawn.to(weight.dtype))
+    if weight.device.type == "meta":
+        return False
+    return torch.equal(rows_in_torch(weight, slice(None)).cpu(), drawn.to(weight.dtype))
 
 
 def remember_drawn_head(model: PreTrainedModel) -> None:

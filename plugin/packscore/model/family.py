@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from packscore.errors import InputTypeError, UnsupportedModelError
+from packscore.model.place import check_place
 from packscore.model.plain import check_token_wise, modules_of
 
 
@@ -87,10 +88,11 @@ def check_supported(model: nn.Module) -> None:
     """Refuse, by name, what packed scoring could not reproduce exactly.
 
     Raises:
-      UnsupportedModelError: architecture, kind of layer, option, rotary embedding or attention
-        implementation that is not exact when packed.
+      UnsupportedModelError: weights that nothing here reads, or an architecture, kind of layer,
+        option, rotary embedding or attention implementation that is not exact when packed.
     """
     inner = base_model(model)
+    check_place(model)
     check_token_wise(model)
     config = inner.config
     if config.model_type not in SUPPORTED_MODEL_TYPES:

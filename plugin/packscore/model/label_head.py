@@ -15,6 +15,7 @@ from packscore.encoded import EncodedRequest
 from packscore.errors import InputError, UnsupportedModelError
 from packscore.model.family import output_head
 from packscore.model.masks import final_cap
+from packscore.model.place import rows_in_torch
 from packscore.text.labels import LabelIds, Labels, read_labels
 from packscore.text.tokenizer import PieceTokenizer
 
@@ -59,7 +60,7 @@ class LinearHead:
         """Refuse rows that are not finite, all zero or not all different: nothing trained them."""
         if not self._is_plain:
             return
-        rows = self._head.weight.detach()[row_ids].float()
+        rows = rows_in_torch(self._head.weight, row_ids).float()
         for row, row_id in zip(rows, row_ids, strict=True):
             if not torch.isfinite(row).all() or not row.any():
                 state = "all zero" if torch.isfinite(row).all() else "not finite"

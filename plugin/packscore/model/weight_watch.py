@@ -99,6 +99,9 @@ class WeightWatch:
     def __init__(self, model: nn.Module) -> None:
         self._signs = SIGNS.count
         modules, self._objects, self._tensors = _walk(model)
+        # torchax's, which a write gives another jax array
+        self._on_torchax = [t for t in self._tensors if "_elem" in t.__dict__]
+        self._arrays = self._held()
         self._memory, self._state = self._places(), self._now(modules)
         self._sample = _Sample(self._tensors)
 
@@ -119,11 +122,15 @@ class WeightWatch:
         return (
             not is_same
             or not all(map(operator.is_, objects, self._objects))
+            or not all(map(operator.is_, self._held(), self._arrays))
             or self._places() != self._memory
         )
 
     def _places(self) -> list[Any]:
         return [*(t.data_ptr() for t in self._tensors), *(t.dtype for t in self._tensors)]
+
+    def _held(self) -> list[Any]:
+        return [_weak(tensor.__dict__["_elem"]) for tensor in self._on_torchax]
 
     def _now(self, modules: Iterable[nn.Module]) -> list[Any]:
         versions = map(_version, self._tensors)

@@ -23,11 +23,13 @@ from packscore.flows.page_pool import PAGE_SIZE, PREFIX_CACHE_BYTES
 from packscore.inputs import checked
 from packscore.model.family import class_count
 from packscore.model.masks import MaskKind, check_segment, mask_reason
+from packscore.model.place import is_on_torchax
 from packscore.model.sizes import ModelSizes
 from packscore.programs.compiling import Executables
 from packscore.programs.dense import check_dense_fits, fitting_tokens
 from packscore.programs.launch_inputs import LaunchInputs, block_sizes_for
 from packscore.programs.pages import DevicePages, pages_within, pool_struct
+from packscore.programs.row_attention import row_arguments
 from packscore.programs.sizes import (
     DEFAULT_MAX_TOKENS,
     HEAD_ROWS,
@@ -39,7 +41,7 @@ from packscore.programs.sizes import (
     token_ladder,
 )
 from packscore.programs.traced_model import TracedModel
-from packscore.programs.traced_ops import KernelImplementation
+from packscore.programs.traced_ops import KernelImplementation, torchax_environment
 from packscore.programs.weights import DeviceWeights, to_torch
 from packscore.results import MaskChoice
 from packscore_kernels import BlockSizes, SegmentLayout
@@ -75,7 +77,8 @@ class ModelProgram:
     Compiling happens under a lock; compiled programs run from any number of threads.
 
     Args:
-      model: a plain Hugging Face causal model on the CPU; its weights become shared with jax.
+      model: a plain Hugging Face causal model on the CPU, whose weights become shared with jax, or
+        on torchax.
       device: where programs run; the weights are put there once.
       implementation: of the kernels: "pallas" (TPU), "pallas_interpret" or "xla".
       max_tokens: the largest program; longer requests are split.
@@ -294,6 +297,10 @@ class ModelProgram:
         check_dense_fits(self.model, self.sizes, itemsize, self.device, dense, layout.longest)
         return dense
 
+    def row_arguments(self, attention_mask: Any) -> dict[str, Any]:
+        """What an ordinary call of a model on torchax takes in the place of its 2-D mask."""
+        return row_arguments(attention_mask, self._implementation)
+
     @checked
     def warmup(
         self,
@@ -363,14 +370,30 @@ class ModelProgram:
         return block_sizes_for(self.sizes, self._weights.dtype, key)
 
 
-def resolve_device(device: str) -> tuple[jax.Device, KernelImplementation] | None:
+def resolve_device(
+    device: str | None, model: PreTrainedModel
+) -> tuple[jax.Device, KernelImplementation] | None:
     """(jax device, implementation of the kernels) for "tpu", "jax" or "auto"; None is torch.
 
+    A model on torchax is scored where it is, which the name may say.
+
     Raises:
-      InputError: the name is not one of these, or there is no TPU.
+      InputError: the name is not one of these, is not where the model is, or there is no TPU.
+      UnsupportedModelError: a model on torchax is on several devices.
     """
-    if device not in ("tpu", "jax", "auto"):
+    if device not in ("tpu", "jax", "auto", None):
         raise InputError(f"{device=} must be 'tpu', 'jax', 'auto' or None")
+    torchax_environment()
+    if is_on_torchax(model):
+        from packscore.programs.stacked_rows import place_of
+
+        place = place_of(model)
+        if device == "tpu" and place.platform != "tpu":
+            raise InputError(
+                f"{device=}: the model is on torchax, on {place}, and is scored where it is; pass "
+                "device=None, or move it"
+            )
+        return place, "pallas" if place.platform == "tpu" else "xla"
     if device == "jax":
         return jax.devices()[0], "pallas" if jax.default_backend() == "tpu" else "xla"
     try:

@@ -34,6 +34,7 @@ from packscore.programs.traced_ops import (
     program_attention,
     program_experts,
     round_once,
+    torch_alone,
     torchax_environment,
 )
 from packscore.programs.weights import Weights
@@ -80,7 +81,7 @@ class TracedModel:
         config = copy.deepcopy(config)
         config._attn_implementation_internal = NAME
         config._experts_implementation_internal = NAME
-        with torch.device("meta"):
+        with torch_alone(), torch.device("meta"):
             build: Any = model_class._from_config
             # the model without its weights
             self.skeleton: Any = build(config).eval()

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import torch
+import torch.overrides as function_modes
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
+from packscore.errors import InputError
+from packscore.model.place import TORCHTPU_STANDS_BEFORE_TORCHAX, torchtpu_is_loaded
 from packscore_kernels import (
     PageWrites,
     ProjectionImplementation,
@@ -34,7 +40,12 @@ def torchax_environment() -> Any:
 
     Importing torchax registers an accelerator that is none: without this, `torch.compile` and
     `pin_memory` would believe in it.
+
+    Raises:
+      InputError: TorchTPU is in this process, which torchax cannot share.
     """
+    if torchtpu_is_loaded():
+        raise InputError(f"device: {TORCHTPU_STANDS_BEFORE_TORCHAX}")
     with _lock:
         fast_path = torch.backends.mha.get_fastpath_enabled()
         import torchax
@@ -87,6 +98,16 @@ class LayerAttention:
             soft_cap=soft_cap,
             sliding_window=self.window,
         )
+
+
+@contextmanager
+def torch_alone() -> Iterator[None]:
+    """Within the block torch is itself, also where `torchax.enable_globally()` sends it to jax."""
+    with ExitStack() as modes:
+        while torch._C._len_torch_function_stack():
+            modes.enter_context(function_modes._pop_mode_temporarily())
+        modes.enter_context(_disable_current_modes())
+        yield
 
 
 def round_once(activation: nn.Module) -> None:

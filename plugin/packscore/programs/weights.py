@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from packscore.errors import UnsupportedModelError
 from packscore.model.family import is_classifier, output_head
 from packscore.model.masks import final_cap, windows_of
+from packscore.model.place import is_on_torchax
 from packscore.model.weight_watch import WeightWatch, values_of
 from packscore_kernels.hardware import shape_of
 
@@ -58,13 +59,19 @@ class DeviceWeights:
 
     def _take(self, model: PreTrainedModel) -> None:
         whole: Any = model
-        arrays = jax.device_put(weights_of(model, self._skeleton), self._device)
+        arrays = self._put(weights_of(model, self._skeleton))
         # what changes from here on is seen the next time
         watch = WeightWatch(model)
         self._is_shared = shares_memory(arrays["norm"]["weight"], whole.get_decoder().norm.weight)
         self._on_taken(arrays)
         self.arrays: Weights = arrays
         self._watch = watch
+
+    def _put(self, weights: Weights) -> Weights:
+        places = {place for array in jax.tree.leaves(weights) for place in array.devices()}
+        if places == {self._device}:  # as those of a model on torchax: no second array of them
+            return weights
+        return jax.device_put(weights, self._device)
 
     @property
     def dtype(self) -> Any:
@@ -106,9 +113,8 @@ def weights_of(model: PreTrainedModel, skeleton: PreTrainedModel) -> Weights:
     _check_same_modules(model, skeleton)
     whole: Any = model
     decoder, head = whole.get_decoder(), output_head(model)
-    stacks = stack_layers(decoder.layers)
     weights: Weights = {
-        "layers": {name: to_jax(stack) for name, stack in stacks.items()},
+        "layers": stacks_of(decoder.layers),
         "rotary": {name: to_jax(b) for name, b in decoder.rotary_emb.named_buffers()},
         "norm": {name: to_jax(p) for name, p in decoder.norm.named_parameters()},
         "embed_tokens": {name: to_jax(x) for name, x in _tensors(decoder.embed_tokens)},
@@ -150,7 +156,9 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
+    # one by one also where they are tied: moved to torchax, they are tied no more
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: parameter.shape for name, parameter in named}
 
 
 def _check_same_modules(model: PreTrainedModel, skeleton: PreTrainedModel) -> None:
@@ -168,17 +176,31 @@ def _check_same_modules(model: PreTrainedModel, skeleton: PreTrainedModel) -> No
                 f"{name} is {numbers.get(name)} and by the model's configuration {number}, which "
                 "programs compute with; set it in the configuration, and patch the model anew"
             )
+    place = "jax" if is_on_torchax(model) else "cpu"
     for name, parameter in model.named_parameters():
-        if parameter.device.type != "cpu":
+        if parameter.device.type != place:
             raise UnsupportedModelError(
                 f"parameter {name!r} is on {parameter.device}; load the model on the CPU, "
-                "without device_map"
+                "without device_map, or move all of it to torchax"
             )
         if parameter.dtype not in (torch.float32, torch.bfloat16):
             raise UnsupportedModelError(
                 f"parameter {name!r} is {parameter.dtype}; programs compute in bfloat16 or "
                 "float32: load the model with dtype='bfloat16'"
             )
+
+
+def stacks_of(layers: nn.ModuleList) -> dict[str, jax.Array]:
+    """The stacked weights of equal layers, which the layers' own tensors are parts of from now on.
+
+    Returns:
+      {name inside a layer: [num_layers, ...]}.
+    """
+    if is_on_torchax(layers):
+        from packscore.programs.stacked_rows import stack_rows
+
+        return stack_rows(layers)
+    return {name: to_jax(stack) for name, stack in stack_layers(layers).items()}
 
 
 def stack_layers(layers: nn.ModuleList) -> dict[str, torch.Tensor]:
@@ -203,6 +225,10 @@ def stack_layers(layers: nn.ModuleList) -> dict[str, torch.Tensor]:
 
 def to_jax(tensor: torch.Tensor) -> jax.Array:
     """The same memory as a jax array; a weight that jax could not read in place is moved first."""
+    if tensor.device.type == "jax":  # torchax's, around a jax array
+        of_torchax: Any = tensor
+        array: jax.Array = of_torchax.jax()
+        return array
     if tensor.data_ptr() % JAX_ALIGNMENT or not tensor.is_contiguous():
         before = tensor.detach().contiguous()
         tensor.data = MappedFiles().move(before, torch.empty_like(before))

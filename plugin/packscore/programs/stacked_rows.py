@@ -1,0 +1,111 @@
+"""A model that is on torchax: its layers' tensors become rows of stacks, which programs read.
+
+A torchax tensor is a torch tensor around a jax array, `_elem`, and a write gives it another one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch
+from torch import nn
+from torchax.tensor import Tensor
+
+from packscore.errors import UnsupportedModelError
+
+
+class StackedRow(Tensor):  # type: ignore[misc]
+    """A layer's tensor without an array of its own: whoever reads it gets its row of a stack.
+
+    Written to, it is an ordinary torchax tensor again.
+    """
+
+    # the array that a watch of the weights knows this tensor by is the whole stack
+    _row: int
+
+    @property
+    def _elem(self) -> jax.Array:
+        return _row_of(self.__dict__["_elem"], self._row)
+
+    @_elem.setter
+    def _elem(self, value: jax.Array) -> None:
+        self.__class__ = Tensor
+        self._elem = value
+
+    @property
+    def shape(self) -> torch.Size:
+        """Without reading the row, as are the next two."""
+        return torch.Size(self.__dict__["_elem"].shape[1:])
+
+    @property
+    def ndim(self) -> int:
+        """Axes of the row."""
+        return len(self.shape)
+
+    @property
+    def jax_device(self) -> Any:
+        """Where the stack is."""
+        return self.__dict__["_elem"].device
+
+
+@jax.jit
+def _row_of(stack: jax.Array, row: int) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stack, row, keepdims=False)
+
+
+@jax.jit
+def _stack(*rows: jax.Array) -> jax.Array:
+    return jnp.stack(rows)
+
+
+def stack_rows(layers: nn.ModuleList) -> dict[str, jax.Array]:
+    """Stack the weights of equal layers, and make the layers' own tensors rows of the stacks.
+
+    One weight of all layers exists twice at a time, and none afterwards.
+
+    Returns:
+      {name inside a layer: [num_layers, ...]}.
+    """
+    owners = [dict(layer.named_parameters()) for layer in layers]
+    return {name: _stacked([owner[name] for owner in owners]) for name in owners[0]}
+
+
+def _stacked(tensors: list[Any]) -> jax.Array:
+    stack = held_array(tensors[0])
+    places = [(type(x), held_array(x), x.__dict__.get("_row")) for x in tensors]
+    is_stacked = len(stack) == len(tensors) and all(
+        kind is StackedRow and held is stack and row == i
+        for i, (kind, held, row) in enumerate(places)
+    )
+    if is_stacked:
+        return stack
+    stack = _stack(*(x.jax() for x in tensors))
+    for i, tensor in enumerate(tensors):
+        tensor.__class__ = StackedRow
+        tensor.__dict__ |= {"_elem": stack, "_row": i}
+    return stack
+
+
+def held_array(tensor: torch.Tensor) -> jax.Array:
+    """What a torchax tensor keeps alive: an array of its own, or the stack that it is a row of."""
+    array: jax.Array = tensor.__dict__["_elem"]
+    return array
+
+
+def place_of(model: nn.Module) -> jax.Device:
+    """The one jax device that a model's weights are on.
+
+    Raises:
+      UnsupportedModelError: they are on several.
+    """
+    on_torchax = (p for p in model.parameters() if isinstance(p, Tensor))
+    found = {device for p in on_torchax for device in held_array(p).devices()}
+    if len(found) != 1:
+        names = ", ".join(sorted(map(str, found)))
+        raise UnsupportedModelError(
+            f"the model's weights are on {len(found)} devices ({names}), and a program runs on "
+            "one; move the model to one device"
+        )
+    return found.pop()
