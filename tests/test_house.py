@@ -48,6 +48,7 @@ DOORS_OF_PROGRAMS = {
     ("packscore.selftest.parts", "parts", "call"),
     ("packscore", "", "types"),
     ("packscore.calls", "", "types"),
+    ("packscore.patching", "", "types"),
     ("packscore.core", "", "types"),
 }
 # The same of packscore_kernels, where errors and hardware are for all. The reference is the

@@ -192,6 +192,8 @@ def _row_arguments(
     shape = None if mask is None else getattr(mask, "shape", ())
     if tokens is None or shape not in (None, tokens.shape[:2]):
         raise NotServedError("attention_mask is no [batch, num_tokens] tensor")
+    if program.needs_mask(tokens.shape[1]):
+        raise NotServedError("the model's attention has a window or a cap")
     return {**given, **program.row_arguments(mask)}
 
 

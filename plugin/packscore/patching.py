@@ -80,7 +80,8 @@ def patch_model(
 
 def _compile(model: nn.Module, device: str | None, compile_cache: Path | None) -> None:
     # imported here: jax and torchax come into the process on the JAX path only
-    from packscore.programs.program import ModelProgram, resolve_device
+    from packscore.programs.device import resolve_device
+    from packscore.programs.program import ModelProgram
 
     inner = base_model(model)
     found = resolve_device(device, inner)
@@ -187,22 +188,24 @@ def packed_attention(
     row_attention: RowAttention | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The attention function that Hugging Face calls: packed with a `segment_plan`, else `base`.
+    """The attention function that Hugging Face calls: `base`, unless the call brings another.
+
+    A scorer brings a `segment_plan`, an ordinary call on torchax a `row_attention`.
 
     Returns:
       ([batch, num_tokens, num_q_heads, head_dim], None or the weights where `base` gives them).
     """
     if module.training:
         SIGNS.trained(module)
+    sm_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if row_attention is not None:
-        return row_attention(query, key, value, scaling), None
+        return row_attention(query, key, value, sm_scale), None
     if segment_plan is None:
         forward = _base_attention(base, module)
         output: tuple[torch.Tensor, torch.Tensor | None] = forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
         return output
-    sm_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     device = query.device.type
     if torch.is_autocast_enabled(device):
         # as in the attention it stands for: one dtype for all three, and float64 stays

@@ -16,14 +16,12 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
-from packscore.errors import InputError
 from packscore.flows.engine import Readout
 from packscore.flows.packing import PackedBatch
 from packscore.flows.page_pool import PAGE_SIZE, PREFIX_CACHE_BYTES
 from packscore.inputs import checked
 from packscore.model.family import class_count
 from packscore.model.masks import MaskKind, check_segment, mask_reason
-from packscore.model.place import is_on_torchax
 from packscore.model.sizes import ModelSizes
 from packscore.programs.compiling import Executables
 from packscore.programs.dense import check_dense_fits, fitting_tokens
@@ -41,7 +39,7 @@ from packscore.programs.sizes import (
     token_ladder,
 )
 from packscore.programs.traced_model import TracedModel
-from packscore.programs.traced_ops import KernelImplementation, torchax_environment
+from packscore.programs.traced_ops import KernelImplementation
 from packscore.programs.weights import DeviceWeights, to_torch
 from packscore.results import MaskChoice
 from packscore_kernels import BlockSizes, SegmentLayout
@@ -368,40 +366,3 @@ class ModelProgram:
 
     def _blocks(self, key: ProgramKey) -> BlockSizes:
         return block_sizes_for(self.sizes, self._weights.dtype, key)
-
-
-def resolve_device(
-    device: str | None, model: PreTrainedModel
-) -> tuple[jax.Device, KernelImplementation] | None:
-    """(jax device, implementation of the kernels) for "tpu", "jax" or "auto"; None is torch.
-
-    A model on torchax is scored where it is, which the name may say.
-
-    Raises:
-      InputError: the name is not one of these, is not where the model is, or there is no TPU.
-      UnsupportedModelError: a model on torchax is on several devices.
-    """
-    if device not in ("tpu", "jax", "auto", None):
-        raise InputError(f"{device=} must be 'tpu', 'jax', 'auto' or None")
-    torchax_environment()
-    if is_on_torchax(model):
-        from packscore.programs.stacked_rows import place_of
-
-        place = place_of(model)
-        if device == "tpu" and place.platform != "tpu":
-            raise InputError(
-                f"{device=}: the model is on torchax, on {place}, and is scored where it is; pass "
-                "device=None, or move it"
-            )
-        return place, "pallas" if place.platform == "tpu" else "xla"
-    if device == "jax":
-        return jax.devices()[0], "pallas" if jax.default_backend() == "tpu" else "xla"
-    try:
-        return jax.devices("tpu")[0], "pallas"
-    except RuntimeError as error:
-        if device == "tpu":
-            raise InputError(
-                f"{device=}: jax sees no TPU ({error}); install packscore[tpu] on a TPU machine, "
-                "or pass device='jax'"
-            ) from error
-        return None
