@@ -51,19 +51,3 @@ else:
     raise SystemExit("a tensor of TorchTPU was not refused")
 """
     )
-
-
-def test_without_it_nothing_is_told() -> None:
-    run_fresh(
-        """
-        from packscore.cli import doctor
-        from packscore.model.place import torchtpu_is_loaded
-        doctor.ask_jax = lambda: ([{"platform": "cpu", "kind": "cpu"}], None)
-        found = doctor.examine()
-        assert not torchtpu_is_loaded()
-        assert not any("TorchTPU" in problem for problem in found.problems)
-        assert found.runs["jax"] == "programs on jax's CPU"
-        import torchax  # which takes the name itself
-        assert not torchtpu_is_loaded()
-        """
-    )

@@ -17,6 +17,7 @@ def test_doctor_tells_people_and_programs(cli: Cli) -> None:
     assert found["torch_devices"][0] == "cpu"
     assert set(found["runs"]) == {"auto", "cpu", "cuda", "mps", "tpu", "jax"}
     text = cli("doctor").out
+    assert "TorchTPU" not in text
     for what in found["runs"].values():
         assert what in text
     assert text.splitlines()[0] == "versions"

@@ -154,18 +154,21 @@ def test_one_kind_of_weight_exists_twice_at_a_time(monkeypatch: pytest.MonkeyPat
     own = {name: tensor.jax() for name, tensor in model.named_parameters() if "layers" not in name}
     largest = 4 * max(p.jax().nbytes for p in model.model.layers[0].parameters())
     stack, peaks = stacked_rows._stack, []
+    temporaries: dict[int, int] = {}
 
     def watched(*rows: jax.Array) -> jax.Array:
         stacked = stack(*rows)
         peaks.append(live_bytes() - others)
-        compiled = stack.lower(*rows).compile().memory_analysis()
-        assert compiled.temp_size_in_bytes == 0
+        if stacked.nbytes == largest and largest not in temporaries:
+            memory = stack.lower(*rows).compile().memory_analysis()
+            temporaries[largest] = memory.temp_size_in_bytes
         return stacked
 
     monkeypatch.setattr(stacked_rows, "_stack", watched)
     patch_model(model)
     kinds_of_weight = len(list(model.model.layers[0].parameters()))
     assert len(peaks) == kinds_of_weight
+    assert set(temporaries.values()) == {0}
     assert of_model < max(peaks) <= of_model + largest
     # a slice that was read is gone when nobody holds it
     torch_sum = sum(float(p.jax().sum()) for p in model.model.layers.parameters())

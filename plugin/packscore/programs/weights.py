@@ -156,9 +156,11 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
-    # one by one also where they are tied: moved to torchax, they are tied no more
+    # with a head that is tied to the embedding: moved to torchax, it is tied no more
+    head = getattr(output_head(model), "weight", None)
     named = model.named_parameters(remove_duplicate=False)
-    return {name: parameter.shape for name, parameter in named}
+    of_head = {name: parameter.shape for name, parameter in named if parameter is head}
+    return {name: parameter.shape for name, parameter in model.named_parameters()} | of_head
 
 
 def _check_same_modules(model: PreTrainedModel, skeleton: PreTrainedModel) -> None:
