@@ -165,7 +165,8 @@ def test_one_kind_of_weight_exists_twice_at_a_time(monkeypatch: pytest.MonkeyPat
         return stacked
 
     monkeypatch.setattr(stacked_rows, "_stack", watched)
-    patch_model(model)
+    with torchax_environment():  # where the meta device, on which a skeleton is made, is jax's too
+        patch_model(model)
     kinds_of_weight = len(list(model.model.layers[0].parameters()))
     assert len(peaks) == kinds_of_weight
     assert set(temporaries.values()) == {0}
@@ -459,7 +460,7 @@ def test_untrained_heads_are_known_on_torchax_too() -> None:
         MultiItemScorer(patch_model(moved(classifier)))
 
 
-# In processes of their own
+# In a process of its own
 
 
 def test_a_process_that_is_all_torchax() -> None:

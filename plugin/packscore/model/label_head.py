@@ -60,7 +60,7 @@ class LinearHead:
         """Refuse rows that are not finite, all zero or not all different: nothing trained them."""
         if not self._is_plain:
             return
-        rows = rows_in_torch(self._head.weight, row_ids).float()
+        rows: Any = rows_in_torch(self._head.weight, row_ids).float()
         for row, row_id in zip(rows, row_ids, strict=True):
             if not torch.isfinite(row).all() or not row.any():
                 state = "all zero" if torch.isfinite(row).all() else "not finite"

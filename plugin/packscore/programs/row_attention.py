@@ -93,7 +93,8 @@ def attend_rows(
         page_size=0,
     )
     schedule = _schedule_of(batch, num_tokens, blocks)
-    return _through_op(q, k, v, visible, schedule, sm_scale, implementation)
+    out: jax.Array = _through_op(q, k, v, visible, schedule, sm_scale, implementation)
+    return out
 
 
 @functools.lru_cache(maxsize=64)
@@ -117,11 +118,11 @@ def _through_op(
         # a row's tokens in their order and padding behind them, where no token sees it
         order = jnp.argsort(~visible, axis=1, stable=True)
         q, k, v = (jnp.take_along_axis(x, order[:, None, :, None], axis=2) for x in (q, k, v))
-    packed = (
+    q, k, v = (
         jnp.swapaxes(x, 0, 1).reshape(x.shape[1], batch * num_tokens, head_dim) for x in (q, k, v)
     )
     out = segment_paged_attention(
-        *packed, None, schedule, sm_scale=sm_scale, implementation=implementation
+        q, k, v, None, schedule, sm_scale=sm_scale, implementation=implementation
     )
     out = out.reshape(-1, batch, num_tokens, head_dim).transpose(1, 2, 0, 3)
     if visible is not None:
@@ -141,10 +142,10 @@ def _forward(
 ) -> tuple[jax.Array, Any]:
     """The op has no gradients: where they are asked for, ordinary attention runs in its place."""
 
-    def ordinary(*qkv: jax.Array) -> jax.Array:
-        in_columns = (jnp.swapaxes(x, 1, 2) for x in qkv)
+    def ordinary(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
         seen = None if visible is None else visible[:, None, None, :]
-        out = jax.nn.dot_product_attention(*in_columns, mask=seen, scale=sm_scale, is_causal=True)
+        out = jax.nn.dot_product_attention(q, k, v, mask=seen, scale=sm_scale, is_causal=True)
         return out if visible is None else jnp.where(visible[:, :, None, None], out, 0)
 
     return jax.vjp(ordinary, q, k, v)

@@ -27,7 +27,8 @@ class StackedRow(Tensor):  # type: ignore[misc]
 
     @property
     def _elem(self) -> jax.Array:
-        return _row_of(self.__dict__["_elem"], self._row)
+        row: jax.Array = _row_of(self.__dict__["_elem"], self._row)
+        return row
 
     @_elem.setter
     def _elem(self, value: jax.Array) -> None:
@@ -57,7 +58,8 @@ def _row_of(stack: jax.Array, row: int) -> jax.Array:
 
 @jax.jit
 def _stack(*rows: jax.Array) -> jax.Array:
-    return jnp.stack(rows)
+    stack: jax.Array = jnp.stack(rows)
+    return stack
 
 
 def stack_rows(layers: nn.ModuleList) -> dict[str, jax.Array]:

@@ -71,7 +71,8 @@ class DeviceWeights:
         places = {place for array in jax.tree.leaves(weights) for place in array.devices()}
         if places == {self._device}:  # as those of a model on torchax: no second array of them
             return weights
-        return jax.device_put(weights, self._device)
+        moved: Weights = jax.device_put(weights, self._device)
+        return moved
 
     @property
     def dtype(self) -> Any:
