@@ -106,10 +106,20 @@ def op_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return count
 
 
-def test_scores_are_one_by_ones(pair: tuple[Any, Any]) -> None:
+def test_scores_are_one_by_ones(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no score reads a layer's tensor, which would copy it."""
     model, reference = pair
+
+    def read(stack: jax.Array, row: int) -> jax.Array:
+        raise AssertionError("a row was read")
+
+    monkeypatch.setattr(stacked_rows, "_row_of", read)
     assert_scores_of(model, reference)
     assert kinds(model) == {"StackedRow"}
+    assert {(x.dtype, x.ndim, x.device.type) for x in model.model.layers.parameters()} == {
+        (torch.float32, 1, "jax"),
+        (torch.float32, 2, "jax"),
+    }
 
 
 @pytest.mark.long

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import torch
 from torch import nn
+from torchax.ops.mappings import j2t_dtype
 from torchax.tensor import Tensor
 
 from packscore.errors import UnsupportedModelError
@@ -37,13 +38,19 @@ class StackedRow(Tensor):  # type: ignore[misc]
 
     @property
     def shape(self) -> torch.Size:
-        """Without reading the row, as are the next two."""
+        """Known without the row, as is what follows."""
         return torch.Size(self.__dict__["_elem"].shape[1:])
 
     @property
     def ndim(self) -> int:
         """Axes of the row."""
         return len(self.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The stack's."""
+        found: torch.dtype = j2t_dtype(self.__dict__["_elem"].dtype)
+        return found
 
     @property
     def jax_device(self) -> Any:
@@ -53,7 +60,8 @@ class StackedRow(Tensor):  # type: ignore[misc]
 
 @jax.jit
 def _row_of(stack: jax.Array, row: int) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(stack, row, keepdims=False)
+    found: jax.Array = jax.lax.dynamic_index_in_dim(stack, row, keepdims=False)
+    return found
 
 
 @jax.jit
@@ -75,19 +83,19 @@ def stack_rows(layers: nn.ModuleList) -> dict[str, jax.Array]:
 
 
 def _stacked(tensors: list[Any]) -> jax.Array:
-    stack = held_array(tensors[0])
-    places = [(type(x), held_array(x), x.__dict__.get("_row")) for x in tensors]
-    is_stacked = len(stack) == len(tensors) and all(
-        kind is StackedRow and held is stack and row == i
-        for i, (kind, held, row) in enumerate(places)
-    )
-    if is_stacked:
+    stack: jax.Array = held_array(tensors[0])
+    is_whole = stack.shape[:1] == (len(tensors),)
+    if is_whole and all(_is_row(tensor, stack, i) for i, tensor in enumerate(tensors)):
         return stack
-    stack = _stack(*(x.jax() for x in tensors))
+    stack = _stack(*(tensor.jax() for tensor in tensors))
     for i, tensor in enumerate(tensors):
         tensor.__class__ = StackedRow
-        tensor.__dict__ |= {"_elem": stack, "_row": i}
+        tensor.__dict__.update(_elem=stack, _row=i)
     return stack
+
+
+def _is_row(tensor: Any, stack: jax.Array, row: int) -> bool:
+    return type(tensor) is StackedRow and held_array(tensor) is stack and tensor._row == row
 
 
 def held_array(tensor: torch.Tensor) -> jax.Array:
