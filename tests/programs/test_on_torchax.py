@@ -12,8 +12,18 @@ import jax
 import pytest
 import torch
 from torchax import interop
+from transformers import MistralConfig, MistralForCausalLM
 
-from helpers import LABELS, one_by_one, random_classifier, random_decoder, random_ids, random_qwen3
+from helpers import (
+    LABELS,
+    SMALL,
+    one_by_one,
+    random_classifier,
+    random_decoder,
+    random_ids,
+    random_qwen3,
+    spread_scores,
+)
 from packscore import (
     InputError,
     MultiItemScorer,
@@ -282,6 +292,18 @@ def test_more_than_order_and_padding_is_the_models_own_attention(
         found = model(IDS.to("jax"), **given).logits
     assert_close(found, expected)
     assert not op_calls
+
+
+def test_a_window_is_the_models_own_attention(op_calls: Counter[str]) -> None:
+    config = MistralConfig(**{**SMALL, "num_hidden_layers": 1, "sliding_window": 8})
+    model, reference = both(spread_scores(MistralForCausalLM(config), seed=0))
+    short, expected = IDS[:, :7], reference(IDS).logits.detach()
+    with torchax_environment(), torch.no_grad():
+        assert_close(model(IDS.to("jax")).logits, expected)
+        assert not op_calls
+        found = model(short.to("jax")).logits
+    assert_close(found, expected[:, :7], ALL[:, :7])
+    assert op_calls["layers"] == 1
 
 
 def test_a_token_behind_a_cache_is_the_models_own_attention(

@@ -26,6 +26,7 @@ from workloads import config_of
 
 PROGRAMS = Path(__file__).with_name("compile_programs.py")
 PRODUCTS = Path(__file__).with_name("compile_products.py")
+ROWS = Path(__file__).with_name("compile_rows.py")
 SCRIPT = Path(__file__).with_name("compile_variants.py")
 TESTS = Path(__file__).parents[1]
 BENCHMARKS = TESTS.parent / "benchmarks"
@@ -173,6 +174,13 @@ def test_the_reader_of_products_sees_what_must_not_be_there():
     """
     found = [(dtypes, highest) for dtypes, highest, _ in products(text)]
     assert found == [({"f32", "bf16"}, False), ({"f32"}, True)]
+
+
+@needs_libtpu
+@pytest.mark.long
+def test_ordinary_calls_on_torchax_are_the_kernel():
+    """With padding and without; one kernel each, and nothing else of Pallas's."""
+    assert json.loads(output_of(ROWS, "v6e")) == [1, 1]
 
 
 @needs_libtpu
