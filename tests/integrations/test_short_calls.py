@@ -67,7 +67,7 @@ def test_what_a_call_asks_and_walks(
         "texts encoded": 1 + num_documents,  # the frame was encoded when the scorer was made
         "looks at the weights": 1,
         "walks of the modules": 3,  # for modes, for dropout, for the patch
-        "walks of torch's": 4,  # two of them only up to the first parameter
+        "walks of torch's": 5,  # three of them only up to the first parameter
     }
 
 
