@@ -340,14 +340,18 @@ def test_verification_leaves_other_threads_alone(found_patched: bool) -> None:
 
 BATCHES = """
     import copy, pickle, sys
-    from transformers import GenerationConfig
+    from transformers import ContinuousBatchingConfig, GenerationConfig
     from helpers import random_qwen3
     from packscore import MultiItemScorer, is_patched, patch_model, unpatch_model
 
     def batched(model):
         options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
         prompts, generation = [[5, 6, 7], [8, 9]], GenerationConfig(**options)
-        found = model.generate_batch(prompts, generation_config=generation, progress_bar=False)
+        # by itself it takes most of the machine's memory
+        few = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
+        found = model.generate_batch(
+            prompts, generation_config=generation, continuous_batching_config=few
+        )
         return sorted(output.generated_tokens for output in found.values())
 
     model = random_qwen3()
