@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import auto, std
 from typer.testing import CliRunner
 
 from packscore import shipped_model_path
@@ -54,6 +56,19 @@ class Cli:
     def read(self, name: str) -> list[dict[str, Any]]:
         """The records of a JSONL file."""
         return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
+
+
+def fork() -> int:
+    """As `os.fork`; the child writes its progress bars under a lock of its own.
+
+    tqdm's is shared between processes, and a child that is killed while it has it never gives it
+    back: the next one, and its parent, would wait for ever.
+    """
+    pid = os.fork()
+    if not pid:
+        for bars in (std.tqdm, auto.tqdm):
+            bars.set_lock(threading.RLock())
+    return pid
 
 
 def with_command(folder: Path) -> dict[str, str]:

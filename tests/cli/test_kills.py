@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from cli_helpers import RECORDS, Cli
+from cli_helpers import RECORDS, Cli, fork
 from cli_stand_in import OUTPUTS, plan_of, rows_of, run_stand_in
 from packscore.files.failures import RunError
 from packscore.files.file_plan import FilePlan
@@ -46,7 +46,7 @@ def die_at(moment: int, action: Callable[[], object]) -> int:
     Returns:
       The number of touches, where there were fewer; 0 where it was killed.
     """
-    pid = os.fork()
+    pid = fork()
     if pid:
         code = exit_code(pid)
         assert code in (0, -signal.SIGKILL)
@@ -139,7 +139,7 @@ def test_a_run_killed_at_twenty_moments_ends_the_same(cli: Cli, output: str) -> 
     sizes = sorted(generator.sample(range(100_000), 20))
     part = Path(f"{output}.part.jsonl")
     for size in sizes:
-        pid = os.fork()
+        pid = fork()
         if not pid:
             try:
                 run_stand_in(plan_of(output))
