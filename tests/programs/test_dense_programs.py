@@ -21,6 +21,7 @@ from packscore import (
     program_of,
 )
 from packscore.flows.page_pool import PAGE_SIZE
+from packscore.model import masks
 from packscore.model.sizes import ModelSizes
 from packscore.programs import dense, traced_model
 from packscore.programs.dense import pair_bytes
@@ -203,7 +204,7 @@ def test_bytes_are_those_that_the_compiler_counts(model: PreTrainedModel) -> Non
 def test_a_large_mask_is_told(
     model: PreTrainedModel, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dense, "TELL_MASK_BYTES", 2**20)
+    monkeypatch.setattr(masks, "TELL_MASK_BYTES", 2**20)
     with caplog.at_level(logging.WARNING, logger="packscore"):
         scorer_of(model, "dense").score(QUERY, ITEMS)
     assert "mask_impl='dense' needs" in caplog.text
@@ -240,6 +241,6 @@ def test_segments_are_refused_where_only_a_mask_can_be() -> None:
         ids = torch.tensor([QUERY[:length], random_ids(length, seed=4)])
         got = model(input_ids=ids).logits
         torch.testing.assert_close(got, plain(input_ids=ids).logits, atol=1e-4, rtol=0)
-    keys = program_of(model)._executables.by_key  # type: ignore[union-attr]
+    keys = program_of(model)._executables.by_key
     kinds = {isinstance(key, DenseKey) for key in keys if not hasattr(key, "num_rows")}
     assert kinds == {True, False}

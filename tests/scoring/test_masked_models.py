@@ -84,7 +84,7 @@ def gpt_oss() -> PreTrainedModel:
     own = {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 17}
     model = spread_scores(GptOssForCausalLM(GptOssConfig(**{**SMALL, **own})))
     with torch.no_grad():
-        for layer in model.get_decoder().layers:  # type: ignore[no-untyped-call]
+        for layer in model.get_decoder().layers:
             layer.self_attn.sinks.fill_(2.0)
     return model
 
@@ -156,11 +156,11 @@ def test_controls(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "gemma2":
         for module in model.modules():
             vars(module).pop("attn_logit_softcapping", None)
-        for layer in model.get_decoder().layers:  # type: ignore[no-untyped-call]
+        for layer in model.get_decoder().layers:
             layer.self_attn.attn_logit_softcapping = 1e9
     elif name == "gpt_oss":
         with torch.no_grad():
-            for layer in model.get_decoder().layers:  # type: ignore[no-untyped-call]
+            for layer in model.get_decoder().layers:
                 layer.self_attn.sinks.fill_(-1e9)
     else:
         monkeypatch.setattr(dense, "windows_of", lambda model: [None])

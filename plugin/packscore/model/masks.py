@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from packscore.errors import UnsupportedModelError
+from packscore.errors import MaskTooLargeError, UnsupportedModelError
 from packscore.model.family import base_model, is_classifier
 from packscore.model.plain import modules_of
 
+logger = logging.getLogger("packscore")
+
 MaskKind = Literal["segment", "dense"]
+# A dense mask of this size is worth telling the user, who may not know what it costs.
+TELL_MASK_BYTES = 256 * 2**20
 # Families whose decoder takes a mask for each kind of layer that `config.layer_types` names, and
 # those whose layers all have the configuration's window. The others know no windows.
 MASKS_BY_LAYER = ("qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_oss")
@@ -66,11 +71,29 @@ def check_segment(model: nn.Module, longest: int) -> None:
         )
 
 
-def smaller_mask(model: nn.Module, longest: int) -> str:
-    """What to do where a dense mask does not fit."""
+def check_mask_fits(model: nn.Module, longest: int, needed: int, free: int, what: str) -> None:
+    """Say what a dense mask needs, before it exists.
+
+    Args:
+      model: whose mask it is.
+      longest: tokens of its longest sequence.
+      needed, free: bytes.
+      what: needs them.
+
+    Raises:
+      MaskTooLargeError: it needs more than is free.
+    """
+    told = (
+        f"mask_impl='dense' needs {needed / 2**20:,.0f} MiB {what}; "
+        f"{free / 2**20:,.0f} MiB are free"
+    )
+    if needed <= free:
+        logger.log(logging.WARNING if needed >= TELL_MASK_BYTES else logging.INFO, told)
+        return
+    remedy = "score fewer items at a time, pass a smaller max_tokens, or free some memory"
     if mask_reason(model, longest) is None:
-        return "use mask_impl='segment', which needs no mask"
-    return "score fewer items at a time, pass a smaller max_tokens, or free some memory"
+        remedy = "use mask_impl='segment', which needs no mask"
+    raise MaskTooLargeError(f"{told}; {remedy}")
 
 
 def as_taken(model: PreTrainedModel, masks: Sequence[Any]) -> Any:

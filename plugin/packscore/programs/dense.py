@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import jax
 import psutil
 
-from packscore.errors import MaskTooLargeError
-from packscore.model.masks import smaller_mask
+from packscore.model.masks import check_mask_fits
 from packscore.model.sizes import ModelSizes
 from packscore.programs.sizes import DenseKey, token_ladder
-
-logger = logging.getLogger("packscore")
-
-# A dense mask of this size is worth telling the user, who may not know what it costs.
-TELL_MASK_BYTES = 256 * 2**20
 
 
 def free_bytes(device: jax.Device) -> int:
@@ -61,12 +54,9 @@ def check_dense_fits(
       MaskTooLargeError: it needs more than is free on `device`.
     """
     per_pair = pair_bytes(sizes, itemsize, device.platform)
-    needed, free = per_pair * key.num_tokens * key.num_keys, free_bytes(device)
-    told = (
-        f"mask_impl='dense' needs {needed / 2**20:,.0f} MiB on {device} for {key.num_tokens:,} "
-        f"tokens that see up to {key.num_keys:,} ({per_pair} bytes for each pair); "
-        f"{free / 2**20:,.0f} MiB are free"
+    what = (
+        f"on {device} for {key.num_tokens:,} tokens that see up to {key.num_keys:,} "
+        f"({per_pair} bytes for each pair)"
     )
-    if needed > free:
-        raise MaskTooLargeError(f"{told}; {smaller_mask(model, longest)}")
-    logger.log(logging.WARNING if needed >= TELL_MASK_BYTES else logging.INFO, told)
+    needed = per_pair * key.num_tokens * key.num_keys
+    check_mask_fits(model, longest, needed, free_bytes(device), what)

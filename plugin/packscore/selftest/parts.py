@@ -38,7 +38,7 @@ def parts(way: Way, request: Request) -> list[Part]:
 
     program = program_of(model)
     if program is None:
-        return [Part(runs, name, ms, None) for name, ms in _of_torch(call)]
+        return [Part(runs, name, ms, None) for name, ms in _of_torch(call, model.device)]
     # imported here: jax and torchax come into the process on the JAX path only
     from packscore.programs.profile import KERNELS, profiled_ms
 
@@ -59,9 +59,9 @@ def _predicted(sizes: ModelSizes, request: Request, chip: str) -> dict[str, floa
     return predicted_parts(sizes, chip, request.query_len + items, pairs)
 
 
-def _of_torch(call: Callable[[], object]) -> Iterator[tuple[str, float]]:
+def _of_torch(call: Callable[[], object], device: torch.device) -> Iterator[tuple[str, float]]:
     activity = torch.profiler.ProfilerActivity
-    on_cuda = torch.cuda.is_available()
+    on_cuda = device.type == "cuda"
     activities = [activity.CPU, *([activity.CUDA] if on_cuda else [])]
     with torch.profiler.profile(activities=activities) as profile:
         call()

@@ -75,11 +75,12 @@ def run(settings: Settings, made: dict[str, Any], tell: Callable[[str], object])
       made: for the report: date, versions, machine.
       tell: takes a line for people at every step.
     """
-    subjects = shipped(torch.float32), timed(settings)
+    timed = reference(settings.model, settings.dtype, is_small=settings.is_small)
+    subjects = shipped(torch.float32), timed
     report = Report(
         made,
         asdict(settings.request),
-        subjects[-1].name,
+        timed.name,
         str(settings.dtype).removeprefix("torch."),
     )
     models: list[nn.Module] = []
@@ -107,11 +108,6 @@ def run(settings: Settings, made: dict[str, Any], tell: Callable[[str], object])
             report.planned.append(_planned(report.cells, way, settings.request, vocab_size))
     report.compiled = _compiled(models)
     return report
-
-
-def timed(settings: Settings) -> Subject:
-    """The model that is timed."""
-    return reference(settings.model, settings.dtype, is_small=settings.is_small)
 
 
 def _ways(subject: Subject, settings: Settings) -> Iterator[Way]:

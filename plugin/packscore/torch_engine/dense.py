@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,14 +11,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from packscore.errors import MaskTooLargeError
 from packscore.flows.costs import flops_cost_model
 from packscore.flows.engine import Limits, Readout, RowLogits
 from packscore.flows.packing import PackedBatch, Share, pack
 from packscore.flows.page_pool import PagePool
 from packscore.model.family import base_model, check_supported
 from packscore.model.label_head import LinearHead
-from packscore.model.masks import as_taken, smaller_mask, windows_of
+from packscore.model.masks import as_taken, check_mask_fits, windows_of
 from packscore.model.plain import foreign_part
 from packscore.model.sizes import ModelSizes
 from packscore.results import Flow, MaskImpl
@@ -36,11 +34,6 @@ from packscore.torch_engine.forward import (
 )
 from packscore.torch_engine.hooks import changes_by_hooks, hooked
 from packscore_kernels.attention.layout import PREFIX_SEGMENT, SegmentLayout
-
-logger = logging.getLogger("packscore")
-
-# A dense mask of this size is worth telling the user, who may not know what it costs.
-TELL_MASK_BYTES = 256 * 2**20
 
 
 class DenseEngine:
@@ -166,12 +159,6 @@ def check_dense_fits(
     per_pair = num_masks + dtype.itemsize
     if "eager" in str(model.config._attn_implementation):
         per_pair = num_masks * (1 + dtype.itemsize) + heads * (2 * dtype.itemsize + 4)
+    what = f"for {num_tokens:,} tokens ({per_pair} bytes for each pair of tokens)"
     needed = num_tokens**2 * per_pair
-    free = free_bytes(device)
-    told = (
-        f"mask_impl='dense' needs {needed / 2**20:,.0f} MiB for {num_tokens:,} tokens "
-        f"({per_pair} bytes for each pair of tokens); {free / 2**20:,.0f} MiB are free"
-    )
-    if needed > free:
-        raise MaskTooLargeError(f"{told}; {smaller_mask(model, layout.longest)}")
-    logger.log(logging.WARNING if needed >= TELL_MASK_BYTES else logging.INFO, told)
+    check_mask_fits(model, layout.longest, needed, free_bytes(device), what)
