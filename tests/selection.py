@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import itertools
 from collections.abc import Hashable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+HAS_JAX = all(importlib.util.find_spec(name) for name in ("jax", "torchax"))
+# what a test file imports only where jax is; the rest of packscore_kernels is numpy
+OF_JAX = ("jax", "torchax", "packscore.programs", "packscore_kernels.attention.reference")
+WITHOUT_JAX = ("packscore.programs.sizes",)
 
 # Tests that are one unit of work, those that take longest first: whatever starts late is short, and
 # no process waits for another at the end. All other files follow, a unit each, so that what the
@@ -39,6 +47,29 @@ def unit_of(nodeid: str) -> str:
     """The unit that a test belongs to: the first above that its name begins with, or its file."""
     units = (unit for unit in LONGEST_FIRST if nodeid.startswith(unit))
     return next(units, nodeid.partition("::")[0])
+
+
+def imports_jax(path: Path) -> bool:
+    """Whether a test file can be read with jax alone, by the imports at its top."""
+    names: list[str] = []
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names.append(node.module or "")
+    return any(
+        f"{name}.".startswith(f"{of_jax}.")
+        for name in names
+        if name not in WITHOUT_JAX
+        for of_jax in OF_JAX
+    )
+
+
+def takes_jax(item: pytest.Item) -> bool:
+    """Whether a test's parameters say that it scores through programs: `"jax"` among them."""
+    values = getattr(item, "callspec", None)
+    found = list(values.params.values()) if values else []
+    return any("jax" in x if isinstance(x, tuple) else x == "jax" for x in found)
 
 
 def pairwise(rows: Sequence[tuple[Hashable, ...]]) -> set[int]:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import re
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
+from email.message import Message
 from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+
+import packscore
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,27 +63,73 @@ def test_sdist_can_build_the_same(dist: Path) -> None:
     assert {"LICENSE", "README.md", "pyproject.toml", "setup.cfg"} <= names
 
 
-def test_metadata_keeps_the_core_install_light(dist: Path) -> None:
+@pytest.fixture(scope="module")
+def metadata(dist: Path) -> Message:
     (wheel,) = dist.glob("*.whl")
     archive = zipfile.ZipFile(wheel)
-    (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-    message = Parser().parsestr(archive.read(metadata).decode())
-    required = message.get_all("Requires-Dist", [])
-    core = {r.partition(">")[0].partition("<")[0] for r in required if "extra ==" not in r}
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    return Parser().parsestr(archive.read(name).decode())
+
+
+def test_the_core_is_torch_and_brings_no_jax(metadata: Message) -> None:
+    required = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
+    core = {found.name for found in required if found.marker is None}
     assert core == {
-        *("accelerate", "jax", "numpy", "psutil", "torch", "torchax", "tqdm", "transformers"),
-        "typer",
+        *("accelerate", "numpy", "psutil", "torch", "tqdm", "transformers", "typer"),
     }
-    for bounded in ("jax", "torch", "torchax", "transformers"):
-        (line,) = (r for r in required if r.startswith((f"{bounded}<", f"{bounded}>")))
-        assert "<" in line
-        assert ">=" in line
-    libtpu = [r for r in required if r.startswith("libtpu")]
-    assert len(libtpu) == 1
-    for marker in ('sys_platform == "linux"', 'platform_machine == "x86_64"', 'extra == "tpu"'):
-        assert marker in libtpu[0]
-    assert set(message.get_all("Provides-Extra", [])) == {
-        *("tpu", "test", "dev", "docs", "parquet", "plot"),
-        *("langchain", "llama-index", "rerankers", "sentence-transformers"),
+    of_jax = [found for found in required if str(found.marker) == 'extra == "jax"']
+    assert {found.name for found in of_jax} == {"jax", "jaxlib", "torchax"}
+    for found in required:
+        if found.name in {"jax", "jaxlib", "torch", "torchax", "transformers"}:
+            assert {clause.operator for clause in found.specifier} == {">=", "<"}, found
+    for_tpu = [found for found in required if "tpu" in str(found.marker)]
+    (libtpu,) = (found for found in for_tpu if found.extras == {"tpu"})
+    assert libtpu.name == "jax"  # whose extra names the libtpu that belongs to it
+    for where in ('sys_platform == "linux"', 'platform_machine == "x86_64"'):
+        assert where in str(libtpu.marker)
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata.get_all("License-File") == ["LICENSE"]
+    assert "Typing :: Typed" in metadata.get_all("Classifier", [])
+
+
+def test_one_place_says_the_version(metadata: Message, dist: Path) -> None:
+    assert metadata["Version"] == packscore.__version__
+    assert {path.name for path in dist.iterdir()} == {
+        f"packscore-{packscore.__version__}.tar.gz",
+        f"packscore-{packscore.__version__}-py3-none-any.whl",
     }
-    assert message["License-Expression"] == "Apache-2.0"
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (\S+)", changes, re.MULTILINE)[0] == packscore.__version__
+
+
+def test_every_extra_can_be_resolved(metadata: Message, dist: Path) -> None:
+    extras = metadata.get_all("Provides-Extra", [])
+    assert {"jax", "tpu", "parquet", "sentence-transformers"} < set(extras)
+    (wheel,) = dist.glob("*.whl")
+    pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-cache-dir"]
+    command = [*pip, f"{wheel}[{','.join(extras)}]"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "does not provide the extra" not in done.stderr
+
+
+def test_both_archives_work_where_they_are_installed(dist: Path, tmp_path: Path) -> None:
+    """In an environment of their own, with the torch and transformers of this one."""
+    for archive in dist.iterdir():
+        where = tmp_path / archive.suffix
+        subprocess.run([sys.executable, "-m", "venv", str(where)], check=True)
+        python = where / "bin/python"
+        # the other packages come last; our own folder is not among them
+        (site,) = where.glob("lib/python*/site-packages")
+        (site / "here.pth").write_text("\n".join(map(sysconfig.get_path, ("purelib", "platlib"))))
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--no-deps"]
+        options = [] if archive.suffix == ".whl" else ["--no-build-isolation"]
+        done = subprocess.run(
+            [*pip, *options, str(archive)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        run = functools.partial(subprocess.check_output, cwd=tmp_path, env=environment, text=True)
+        assert run([where / "bin/packscore", "--version"]).strip() == packscore.__version__
+        asked = "import packscore; print(packscore.shipped_model_path())"
+        assert run([python, "-c", asked]).startswith(str(site))

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from packscore.verify import Tolerance as Tolerance
     from packscore.verify import verify_parity as verify_parity
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The public names and where they live; the block above repeats them for type checkers, and a test
 # compares the two.

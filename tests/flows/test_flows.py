@@ -165,6 +165,7 @@ def compiled() -> tuple[PreTrainedModel, MultiItemScorer]:
     return random_qwen3(), MultiItemScorer(model, label_token_ids=LABELS)
 
 
+@pytest.mark.jax
 @pytest.mark.parametrize("flow", ["packed", "chunked", "extend", "plain"])
 def test_every_flow_through_programs(
     compiled: tuple[PreTrainedModel, MultiItemScorer], flow: Any
@@ -179,6 +180,7 @@ def test_every_flow_through_programs(
     assert difference(model, result.scores, prefix, items) <= PROBABILITY_MAX_FLOAT32
 
 
+@pytest.mark.jax
 def test_programs_share_pages_between_queries(
     compiled: tuple[PreTrainedModel, MultiItemScorer],
 ) -> None:

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -29,8 +28,8 @@ from packscore.flows.packing import Share, pack
 from packscore.flows.page_pool import PAGE_SIZE, PagePool
 from packscore.flows.planner import Planner, Workload
 from packscore.model.sizes import ModelSizes
-from packscore.programs.launch_inputs import LaunchInputs, block_sizes_for
 from packscore.programs.sizes import MAX_PAGES, program_key
+from selection import HAS_JAX
 from tolerances import PROBABILITY_MAX_FLOAT32
 
 pytestmark = pytest.mark.usefixtures("quick_programs")
@@ -49,10 +48,8 @@ def reference() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, PreTrainedModel]:
-    return {
-        "torch": patch_model(random_qwen3()),
-        "jax": patch_model(random_qwen3(), device="jax"),
-    }
+    paths = {"torch": None, "jax": "jax"} if HAS_JAX else {"torch": None}
+    return {name: patch_model(random_qwen3(), device=device) for name, device in paths.items()}
 
 
 @pytest.fixture(params=PATHS)
@@ -88,6 +85,8 @@ def poison(scorer: MultiItemScorer, *, spare: bool = True) -> None:
         for layer in range(2):
             engine._pages._slots(layer, torch.zeros(1, 2, 1, 16))[:, :, slots] = torch.nan
         return
+    import jax.numpy as jnp
+
     pages = engine._pages
     array = jnp.zeros(pages.struct.shape) if pages._array is None else pages._array
     every_layer = np.tile(free, (2, 1))[:, None, None, :, None]
@@ -189,6 +188,7 @@ def test_a_prefix_longer_than_a_launch_is_computed_in_pieces(
     assert engine.pool.num_pinned_pages == 0
 
 
+@pytest.mark.jax
 def test_a_program_names_the_pages_of_the_longest_prefix() -> None:
     """40 960 tokens are 320 pages; what a launch of several requests names is bounded below."""
     sizes = ModelSizes.of(random_qwen3().config)
@@ -198,6 +198,8 @@ def test_a_program_names_the_pages_of_the_longest_prefix() -> None:
     assert lease is not None
     lease.commit()
     batch = pack([Share(0, prefix, [np.ones(7, np.int64)], np.arange(1), lease)])
+    from packscore.programs.launch_inputs import LaunchInputs, block_sizes_for
+
     key = program_key(len(batch.token_ids), 1, 2, False, MAX_PAGES)
     blocks = block_sizes_for(sizes, "float32", key, "v6e")
     inputs = LaunchInputs.of(key, blocks, batch.layout, batch.token_ids, [1, 2], leases=[lease])
@@ -213,6 +215,7 @@ class LostError(RuntimeError):
     """What a device may say when a launch fails."""
 
 
+@pytest.mark.jax
 @pytest.mark.parametrize("is_donated", [True, False])
 def test_a_failed_launch_does_not_leave_empty_pages_behind(
     reference: PreTrainedModel,
@@ -248,6 +251,7 @@ def test_a_failed_launch_does_not_leave_empty_pages_behind(
     assert engine.pool.num_pinned_pages == 0
 
 
+@pytest.mark.jax
 def test_a_launch_that_fails_when_it_is_read_spoils_nothing(
     reference: PreTrainedModel, models: dict[str, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,6 +303,7 @@ def test_pages_cleared_by_another_thread_are_computed_again(
     assert engine.pool.num_pinned_pages == 0
 
 
+@pytest.mark.jax
 def test_a_stream_survives_other_weights_and_another_patch() -> None:
     model, reference = patch_model(random_qwen3()), random_qwen3()
     scorer = scorer_of(model)

@@ -71,6 +71,7 @@ def test_rerankers(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.fullmatch(r"2  0\.\d{3}  os: Rename .*", other)
 
 
+@pytest.mark.jax
 @pytest.mark.usefixtures("quick_programs")
 def test_programs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["rerank_tpu.py", "--device", "jax"])

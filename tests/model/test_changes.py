@@ -331,6 +331,7 @@ def test_pages_go_with_the_model_and_are_accounted_for() -> None:
         assert pool.num_free_pages == pool.num_pages - 1
 
 
+@pytest.mark.jax
 @pytest.mark.usefixtures("quick_programs")
 def test_fewer_layers_of_more_pages_are_not_the_same_pages() -> None:
     """Two layers of 96 pages are an array of the shape of three layers of 64."""

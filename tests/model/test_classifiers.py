@@ -143,6 +143,7 @@ def test_the_head_of_an_adapter_is_used() -> None:
     assert (found - expected).abs().max() <= PROBABILITY_MAX_FLOAT32
 
 
+@pytest.mark.jax
 @pytest.mark.parametrize("fused", [False, True], ids=["counted", "fused"])
 def test_a_head_that_loading_drew_is_refused(tmp_path: Path, fused: bool) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -231,6 +232,7 @@ def test_the_dense_mask_scores_classes_too() -> None:
     assert (found - expected).abs().max() <= PROBABILITY_MAX_FLOAT32
 
 
+@pytest.mark.jax
 def test_one_warmup_serves_scores_and_plain_calls() -> None:
     from packscore import program_of
 

@@ -133,6 +133,7 @@ def test_labels_of_several_tokens_with_an_adapter() -> None:
     assert (other - expected).abs().max() > 100 * PROBABILITY_MAX_FLOAT32
 
 
+@pytest.mark.jax
 @pytest.mark.parametrize("merge_in_place", [False, True])
 def test_programs_refuse_an_adapter_that_is_there(merge_in_place: bool) -> None:
     wrapped = adapted()

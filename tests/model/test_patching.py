@@ -296,6 +296,7 @@ def test_not_a_hugging_face_model() -> None:
         patch_model(torch.nn.Linear(2, 2))
 
 
+@pytest.mark.jax
 def test_a_model_without_head_is_refused() -> None:
     model = patch_model(AutoModel.from_pretrained(shipped_model_path()).eval())
     for refused in (MultiItemScorer, lambda m: patch_model(m, device="jax")):

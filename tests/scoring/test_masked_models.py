@@ -203,6 +203,7 @@ def test_classes_are_not_capped() -> None:
     assert (torch.tensor(found) - expected).abs().max() <= PROBABILITY_MAX_FLOAT32
 
 
+@pytest.mark.jax
 @pytest.mark.parametrize("name", IN_PROGRAMS)
 def test_programs_hold_them(name: str) -> None:
     reference = MODELS[name][0]()
@@ -224,6 +225,7 @@ def test_programs_hold_them(name: str) -> None:
     assert program.compile_count > count  # not in torch
 
 
+@pytest.mark.jax
 @pytest.mark.parametrize(
     ("name", "option", "value"),
     [
@@ -247,6 +249,7 @@ def test_programs_follow_a_configuration_or_refuse_it(name: str, option: str, va
     assert (found - expected).abs().max() <= PROBABILITY_MAX_FLOAT32
 
 
+@pytest.mark.jax
 @pytest.mark.parametrize(("make", "kind"), [(gemma3, "gemma3_text"), (gpt_oss, "gpt_oss")])
 def test_what_programs_cannot_hold_is_refused_with_the_remedy(make: Any, kind: str) -> None:
     with pytest.raises(UnsupportedModelError, match=f"{kind!r} is not held.*without device="):

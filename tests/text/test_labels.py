@@ -279,6 +279,7 @@ def test_more_items_than_a_launch_has_groups(
     assert found.usage.computed_tokens == 150 + sum(map(len, items)) + 70
 
 
+@pytest.mark.jax
 def test_one_warmup_serves_them() -> None:
     """The launch of the query and those of the items run the same programs."""
     scorer = MultiItemScorer(patch_model(random_qwen3(), device="jax"))

@@ -80,7 +80,7 @@ class TracedModel:
         ExpertsInterface.register(NAME, program_experts)
         config = copy.deepcopy(config)
         config._attn_implementation_internal = NAME
-        config._experts_implementation_internal = NAME
+        config._experts_implementation_internal = "eager"  # old versions refuse other names here
         with torch_alone(), torch.device("meta"):
             build: Any = model_class._from_config
             # the model without its weights

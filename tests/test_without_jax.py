@@ -1,0 +1,64 @@
+"""Where jax or torchax is missing or broken, torch scores, and what needs them says so by name."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+SCORES = """
+import sys
+from transformers import AutoModelForCausalLM
+from packscore import MissingPackageError, MultiItemScorer, patch_model, shipped_model_path
+
+def load():
+    return AutoModelForCausalLM.from_pretrained(shipped_model_path()).eval()
+
+scorer = MultiItemScorer(patch_model(load()), label_token_ids=[1, 2])
+assert len(scorer.score([1, 2], [[3], [4, 5]])) == 2
+with scorer.prefix([1, 2]) as held:
+    held.score([[3]])
+print(scorer.explain([1, 2], [[3]]).flow)
+for device in ("jax", "tpu"):
+    try:
+        patch_model(load(), device=device)
+    except MissingPackageError as error:
+        assert "pip install" in str(error) and "\\n" not in str(error), error
+        print(error)
+    else:
+        raise SystemExit(f"{device} was taken")
+"""
+# what an environment may have in the place of a package
+BROKEN = {
+    "missing": "raise ModuleNotFoundError(f'No module named {__name__!r}', name=__name__)",
+    "other version": "raise ImportError('cannot import name core from jax.interpreters')",
+    "broken library": "raise OSError('libtpu.so: undefined symbol: TpuExecutor_Init')",
+    "attribute gone": "raise AttributeError(\"module 'torch' has no attribute '_C._x'\")",
+}
+
+
+def run_with(stand_ins: Path, code: str) -> str:
+    # before everything that is installed
+    told = f"import sys; sys.path.insert(0, {str(stand_ins)!r})\n"
+    done = subprocess.run(
+        [sys.executable, "-c", told + textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("what", BROKEN)
+@pytest.mark.parametrize("package", ["jax", "torchax"])
+def test_torch_scores_without_it_and_programs_name_it(
+    tmp_path: Path, package: str, what: str
+) -> None:
+    (tmp_path / f"{package}.py").write_text(BROKEN[what] + "\n")
+    printed = run_with(tmp_path, SCORES).splitlines()
+    assert len(printed) == 3
+    assert all("jax" in line for line in printed[1:])
