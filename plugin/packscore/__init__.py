@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from packscore.errors import StalePrefixError as StalePrefixError
     from packscore.errors import UnexpectedCompileError as UnexpectedCompileError
     from packscore.errors import UnsupportedModelError as UnsupportedModelError
+    from packscore.errors import UnsupportedVersionError as UnsupportedVersionError
     from packscore.flows.planner import Explanation as Explanation
     from packscore.flows.planner import Plan as Plan
     from packscore.flows.planner import Workload as Workload
@@ -61,6 +62,7 @@ _HOMES = {
         *("InputError", "InputTypeError", "MaskTooLargeError", "MissingPackageError"),
         *("NonFiniteScoreError", "NotPatchedError", "OutOfMemoryError", "PackscoreError"),
         *("ScoringError", "StalePrefixError", "UnexpectedCompileError", "UnsupportedModelError"),
+        "UnsupportedVersionError",
     ),
     "flows.planner": ("Explanation", "Plan", "Workload"),
     "integrations.cross_encoder": ("CrossEncoder",),

@@ -19,11 +19,11 @@ import numpy.typing as npt
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
 from packscore.errors import MaskTooLargeError, UnsupportedModelError
 from packscore.flows.engine import Readout
 from packscore.flows.packing import PackedBatch, split_items
+from packscore.interfaces import CAUSAL_OUTPUT, CLASSIFIER_OUTPUT
 from packscore.model.family import base_model, is_classifier
 from packscore.model.place import is_on_torchax
 from packscore.model.plain import foreign_part
@@ -314,9 +314,9 @@ def _kept_columns(logits_to_keep: Any, num_columns: int) -> Indices:
 def _serve(model: PreTrainedModel, program: ModelProgram, call: PlainCall) -> Any:
     output: Any
     if is_classifier(model):
-        output = SequenceClassifierOutputWithPast(logits=_class_logits(model, program, call))
+        output = CLASSIFIER_OUTPUT()(logits=_class_logits(model, program, call))
     else:
-        output = CausalLMOutputWithPast(logits=_token_logits(model, program, call))
+        output = CAUSAL_OUTPUT()(logits=_token_logits(model, program, call))
     return output if call.return_dict else output.to_tuple()
 
 

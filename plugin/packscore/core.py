@@ -27,6 +27,7 @@ from packscore.flows.label_runs import run_labels
 from packscore.flows.page_pool import PrefixLease
 from packscore.flows.runner import Runner
 from packscore.inputs import check_count, short
+from packscore.interfaces import check_patching
 from packscore.model.class_head import ClassHead, head_of
 from packscore.model.family import base_model, check_supported
 from packscore.model.label_head import LabelHead
@@ -69,6 +70,7 @@ def core_of(
     on_non_finite: NonFiniteChoice,
 ) -> ScoringCore:
     """The parts of a scorer, from the arguments of `MultiItemScorer`."""
+    check_patching()
     check_supported(model)
     base = base_model(model)
     spec = resolve_prompt(prompt)

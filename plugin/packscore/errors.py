@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from packscore.installed import install_command
+
 # Places that an error names; it keeps all of them.
 NAMED_INDICES = 5
 
@@ -45,11 +47,25 @@ class MissingPackageError(PackscoreError, ImportError):
     """An optional package is not installed."""
 
     def __init__(self, feature: str, extra: str) -> None:
-        super().__init__(f"{feature} needs more packages; pip install 'packscore[{extra}]'")
+        super().__init__(f"{feature} needs more packages; {install_command(extra)}")
         self._named = feature, extra
 
     def __reduce__(self) -> Any:
         return type(self), self._named
+
+
+class UnsupportedVersionError(PackscoreError, ImportError):
+    """An installed package has not what packscore reads of it, or cannot be imported here.
+
+    `package` is the package, and `missing` the name that it has not; None where it was no name.
+    """
+
+    def __init__(self, message: str, package: str, missing: str | None = None) -> None:
+        super().__init__(message)
+        self.package, self.missing = package, missing
+
+    def __reduce__(self) -> Any:
+        return type(self), (str(self), self.package, self.missing)
 
 
 class StalePrefixError(PackscoreError, RuntimeError):

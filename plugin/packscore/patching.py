@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, PreTrainedConfig
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import PreTrainedConfig
 
 from packscore.calls import leave, program_of, serve
 from packscore.errors import InputError
 from packscore.inputs import checked
+from packscore.interfaces import (
+    ATTENTION_REGISTRY,
+    attention_function,
+    attention_name,
+    check_patching,
+)
 from packscore.model.class_head import remember_drawn_head
 from packscore.model.family import REGISTERED_NAMES, base_model, check_supported, layer_configs
 from packscore.model.place import is_on_torchax
@@ -61,8 +65,13 @@ def patch_model(
       UnsupportedModelError: the model cannot be scored exactly when packed, or not in programs; the
         message says why.
       InputError: there is no such device, or a `compile_cache` and no device to compile for.
+      UnsupportedVersionError: torch, transformers, jax or torchax has not what packscore reads of
+        it; the message names it, and versions that have it.
+      MissingPackageError: there is a device, and jax or torchax is not installed.
     """
+    check_patching()
     check_supported(model)
+    check_patching(base_model(model).config.model_type)
     compiles = device is not None or is_on_torchax(model)
     if compile_cache is not None and not compiles:
         raise InputError(
@@ -110,7 +119,7 @@ def unpatch_model(model: ModelT) -> ModelT:
 def is_patched(model: nn.Module) -> bool:
     """Whether `patch_model` is in effect on `model`, in all of its layers."""
     names = REGISTERED_NAMES.values()
-    found = [config._attn_implementation for _, config in layer_configs(model)]
+    found = [attention_name(config) for _, config in layer_configs(model)]
     return bool(found) and all(name in names for name in found)
 
 
@@ -142,7 +151,7 @@ class PatchedConfig:
 
     @property
     def _attn_implementation(self) -> str:
-        name: str = self.own._attn_implementation or "eager"
+        name = attention_name(self.own) or "eager"
         return REGISTERED_NAMES.get(name, name)
 
     def __getattr__(self, name: str) -> Any:
@@ -164,14 +173,7 @@ def _unpickled(own: PreTrainedConfig) -> PatchedConfig:
 def _register() -> None:
     listen()
     for base, name in REGISTERED_NAMES.items():
-        AttentionInterface.register(name, functools.partial(packed_attention, base))
-
-
-def _base_attention(base: str, module: nn.Module) -> Callable[..., Any]:
-    # "eager" is no registered function: every modeling file has its own
-    eager = sys.modules[type(module).__module__].eager_attention_forward
-    forward: Callable[..., Any] = eager if base == "eager" else ALL_ATTENTION_FUNCTIONS[base]
-    return forward
+        ATTENTION_REGISTRY()(name, functools.partial(packed_attention, base))
 
 
 def packed_attention(
@@ -201,7 +203,7 @@ def packed_attention(
     if row_attention is not None:
         return row_attention(query, key, value, sm_scale), None
     if segment_plan is None:
-        forward = _base_attention(base, module)
+        forward = attention_function(base, module)
         output: tuple[torch.Tensor, torch.Tensor | None] = forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from packscore.encoded import EncodedRequest
 from packscore.errors import InputError
 from packscore.inputs import Text, as_list, as_pairs, checked
+from packscore.interfaces import set_attention_name
 from packscore.model.family import base_model, is_classifier
 from packscore.model.plain import modules_of
 from packscore.patching import ModelT, is_patched, patch_model, unpatch_model
@@ -279,7 +280,7 @@ def eager_twin_of(model: ModelT) -> ModelT:
     twin = unpatch_model(twin_of(model))
     for module in modules_of(base_model(twin)):
         if isinstance(config := module.__dict__.get("config"), PreTrainedConfig):
-            config._attn_implementation_internal = "eager"
+            set_attention_name(config, "eager")
     return twin
 
 

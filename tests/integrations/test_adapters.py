@@ -194,13 +194,14 @@ def test_a_path_is_a_name_and_nothing_found_is_nothing_ranked() -> None:
 def test_a_missing_package_names_the_extra() -> None:
     code = f"""
     import importlib, sys
+    from packscore.installed import install_command
     for module, (package, extra) in {EXTRAS!r}.items():
         sys.modules[package] = None
         try:
             importlib.import_module(module)
         except ImportError as error:
             assert type(error).__name__ == "MissingPackageError", error
-            assert f"pip install 'packscore[{{extra}}]'" in str(error), error
+            assert install_command(extra) in str(error), error
         else:
             raise SystemExit(module)
     """

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
+from typing import Any
 
 import psutil
 import torch
@@ -17,10 +18,20 @@ from packaging.requirements import Requirement
 
 import packscore
 from packscore.cli.load import choose_device, tpu_is_plugged_in
+from packscore.errors import PackscoreError
+from packscore.installed import COLUMNS, install_command, is_installed, tested_rows, version_of
+from packscore.interfaces import TABLE, absent
 from packscore.model.place import TORCHTPU_STANDS_BEFORE_TORCHAX, torchtpu_is_loaded
 
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "jax", "jaxlib", "torchax", "libtpu")
 OPTIONAL_PACKAGES = ("pyarrow", "peft")
+# jax and torchax are imported by another process too: what is broken there ends that one
+ASK_PROGRAMS = """
+import json
+from packscore.programs import interfaces
+print(json.dumps(interfaces.absent()))
+"""
+UNASKED = "cannot be imported"
 # A TPU that another process holds makes jax wait: it is asked in a process of its own.
 JAX_TIMEOUT_S = 120
 ASK_JAX = """
@@ -39,6 +50,8 @@ class Findings:
       machine: system, processors and memory.
       torch_devices, jax_devices: names.
       runs: what each `--device` does here.
+      interfaces: by packages: whether all that packscore reads of their insides is there.
+      tested: rows of versions that were run together, and whether one `is_installed`.
       problems: what stops something, each with its remedy.
       notes: what is worth knowing.
     """
@@ -48,6 +61,8 @@ class Findings:
     torch_devices: list[str]
     jax_devices: list[str]
     runs: dict[str, str]
+    interfaces: dict[str, str] = field(default_factory=dict)
+    tested: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -67,6 +82,9 @@ class Findings:
         lines += [f"  {'jax':<13}{', '.join(self.jax_devices) or 'none'}"]
         lines += ["what runs where"]
         lines += [f"  --device {name:<5} {what}" for name, what in self.runs.items()]
+        lines += ["interfaces"]
+        lines += [f"  {names:<20} {what}" for names, what in self.interfaces.items()]
+        lines += ["versions that were tested together", *_table(self.tested)]
         lines += ["notes", *(f"  {note}" for note in self.notes)] if self.notes else []
         lines += ["problems"] if self.problems else ["no problems"]
         return "\n".join([*lines, *(f"  {problem}" for problem in self.problems)])
@@ -86,19 +104,19 @@ def examine() -> Findings:
     found.problems += version_problems(metadata_requirements())
     if jax_failure:
         found.problems.append(f"jax: {jax_failure}")
+    asked = {"torch, transformers": {str(x.missing): str(x) for x in absent(TABLE)}}
+    if version_of("jax") is not None and not torchtpu_is_loaded():
+        asked["jax, torchax"] = ask_programs()
+    for packages, missing in asked.items():
+        told = f"missing: {', '.join(missing)}; see problems" if missing else "all there"
+        found.interfaces[packages] = told.replace(f"missing: {UNASKED}", UNASKED)
+        found.problems += missing.values()
+    found.tested = [{**row, "is_installed": is_installed(row)} for row in tested_rows()]
     found.problems += device_problems({device["platform"] for device in jax_devices})
     if torchtpu_is_loaded():
         found.problems.append(f"torch: {TORCHTPU_STANDS_BEFORE_TORCHAX}")
     found.notes += _notes(found)
     return found
-
-
-def version_of(package: str) -> str | None:
-    """The installed version of a package."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def machine() -> dict[str, str]:
@@ -134,9 +152,37 @@ def ask_jax(timeout_s: float = JAX_TIMEOUT_S) -> tuple[list[dict[str, str]], str
         )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return [], f"cannot start ({last}); pip install --force-reinstall 'packscore[tpu]'"
+        return [], f"cannot start ({last}); {install_command('tpu')} --force-reinstall"
     devices: list[dict[str, str]] = json.loads(done.stdout.strip().splitlines()[-1])
     return devices, None
+
+
+def ask_programs() -> dict[str, str]:
+    """By its name what is not there of jax and torchax; by `UNASKED` why none can be asked for."""
+    command = [sys.executable, "-c", ASK_PROGRAMS]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    last = (done.stdout if not done.returncode else done.stderr).strip().splitlines()[-1:]
+    if done.returncode:
+        said = last[0] if last else f"ended with {done.returncode}"
+        # the class of an error of ours says nothing that its message does not
+        is_ours = said.startswith(PackscoreError.__module__)
+        return {UNASKED: said.partition(": ")[2] if is_ours else said}
+    found: dict[str, str] = json.loads(last[0])
+    return found
+
+
+def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Rows of versions in columns, the one that is installed marked."""
+    if not rows:
+        yield "  none are recorded"
+        return
+    cells = [[str(row.get(name) or "-") for name in COLUMNS] for row in rows]
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *cells, strict=True)]
+    marks = ["*" if row["is_installed"] else " " for row in rows]
+    for mark, line in zip([" ", *marks], [COLUMNS, *cells], strict=True):
+        padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        yield f"{mark} {'  '.join(padded)}".rstrip()
+    yield "* is installed here" if "*" in marks else "  this combination was not run"
 
 
 def what_runs(jax_platforms: set[str], jax_failure: str | None) -> dict[str, str]:
@@ -192,7 +238,7 @@ def device_problems(jax_platforms: set[str]) -> Iterator[str]:
     if tpu_is_plugged_in() and "tpu" not in jax_platforms:
         forced = os.environ.get("JAX_PLATFORMS")
         if version_of("libtpu") is None:
-            yield "this machine has a TPU and no libtpu: pip install 'packscore[tpu]'"
+            yield f"this machine has a TPU and no libtpu: {install_command('tpu')}"
         elif forced:
             yield f"this machine has a TPU, and JAX_PLATFORMS={forced} hides it; unset it"
         else:
@@ -203,7 +249,7 @@ def _notes(found: Findings) -> Iterator[str]:
     if version_of("packscore") is None:
         yield "packscore runs from its sources: versions were not compared with what it needs"
     if found.versions["pyarrow"] is None:
-        yield "parquet files need pyarrow: pip install 'packscore[parquet]'"
+        yield f"parquet files need pyarrow: {install_command('parquet')}"
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         yield (
             "JAX_COMPILATION_CACHE_DIR is not set: every process compiles its programs again "

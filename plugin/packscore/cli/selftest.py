@@ -19,6 +19,7 @@ from packscore.cli.exits import ExitCode, tell
 from packscore.cli.load import leave_absent_tpus_alone, resolve_torch_device, tpu_is_plugged_in
 from packscore.cli.options import DTYPES
 from packscore.files.failures import UsageError
+from packscore.installed import install_command, version_of
 from packscore.selftest.run import Settings, has_jax, run
 from packscore.selftest.subjects import REFERENCE, SMALL, Request
 
@@ -72,7 +73,7 @@ def _settings(
     torch_device, programs = resolve_torch_device(device)
     names = _tpus() if programs == "tpu" else [torch_device]
     if programs == "jax" and not has_jax():
-        raise UsageError("--device=jax: jax or torchax is missing; pip install 'packscore[tpu]'")
+        raise UsageError(f"--device=jax: jax or torchax is missing; {install_command('jax')}")
     if programs is None and torch_device == "cpu" and has_jax():
         leave_absent_tpus_alone()
         programs = "jax"
@@ -120,7 +121,7 @@ def _made(devices: list[str]) -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["packscore", *sys.argv[1:]]),
-        "versions": {**versions, **{name: doctor.version_of(name) for name in packages}},
+        "versions": {**versions, **{name: version_of(name) for name in packages}},
         "machine": {**doctor.machine(), "load": [round(x, 1) for x in os.getloadavg()]},
         "devices": devices,
     }

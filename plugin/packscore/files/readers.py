@@ -22,6 +22,7 @@ from packscore.files.records import (
     text_of,
 )
 from packscore.files.sources import COMPRESSED_SUFFIXES, Source, is_stream
+from packscore.installed import install_command
 
 FORMATS = ("jsonl", "csv", "tsv", "parquet")
 TABLES = ("csv", "tsv")
@@ -321,6 +322,6 @@ def parquet_module() -> Any:
         import pyarrow.parquet
     except ImportError as error:
         raise UsageError(
-            "parquet files need pyarrow, which is not installed: pip install 'packscore[parquet]'"
+            f"parquet files need pyarrow, which is not installed: {install_command('parquet')}"
         ) from error
     return pyarrow.parquet

@@ -31,6 +31,7 @@ from packscore.integrations.pairs import (
     launches_of,
     refused_pairs,
 )
+from packscore.interfaces import COMPILED_CALL
 from packscore.model.class_head import check_head_is_trained, has_new_head
 from packscore.model.family import base_model
 from packscore.model.plain import modules_of
@@ -330,7 +331,7 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
 
         Others, and calls of a model that was compiled, run as sentence-transformers' own.
         """
-        if self.num_labels != 1 or self._compiled_call_impl is not None:
+        if self.num_labels != 1 or getattr(self, COMPILED_CALL.name) is not None:
             return False
         formatter = self._first.input_formatter
         variables = self._template_variables()

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 from transformers import Pipeline
-from transformers.pipelines import PIPELINE_REGISTRY
 
 from packscore.errors import InputError, InputTypeError, ScoringError
 from packscore.inputs import Text, as_list, check_choice, check_count, check_options, short
@@ -24,6 +23,14 @@ from packscore.integrations.pipeline_outputs import (
     labelled,
     numbers_first,
     until_failure,
+)
+from packscore.interfaces import (
+    PIPELINE_BATCH,
+    PIPELINE_OPTIONS,
+    PIPELINE_RECORD,
+    PIPELINE_WORKERS,
+    PIPELINES,
+    check_pipelines,
 )
 from packscore.model.family import base_model, class_count
 from packscore.patching import patch_model
@@ -89,9 +96,10 @@ class MultiItemScoringPipeline(Pipeline):
     _load_tokenizer: Any = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_pipelines()
         super().__init__(*args, **kwargs)
         self._scorers: dict[str, MultiItemScorer] = {}
-        self._defaults: dict[str, Any] = dict(self._forward_params)
+        self._defaults: dict[str, Any] = dict(getattr(self, PIPELINE_OPTIONS.name))
         if self._defaults.get("mask_impl") != "dense":
             patch_model(self.model)
         self._scorer(self._defaults)
@@ -124,11 +132,11 @@ class MultiItemScoringPipeline(Pipeline):
           InputError, InputTypeError: an option is unknown or a request cannot be scored; of a list,
             every request is looked at before the model runs.
         """
-        workers = kwargs.pop("num_workers", None) or self._num_workers
+        workers = kwargs.pop("num_workers", None) or getattr(self, PIPELINE_WORKERS.name)
         if workers:
             raise InputError(f"num_workers={workers} has no use here: requests are texts; drop it")
         batch_size = kwargs.pop("batch_size", None)
-        batch_size = self._batch_size if batch_size is None else batch_size
+        batch_size = getattr(self, PIPELINE_BATCH.name) if batch_size is None else batch_size
         check_count("batch_size", batch_size)
         _, options, _ = self._sanitize_parameters(**kwargs)
         options = self._merge(options)
@@ -338,11 +346,13 @@ def _check_keys(name: str, keys: set[Any], known: set[str], required: set[str]) 
 
 def register_pipelines() -> None:
     """Make `transformers.pipeline("multi-item-scoring", ...)` known; a second call does nothing."""
-    known = PIPELINE_REGISTRY.supported_tasks.get(TASK)
+    check_pipelines()
+    registry = PIPELINES()
+    known = registry.supported_tasks.get(TASK)
     if known is not None and known["impl"] is MultiItemScoringPipeline:
         return
     # no class of model is named: transformers then takes the one that the checkpoint names, where
     # an auto class would give a classifier's checkpoint a language-model head
-    PIPELINE_REGISTRY.register_pipeline(TASK, MultiItemScoringPipeline, type="text")
+    registry.register_pipeline(TASK, MultiItemScoringPipeline, type="text")
     # or `save_pretrained` would copy this file into the checkpoint as remote code
-    delattr(MultiItemScoringPipeline, "_registered_impl")
+    delattr(MultiItemScoringPipeline, PIPELINE_RECORD.name)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from packscore.encoded import EncodedRequest
 from packscore.errors import InputError, InputTypeError, UnsupportedModelError
 from packscore.inputs import as_list, short
+from packscore.interfaces import LOADED_MARK, TENSOR_VERSION
 from packscore.model.family import class_count, is_classifier, output_head
 from packscore.model.label_head import LabelHead, LinearHead
 from packscore.model.place import rows_in_torch
@@ -194,14 +195,16 @@ def remember_drawn_head(model: PreTrainedModel) -> None:
 
 def _came_from_checkpoint(parameter: torch.Tensor) -> bool:
     # transformers marks what it loads; only a copy of the model loses the mark
-    return bool(getattr(parameter, "_is_hf_initialized", False))
+    return bool(getattr(parameter, LOADED_MARK.name, False))
 
 
 def _is_as_drawn(weight: torch.Tensor) -> bool:
     if _came_from_checkpoint(weight) or weight.is_inference():
         return False
     # fused optimizers count no version
-    return weight._version == VERSION_OF_A_DRAWN_WEIGHT and not SIGNS.has_learned(weight)
+    return getattr(
+        weight, TENSOR_VERSION.name
+    ) == VERSION_OF_A_DRAWN_WEIGHT and not SIGNS.has_learned(weight)
 
 
 def head_of(model: PreTrainedModel, tokenizer: PieceTokenizer | None) -> LabelHead | ClassHead:

@@ -6,16 +6,16 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GenericForSequenceClassification
 
 from packscore.errors import InputTypeError, UnsupportedModelError
+from packscore.interfaces import ATTENTION_NAME, CLASSIFIER, attention_name
 from packscore.model.place import check_place
 from packscore.model.plain import check_token_wise, modules_of
 
 
 def is_classifier(model: nn.Module) -> bool:
     """Whether the model is a sequence classifier, which reads classes and not tokens."""
-    return isinstance(model, GenericForSequenceClassification)
+    return isinstance(model, CLASSIFIER())
 
 
 def class_count(model: PreTrainedModel) -> int:
@@ -128,7 +128,7 @@ def check_supported(model: nn.Module) -> None:
         raise UnsupportedModelError(f"{which}: the model must be a causal decoder")
     known = {None, *REGISTERED_NAMES, *REGISTERED_NAMES.values()}
     for owner in (config, *(own for _, own in layer_configs(model))):
-        implementation = owner._attn_implementation
+        implementation = attention_name(owner)
         if implementation not in known:
             raise UnsupportedModelError(
                 f"attn_implementation={implementation!r} has a mask of its own kind; call "
@@ -147,5 +147,5 @@ def layer_configs(model: nn.Module) -> list[tuple[Any, Any]]:
     return [
         (module, config)
         for module, config in found
-        if hasattr(config, "_attn_implementation") and not isinstance(module, PreTrainedModel)
+        if hasattr(config, ATTENTION_NAME.name) and not isinstance(module, PreTrainedModel)
     ]

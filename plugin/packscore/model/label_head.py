@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from packscore.encoded import EncodedRequest
 from packscore.errors import InputError, UnsupportedModelError
+from packscore.interfaces import hooks_of
 from packscore.model.family import output_head
 from packscore.model.masks import final_cap
 from packscore.model.place import rows_in_torch
@@ -47,7 +48,7 @@ class LinearHead:
     def _is_plain(self) -> bool:
         # an adapter, a quantised layer or an offloaded weight has to run as the module it is
         head = self._head
-        is_hooked = head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__
+        is_hooked = hooks_of(head) or "forward" in head.__dict__
         return type(head) is nn.Linear and not is_hooked and head.weight.device.type != "meta"
 
     @property

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from packscore.errors import UnsupportedModelError
+from packscore.interfaces import BACKEND_NAME
 
 # What has to be in the environment before torch is imported, so that TorchTPU stays out of it.
 WITHOUT_TORCHTPU = "TORCH_DEVICE_BACKEND_AUTOLOAD=0"
@@ -51,7 +52,7 @@ def check_place(model: nn.Module) -> None:
 
 def torchtpu_is_loaded() -> bool:
     """Whether TorchTPU has the one name that torch gives away, which torchax needs as well."""
-    name: str = torch._C._get_privateuse1_backend_name()
+    name: str = BACKEND_NAME()()
     return name == "tpu"
 
 

@@ -7,10 +7,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
-from torch.nn.modules import module as global_hooks
-from torch.nn.modules.dropout import _DropoutNd
 
 from packscore.errors import UnsupportedModelError
+from packscore.interfaces import DROPOUT, MODULES, global_hooks, hooks_of
 
 # Whose modules, forwards and hooks are known to do what their names say. Of a model built on those,
 # a class that brings its own forward is not.
@@ -98,13 +97,12 @@ def foreign_part(model: nn.Module, but_hooks_of: Iterable[nn.Module] = ()) -> st
       but_hooks_of: modules that run as they are, and their hooks with them.
     """
     run = set(but_hooks_of)
-    if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
+    if global_hooks():
         return "a global forward hook"
     for name, module in model.named_modules(remove_duplicate=False):
         own: Any = module.__dict__
         where = f"{type(module).__name__} {name!r}" if name else type(module).__name__
-        hooks = (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values())
-        if not all(map(_is_known, hooks)) and module not in run:
+        if not all(map(_is_known, hooks_of(module))) and module not in run:
             return f"a forward hook of the {where}"
         forward = theirs(own.get("forward"))
         if forward is not None and not _is_known(forward):
@@ -124,11 +122,12 @@ def theirs(forward: Any) -> Any:
 def modules_of(model: nn.Module) -> Iterator[nn.Module]:
     """All modules; several times faster than `model.modules()`, for it runs every request."""
     modules: list[nn.Module | None] = [model]
+    name = MODULES.name
     while modules:
         module = modules.pop()
         if module is not None:
             yield module
-            modules.extend(module._modules.values())
+            modules.extend(getattr(module, name).values())
 
 
 def random_part(model: nn.Module) -> str | None:
@@ -142,7 +141,7 @@ def random_part(model: nn.Module) -> str | None:
 
 
 def _drops(module: nn.Module) -> bool:
-    name = "p" if isinstance(module, _DropoutNd) else "attention_dropout"
+    name = "p" if isinstance(module, DROPOUT()) else "attention_dropout"
     return bool(getattr(module, name, 0))
 
 

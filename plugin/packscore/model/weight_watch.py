@@ -6,16 +6,26 @@ import functools
 import operator
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import nn
-from torch.nn.modules import module as global_hooks
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim import Optimizer
 from transformers import PreTrainedConfig
 
+from packscore.interfaces import (
+    BUFFERS,
+    FORWARD_HOOKS,
+    FORWARD_PRE_HOOKS,
+    MODULES,
+    OPTIMIZER_STEPS,
+    PARAMETERS,
+    TENSOR_VERSION,
+    TORCHAX_ARRAY,
+    global_hooks,
+)
 from packscore.model.plain import theirs
 
 # What decides which adapters of a PEFT layer are in effect, and how strongly.
@@ -84,7 +94,7 @@ SIGNS = _Signs()
 @functools.cache
 def listen() -> None:
     """Have torch tell of optimizer steps; fused ones change weights and count no version."""
-    register_optimizer_step_post_hook(SIGNS.stepped)
+    OPTIMIZER_STEPS()(SIGNS.stepped)
 
 
 class WeightWatch:
@@ -100,7 +110,7 @@ class WeightWatch:
         self._signs = SIGNS.count
         modules, self._objects, self._tensors = _walk(model)
         # torchax's, which a write gives another jax array
-        self._on_torchax = [t for t in self._tensors if "_elem" in t.__dict__]
+        self._on_torchax = [t for t in self._tensors if TORCHAX_ARRAY in t.__dict__]
         self._arrays = self._held()
         self._memory, self._state = self._places(), self._now(modules)
         self._sample = _Sample(self._tensors)
@@ -130,7 +140,7 @@ class WeightWatch:
         return [*(t.data_ptr() for t in self._tensors), *(t.dtype for t in self._tensors)]
 
     def _held(self) -> list[Any]:
-        return [_weak(tensor.__dict__["_elem"]) for tensor in self._on_torchax]
+        return [_weak(tensor.__dict__[TORCHAX_ARRAY]) for tensor in self._on_torchax]
 
     def _now(self, modules: Iterable[nn.Module]) -> list[Any]:
         versions = map(_version, self._tensors)
@@ -206,8 +216,9 @@ def _walk(model: nn.Module) -> tuple[list[nn.Module], list[Any], list[torch.Tens
     objects: list[Any] = []
     tensors: list[Any] = []
     stack: list[Any] = [model]
-    objects += global_hooks._global_forward_hooks.values()
-    objects += global_hooks._global_forward_pre_hooks.values()
+    hooks, pre_hooks = FORWARD_HOOKS.name, FORWARD_PRE_HOOKS.name
+    parameters, buffers, children = PARAMETERS.name, BUFFERS.name, MODULES.name
+    objects += global_hooks()
     while stack:
         module = stack.pop()
         if module is None:
@@ -219,13 +230,13 @@ def _walk(model: nn.Module) -> tuple[list[nn.Module], list[Any], list[torch.Tens
         objects += (weakref.ref(module), kind.forward, *map(own.get, names))
         if "forward" in own and (forward := theirs(own["forward"])) is not None:
             objects.append(_weak(forward))
-        if own["_forward_hooks"]:
-            objects += map(_weak, own["_forward_hooks"].values())
-        if own["_forward_pre_hooks"]:
-            objects += map(_weak, own["_forward_pre_hooks"].values())
-        tensors += own["_parameters"].values()
-        tensors += own["_buffers"].values()
-        stack += own["_modules"].values()
+        if own[hooks]:
+            objects += map(_weak, own[hooks].values())
+        if own[pre_hooks]:
+            objects += map(_weak, own[pre_hooks].values())
+        tensors += own[parameters].values()
+        tensors += own[buffers].values()
+        stack += own[children].values()
     tensors = [tensor for tensor in tensors if tensor is not None]
     return modules, objects + tensors, tensors
 
@@ -248,9 +259,12 @@ def _weak(thing: Any) -> Any:
         return thing
 
 
+_counted: Callable[[torch.Tensor], int] = operator.attrgetter(TENSOR_VERSION.name)
+
+
 def _version(tensor: torch.Tensor) -> int:
     try:
-        return tensor._version
+        return _counted(tensor)
     except RuntimeError:  # tensors of inference mode do not count
         return 0
 
@@ -279,7 +293,7 @@ def _is_adapter(module_class: Any, known: dict[Any, bool] = {}) -> bool:  # noqa
 
 def _configurations(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
     """What is set in the model's configuration, and in a wrapped one's."""
-    owners = (module.__dict__.get("config") for module in modules if module._modules)
+    owners = (module.__dict__.get("config") for module in modules if getattr(module, MODULES.name))
     found = {id(config): config for config in owners if isinstance(config, PreTrainedConfig)}
     return [
         {name: x for name, x in config.__dict__.items() if name[0] != "_"}

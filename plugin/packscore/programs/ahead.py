@@ -11,14 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from packscore.errors import InputError
 from packscore.flows.page_pool import PREFIX_CACHE_BYTES, PrefixLease
+from packscore.interfaces import MODEL_CLASSES
 from packscore.model.masks import MaskKind
 from packscore.model.sizes import ModelSizes
 from packscore.programs.compiling import compile_program
+from packscore.programs.interfaces import TOPOLOGY
 from packscore.programs.launch_inputs import LaunchInputs, block_sizes_for
 from packscore.programs.pages import pages_within, pool_struct
 from packscore.programs.sizes import DenseKey, program_key
@@ -64,7 +65,7 @@ def compile_ahead(
 ) -> AheadOfTime:
     """Compile the program that would score `layout` with a model of this configuration.
 
-    libtpu compiles for a named chip on any x86-64 Linux machine (`pip install 'packscore[tpu]'`).
+    libtpu compiles for a named chip on any x86-64 Linux machine (packscore's extra `tpu`).
     It reads its environment when it loads: set TPU_SKIP_MDS_QUERY=1, ALLOW_MULTIPLE_LIBTPU_LOAD=1,
     TPU_WORKER_HOSTNAMES=localhost and TPU_ACCELERATOR_TYPE=v6e-1 (or another chip's) before jax is
     imported.
@@ -91,10 +92,8 @@ def compile_ahead(
         raise InputError(f"{chip=} must be one of {', '.join(sorted(CHIPS))}")
     name = CHIPS[chip].topology
     bounds = {"chips_per_host_bounds": (1, 1, 1)}
-    (device, *_) = topologies.get_topology_desc(
-        platform="tpu", topology_name=name, **bounds
-    ).devices
-    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    (device, *_) = TOPOLOGY()(platform="tpu", topology_name=name, **bounds).devices
+    model_class: Any = MODEL_CLASSES()[type(config)]
     traced = TracedModel(model_class, config)
     sizes = ModelSizes.of(config)
     num_pages = pages_within(sizes, dtype, prefix_cache_bytes)

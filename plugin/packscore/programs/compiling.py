@@ -13,13 +13,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 from tqdm.auto import tqdm
 
 from packscore.errors import UnexpectedCompileError
 from packscore.model.masks import MaskKind, final_cap
 from packscore.model.sizes import ModelSizes
 from packscore.programs.head import whole_head
+from packscore.programs.interfaces import RESET_CACHE, USE_MESH
 from packscore.programs.launch_inputs import LaunchInputs, block_sizes_for
 from packscore.programs.pages import pool_struct
 from packscore.programs.sizes import DenseKey, HeadKey, ProgramKey
@@ -185,7 +185,7 @@ def tracing_on(mesh: jax.sharding.AbstractMesh) -> Iterator[None]:
     Args:
       mesh: of one device, of which kernels ask what chip it is.
     """
-    with jax.sharding.use_abstract_mesh(mesh), jax.default_matmul_precision("highest"):
+    with USE_MESH()(mesh), jax.default_matmul_precision("highest"):
         yield
 
 
@@ -241,4 +241,4 @@ def compiling_into(folder: Path | None) -> Iterator[None]:
 def _configure(options: dict[str, Any]) -> None:
     for name, value in options.items():
         jax.config.update(name, value)  # type: ignore[no-untyped-call]
-    compilation_cache.reset_cache()  # jax reads the folder once
+    RESET_CACHE()()  # jax reads the folder once

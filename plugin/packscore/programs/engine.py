@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import jax
 import numpy as np
 import torch
 
@@ -18,6 +17,7 @@ from packscore.flows.page_pool import PagePool
 from packscore.model.family import check_supported
 from packscore.model.masks import MaskKind, check_segment
 from packscore.model.plain import foreign_part
+from packscore.programs.interfaces import RUNTIME_ERROR
 from packscore.programs.pages import DevicePages
 from packscore.programs.program import Launched, ModelProgram
 from packscore.programs.sizes import MAX_GROUPS, NAMED_PAGES, token_bucket
@@ -99,7 +99,7 @@ class ProgramEngine:
         """Whether the device, the compiler for it, or the count of a mask's bytes found no room."""
         if isinstance(error, MemoryError):
             return isinstance(error, MaskTooLargeError) or not isinstance(error, PackscoreError)
-        return isinstance(error, jax.errors.JaxRuntimeError) and OUT_OF_MEMORY in str(error)
+        return isinstance(error, RUNTIME_ERROR()) and OUT_OF_MEMORY in str(error)
 
     def launch(self, batch: PackedBatch, readout: Readout) -> Launched:
         """Start a batch; the host goes on while the device computes."""

@@ -7,14 +7,13 @@ XLA computes the MLP's gate within its last product, which waits for it. Experts
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 from torch import nn
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3MLP
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeMLP
 
+from packscore.interfaces import FUSED_LAYERS, FUSED_MLPS, Interface
 from packscore.model.sizes import ModelSizes
 from packscore.programs.traced_ops import KernelImplementation, LayerAttention
 from packscore_kernels import (
@@ -25,13 +24,14 @@ from packscore_kernels import (
     project_qkv,
 )
 
-FUSED_LAYERS = (Qwen3DecoderLayer, Qwen3MoeDecoderLayer)
-FUSED_MLPS = (Qwen3MLP, Qwen3MoeMLP)
+
+def _is_one(module: nn.Module, classes: Iterable[Interface]) -> bool:
+    return any(type(module) is known() for known in classes)
 
 
 def can_fuse(layer: nn.Module, implementation: KernelImplementation, itemsize: int) -> bool:
     """Whether a layer's attention runs through the kernels."""
-    if type(layer) not in FUSED_LAYERS or implementation == "xla":
+    if not _is_one(layer, FUSED_LAYERS) or implementation == "xla":
         return False
     attention: Any = layer.self_attn
     sizes = ModelSizes.of(attention.config)
@@ -43,7 +43,7 @@ def can_fuse(layer: nn.Module, implementation: KernelImplementation, itemsize: i
 def can_fuse_mlp(mlp: Any, itemsize: int) -> bool:
     """Whether an MLP of a layer that is fused runs through a kernel too."""
     return (
-        type(mlp) in FUSED_MLPS
+        _is_one(mlp, FUSED_MLPS)
         and mlp.config.hidden_act == "silu"
         and can_gate(mlp.hidden_size, mlp.intermediate_size, itemsize)
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from packscore.programs.interfaces import PROFILE
 from packscore.programs.program import ModelProgram
 from packscore.programs.sizes import ProgramKey
 
@@ -62,7 +63,7 @@ def profiled_ms(
             call()
             wall_ms = 1e3 * (time.perf_counter() - start)
         for file in Path(folder).rglob("*.xplane.pb"):
-            data: Any = jax.profiler.ProfileData.from_file(str(file))
+            data: Any = PROFILE().from_file(str(file))
             for line in _lines(data):
                 for name, own_ms in self_ms(line.events, parts):
                     found[parts[name]] += own_ms

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import torch
 
+from packscore.programs.interfaces import TRACER
 from packscore.programs.traced_ops import KernelImplementation, torchax_environment
 from packscore_kernels import (
     SegmentLayout,
@@ -63,7 +64,7 @@ def row_arguments(
         is_there = attention_mask.device.type == "jax"
         mask = attention_mask if is_there else env.to_xla(attention_mask)
         visible = env.t2j_iso(mask).astype(bool)
-    if visible is not None and not isinstance(visible, jax.core.Tracer) and bool(visible.all()):
+    if visible is not None and not isinstance(visible, TRACER()) and bool(visible.all()):
         visible = None
     nothing = env.j2t_iso(jnp.zeros((1, 1, 0, 0)))
     return {"attention_mask": nothing, "row_attention": RowAttention(visible, implementation)}

@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import torch
 from torch import nn
-from torchax.ops.mappings import j2t_dtype
-from torchax.tensor import Tensor
 
 from packscore.errors import UnsupportedModelError
+from packscore.interfaces import TORCHAX_ARRAY
+from packscore.programs.interfaces import TENSOR, TO_TORCH_DTYPE
+
+Tensor: Any = TENSOR()
 
 
 class StackedRow(Tensor):  # type: ignore[misc]
@@ -28,18 +30,18 @@ class StackedRow(Tensor):  # type: ignore[misc]
 
     @property
     def _elem(self) -> jax.Array:
-        row: jax.Array = _row_of(self.__dict__["_elem"], self._row)
+        row: jax.Array = _row_of(self.__dict__[TORCHAX_ARRAY], self._row)
         return row
 
     @_elem.setter
     def _elem(self, value: jax.Array) -> None:
         self.__class__ = Tensor
-        self._elem = value
+        setattr(self, TORCHAX_ARRAY, value)
 
     @property
     def shape(self) -> torch.Size:
         """Known without the row, as is what follows."""
-        return torch.Size(self.__dict__["_elem"].shape[1:])
+        return torch.Size(self.__dict__[TORCHAX_ARRAY].shape[1:])
 
     @property
     def ndim(self) -> int:
@@ -49,13 +51,13 @@ class StackedRow(Tensor):  # type: ignore[misc]
     @property
     def dtype(self) -> torch.dtype:
         """The stack's."""
-        found: torch.dtype = j2t_dtype(self.__dict__["_elem"].dtype)
+        found: torch.dtype = TO_TORCH_DTYPE()(self.__dict__[TORCHAX_ARRAY].dtype)
         return found
 
     @property
     def jax_device(self) -> Any:
         """Where the stack is."""
-        return self.__dict__["_elem"].device
+        return self.__dict__[TORCHAX_ARRAY].device
 
 
 @jax.jit
@@ -90,7 +92,7 @@ def _stacked(tensors: list[Any]) -> jax.Array:
     stack = _stack(*(tensor.jax() for tensor in tensors))
     for i, tensor in enumerate(tensors):
         tensor.__class__ = StackedRow
-        tensor.__dict__.update(_elem=stack, _row=i)
+        tensor.__dict__.update({TORCHAX_ARRAY: stack, "_row": i})
     return stack
 
 
@@ -100,7 +102,7 @@ def _is_row(tensor: Any, stack: jax.Array, row: int) -> bool:
 
 def held_array(tensor: torch.Tensor) -> jax.Array:
     """What a torchax tensor keeps alive: an array of its own, or the stack that it is a row of."""
-    array: jax.Array = tensor.__dict__["_elem"]
+    array: jax.Array = tensor.__dict__[TORCHAX_ARRAY]
     return array
 
 

@@ -18,14 +18,22 @@ import numpy as np
 import torch
 from torch import nn
 from torch.func import functional_call
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
-from transformers.integrations.moe import ExpertsInterface
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from packscore.errors import UnsupportedModelError
+from packscore.interfaces import (
+    ATTENTION_REGISTRY,
+    EXPERTS_REGISTRY,
+    MODEL_OF_CONFIG,
+    check_parts,
+    set_attention_name,
+    set_experts_name,
+)
 from packscore.model.family import TRACED_MODEL_TYPES
 from packscore.model.masks import MaskKind, final_cap, windows_of
 from packscore.programs.fused_layer import can_fuse, fused_layer
 from packscore.programs.head import head_weight, label_head
+from packscore.programs.interfaces import check_programs
 from packscore.programs.launch_inputs import LaunchInputs
 from packscore.programs.traced_ops import (
     NAME,
@@ -67,6 +75,7 @@ class TracedModel:
 
     Raises:
       UnsupportedModelError: the family cannot be traced.
+      UnsupportedVersionError: jax, torchax, torch or transformers has not what tracing reads.
     """
 
     def __init__(self, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
@@ -76,20 +85,22 @@ class TracedModel:
                 "are equal; patch the model without device=..., to score in torch"
             )
         self._env = torchax_environment()
-        AttentionInterface.register(NAME, program_attention)
-        ExpertsInterface.register(NAME, program_experts)
+        check_programs()
+        ATTENTION_REGISTRY()(NAME, program_attention)
+        EXPERTS_REGISTRY()(NAME, program_experts)
         config = copy.deepcopy(config)
-        config._attn_implementation_internal = NAME
-        config._experts_implementation_internal = "eager"  # old versions refuse other names here
+        set_attention_name(config, NAME)
+        set_experts_name(config, "eager")  # old versions refuse other names here
         with torch_alone(), torch.device("meta"):
-            build: Any = model_class._from_config
+            build: Any = getattr(model_class, MODEL_OF_CONFIG.name)
             # the model without its weights
             self.skeleton: Any = build(config).eval()
-        self.skeleton.config._attn_implementation_internal = NAME
-        self.skeleton.config._experts_implementation_internal = NAME
+        set_attention_name(self.skeleton.config, NAME)
+        set_experts_name(self.skeleton.config, NAME)
         for module in self.skeleton.modules():
             if isinstance(activation := getattr(module, "act_fn", None), nn.Module):
                 round_once(activation)
+        check_parts(self.skeleton.get_decoder())
         _check_equal_layers(self.skeleton)
 
     def _call(

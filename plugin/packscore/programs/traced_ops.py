@@ -11,12 +11,17 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import torch
-import torch.overrides as function_modes
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from packscore.errors import InputError
+from packscore.interfaces import FUNCTION_MODES, NO_DISPATCH_MODES, POP_FUNCTION_MODE
 from packscore.model.place import TORCHTPU_STANDS_BEFORE_TORCHAX, torchtpu_is_loaded
+from packscore.programs.interfaces import (
+    DEFAULT_ENVIRONMENT,
+    DEVICE_MODULE,
+    RAGGED_PRODUCT,
+    imported,
+)
 from packscore_kernels import (
     PageWrites,
     ProjectionImplementation,
@@ -43,17 +48,19 @@ def torchax_environment() -> Any:
 
     Raises:
       InputError: TorchTPU is in this process, which torchax cannot share.
+      MissingPackageError, UnsupportedVersionError: torchax is not installed, or cannot be imported.
     """
     if torchtpu_is_loaded():
         raise InputError(f"device: {TORCHTPU_STANDS_BEFORE_TORCHAX}")
     with _lock:
         fast_path = torch.backends.mha.get_fastpath_enabled()
-        import torchax
-
-        torchax.device_module.is_available = lambda: False
-        torchax.device_module.device_count = lambda: 0
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        return torchax.default_env()
+        try:
+            imported("torchax")
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+        devices = DEVICE_MODULE()
+        devices.is_available, devices.device_count = lambda: False, lambda: 0
+        return DEFAULT_ENVIRONMENT()()
 
 
 @dataclass
@@ -104,9 +111,9 @@ class LayerAttention:
 def torch_alone() -> Iterator[None]:
     """Within the block torch is itself, also where `torchax.enable_globally()` sends it to jax."""
     with ExitStack() as modes:
-        while torch._C._len_torch_function_stack():
-            modes.enter_context(function_modes._pop_mode_temporarily())
-        modes.enter_context(_disable_current_modes())
+        while FUNCTION_MODES()():
+            modes.enter_context(POP_FUNCTION_MODE()())
+        modes.enter_context(NO_DISPATCH_MODES()())
         yield
 
 
@@ -158,7 +165,8 @@ def program_experts(
     def product(rows: jax.Array, matrices: jax.Array) -> jax.Array:
         # matrices: [num_experts, out, in]
         turned, precision = jnp.swapaxes(matrices, 1, 2), precision_of(rows.dtype)
-        return jax.lax.ragged_dot(rows, turned, sizes, precision=precision)
+        out: jax.Array = RAGGED_PRODUCT()(rows, turned, sizes, precision=precision)
+        return out
 
     inner = product(hidden[order // num_chosen], gate_up)
     gate, up = jnp.split(inner, 2, axis=-1)

@@ -11,6 +11,7 @@ import torch
 
 from packscore.errors import InputError
 from packscore.flows.page_pool import PAGE_SIZE
+from packscore.interfaces import fused_attention
 from packscore.torch_engine.pages import KvPages, PageWrite, Run, slot_runs
 from packscore_kernels.attention.layout import SegmentLayout
 
@@ -261,8 +262,7 @@ def attend(
       ([batch, num_q_heads, num_q, head_dim] in q's dtype, float32[batch, num_q_heads, num_q]).
     """
     if q.device.type == "cpu" and q.dtype in FUSED_CPU_DTYPES:
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, lse = fused(q, k, v, is_causal=is_causal, scale=sm_scale)
+        out, lse = fused_attention()(q, k, v, is_causal=is_causal, scale=sm_scale)
         return out, lse
     return attend_math(q, k, v, is_causal=is_causal, sm_scale=sm_scale)
 

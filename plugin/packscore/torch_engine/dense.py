@@ -15,6 +15,7 @@ from packscore.flows.costs import flops_cost_model
 from packscore.flows.engine import Limits, Readout, RowLogits
 from packscore.flows.packing import PackedBatch, Share, pack
 from packscore.flows.page_pool import PagePool
+from packscore.interfaces import attention_name
 from packscore.model.family import base_model, check_supported
 from packscore.model.label_head import LinearHead
 from packscore.model.masks import as_taken, check_mask_fits, windows_of
@@ -119,7 +120,7 @@ def dense_masks(
     Raises:
       MaskTooLargeError: masks and the buffers that attention makes of one exceed the free memory.
     """
-    eager = "eager" in str(model.config._attn_implementation)
+    eager = "eager" in str(attention_name(model.config))
     window = next((window for window in windows_of(model) if window is not None), None)
     check_dense_fits(model, layout, device, dtype, num_masks=1 if window is None else 2)
     segment = torch.from_numpy(layout.segment_ids).to(device)
@@ -157,7 +158,7 @@ def check_dense_fits(
     # model's dtype, the scores of all heads too, in float32 for the softmax, and as weights again
     num_tokens, heads = layout.num_tokens, model.config.num_attention_heads
     per_pair = num_masks + dtype.itemsize
-    if "eager" in str(model.config._attn_implementation):
+    if "eager" in str(attention_name(model.config)):
         per_pair = num_masks * (1 + dtype.itemsize) + heads * (2 * dtype.itemsize + 4)
     what = f"for {num_tokens:,} tokens ({per_pair} bytes for each pair of tokens)"
     needed = num_tokens**2 * per_pair

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from packscore.interfaces import hooks_of
+
 
 def hooked(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """Those of the modules that have forward hooks or forward pre-hooks."""
-    return [module for module in modules if module._forward_hooks or module._forward_pre_hooks]
+    return [module for module in modules if hooks_of(module)]
 
 
 @contextmanager
