@@ -9,17 +9,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # and torch's threads would turn in circles while they wait, on cores that the other process needs
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import functools
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from selection import HAS_JAX, LONGEST_FIRST, imports_jax, takes_jax, unit_of
+from selection import HAS_JAX, LONGEST_FIRST, needs_jax, takes_jax, unit_of
 
-imports_jax_of = functools.cache(imports_jax)
-JAX_FOLDERS = {"kernels", "programs", "tpu", "tpu_compile"}
 LEFT_OUT = pytest.StashKey[int]()
 ON_A_TPU = "tpu"  # what -m says where the tests of a chip are to run
 
@@ -79,13 +76,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Without jax, files that import it are left out as tests of the `jax` mark are."""
     test_file = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
-    return True if not HAS_JAX and test_file and imports_jax(collection_path) else None
+    return True if not HAS_JAX and test_file and needs_jax(collection_path) else None
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m asks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if takes_jax(item) or imports_jax_of(item.path) or item.path.parent.name in JAX_FOLDERS:
+        if takes_jax(item) or needs_jax(item.path):
             item.add_marker("jax")
     order = {unit: place for place, unit in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: order.get(unit_of(item.nodeid), len(order)))

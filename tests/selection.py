@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import itertools
 from collections.abc import Hashable, Iterable, Sequence
@@ -12,9 +13,14 @@ from typing import Any
 import pytest
 
 HAS_JAX = all(importlib.util.find_spec(name) for name in ("jax", "torchax"))
-# what a test file imports only where jax is; the rest of packscore_kernels is numpy
-OF_JAX = ("jax", "torchax", "packscore.programs", "packscore_kernels.attention.reference")
-WITHOUT_JAX = ("packscore.programs.sizes",)
+# what a test file imports only where jax is, and what of it is numpy
+OF_JAX = ("jax", "torchax", "packscore.programs", "packscore_kernels")
+NUMPY = (
+    *("packscore.programs.sizes", "packscore_kernels.attention.layout"),
+    *("packscore_kernels.hardware", "packscore_kernels.SegmentLayout", "packscore_kernels.Group"),
+)
+# folders of tests that need jax whatever they import
+JAX_FOLDERS = ("kernels", "programs", "tpu", "tpu_compile")
 
 # Tests that are one unit of work, those that take longest first: whatever starts late is short, and
 # no process waits for another at the end. All other files follow, a unit each, so that what the
@@ -49,20 +55,21 @@ def unit_of(nodeid: str) -> str:
     return next(units, nodeid.partition("::")[0])
 
 
-def imports_jax(path: Path) -> bool:
-    """Whether a test file can be read with jax alone, by the imports at its top."""
+@functools.cache
+def needs_jax(path: Path) -> bool:
+    """Whether a test file can be read with jax alone, by its folder and the imports at its top."""
     names: list[str] = []
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names.append(node.module or "")
-    return any(
-        f"{name}.".startswith(f"{of_jax}.")
-        for name in names
-        if name not in WITHOUT_JAX
-        for of_jax in OF_JAX
-    )
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    asked = [name for name in names if not _is_of(name, NUMPY)]
+    return path.parent.name in JAX_FOLDERS or any(_is_of(name, OF_JAX) for name in asked)
+
+
+def _is_of(name: str, modules: Iterable[str]) -> bool:
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
 
 
 def takes_jax(item: pytest.Item) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from processes import run_fresh
 
 
@@ -20,6 +22,7 @@ def test_import_loads_nothing_and_changes_no_environment() -> None:
     assert out.strip()
 
 
+@pytest.mark.jax
 def test_every_module_leaves_the_process_as_it_was() -> None:
     """Environment, torch defaults and Hugging Face registries; none but programs brings jax."""
     run_fresh(
@@ -95,6 +98,7 @@ def test_scoring_in_torch_never_imports_jax() -> None:
     )
 
 
+@pytest.mark.jax
 def test_kernels_need_no_torch() -> None:
     run_fresh(
         """

@@ -123,10 +123,7 @@ def test_both_archives_work_where_they_are_installed(dist: Path, tmp_path: Path)
         (site,) = where.glob("lib/python*/site-packages")
         (site / "here.pth").write_text("\n".join(map(sysconfig.get_path, ("purelib", "platlib"))))
         pip = [str(python), "-m", "pip", "install", "--quiet", "--no-deps"]
-        options = [] if archive.suffix == ".whl" else ["--no-build-isolation"]
-        done = subprocess.run(
-            [*pip, *options, str(archive)], capture_output=True, text=True, check=False
-        )
+        done = subprocess.run([*pip, str(archive)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         run = functools.partial(subprocess.check_output, cwd=tmp_path, env=environment, text=True)

@@ -11,6 +11,7 @@ torch.utils.rename_privateuse1_backend("tpu")
 """
 
 
+@pytest.mark.jax
 def test_the_jax_path_and_the_doctor_name_the_remedy() -> None:
     run_fresh(
         WITH_TORCHTPU

@@ -28,6 +28,7 @@ def _jax_starts_libtpu(told: str) -> bool:
     return done.stdout.strip() == "True"
 
 
+@pytest.mark.jax
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux what is loaded")
 @pytest.mark.skipif(tpu_is_plugged_in(), reason="this machine has the TPU that must be absent")
 def test_programs_on_the_cpu_start_no_libtpu() -> None:

@@ -78,6 +78,7 @@ def test_its_weights_are_those_of_the_configurations(name: str) -> None:
     assert f"| Qwen3-{name} | {row} |" in PAGE
 
 
+@pytest.mark.jax
 def test_doctor_names_a_jax_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     required = [Requirement(line) for line in PROJECT["dependencies"]]
     installed = doctor.version_of

@@ -96,6 +96,7 @@ def printed(notebook: Any) -> list[list[str]]:
     return found
 
 
+@pytest.mark.jax
 def test_notebook_runs_and_holds_what_it_prints(tmp_path: Path) -> None:
     target = tmp_path / "ran.ipynb"
     command = [sys.executable, str(EXAMPLES / "run_notebook.py"), str(target)]
