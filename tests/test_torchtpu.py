@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from processes import run_fresh
 
 # what `import torch` does where torch-tpu is installed

@@ -12,7 +12,8 @@ import pytest
 SCORES = """
 import sys
 from transformers import AutoModelForCausalLM
-from packscore import MissingPackageError, MultiItemScorer, patch_model, shipped_model_path
+from packscore import MissingPackageError, MultiItemScorer, UnsupportedVersionError
+from packscore import patch_model, shipped_model_path
 
 def load():
     return AutoModelForCausalLM.from_pretrained(shipped_model_path()).eval()
@@ -21,11 +22,11 @@ scorer = MultiItemScorer(patch_model(load()), label_token_ids=[1, 2])
 assert len(scorer.score([1, 2], [[3], [4, 5]])) == 2
 with scorer.prefix([1, 2]) as held:
     held.score([[3]])
-print(scorer.explain([1, 2], [[3]]).flow)
+print(scorer.explain([1, 2], [[3]]).chosen.flow)
 for device in ("jax", "tpu"):
     try:
         patch_model(load(), device=device)
-    except MissingPackageError as error:
+    except (MissingPackageError, UnsupportedVersionError) as error:
         assert "pip install" in str(error) and "\\n" not in str(error), error
         print(error)
     else:

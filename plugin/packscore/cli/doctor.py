@@ -215,11 +215,12 @@ def metadata_requirements() -> list[Requirement]:
 
 
 def version_problems(requirements: list[Requirement]) -> Iterator[str]:
-    """Packages that are missing or of a version that does not fit."""
+    """Packages that are missing or, those of extras also, of a version that does not fit."""
     for requirement in requirements:
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+        marker, found = requirement.marker, version_of(requirement.name)
+        is_core = marker is None or marker.evaluate({"extra": ""})
+        if not is_core and (found is None or requirement.name not in PACKAGES):
             continue
-        found = version_of(requirement.name)
         wanted = f"{requirement.name}{requirement.specifier}"
         if found is None:
             yield f"{requirement.name} is not installed: pip install '{wanted}'"
