@@ -20,7 +20,7 @@ from packscore.flows.engine import Readout
 from packscore.flows.packing import PackedBatch
 from packscore.flows.page_pool import PAGE_SIZE, PREFIX_CACHE_BYTES
 from packscore.inputs import checked
-from packscore.model.family import class_count
+from packscore.model.family import check_supported, class_count
 from packscore.model.masks import MaskKind, check_segment, mask_reason
 from packscore.model.sizes import ModelSizes
 from packscore.programs.compiling import Executables
@@ -164,8 +164,8 @@ class ModelProgram:
           Whether it had changed.
 
         Raises:
-          UnsupportedModelError: an adapter or a hook was added, a module replaced, or weights were
-            quantised or moved.
+          UnsupportedModelError: an adapter or a hook was added, a module replaced, weights were
+            quantised or moved, or the configuration contradicts the modules.
         """
         model = self._model()
         if model is None:
@@ -173,6 +173,7 @@ class ModelProgram:
         with self._lock:  # whoever comes meanwhile waits, and finds the new ones
             if not force and not self._weights.sees_change(model):
                 return False
+            check_supported(model)
             if self._weights.fits(model):
                 self._weights.follow(model)
             else:
