@@ -31,9 +31,10 @@ torch_engine -> flows, model
 programs -> flows, model
 calls -> flows, model
 patching -> torch_engine, calls
+loading -> model
 core -> patching, torch_engine, calls
 prefixes -> core
-scoring -> prefixes, core
+scoring -> prefixes, core, loading
 integrations, verify -> scoring
 testing -> verify
 selftest -> verify, shipped

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,9 @@ from packscore.files.failures import UsageError
 from packscore.files.file_plan import FilePlan, check_free, plan_files
 from packscore.files.inputs import Input, ReadOptions, open_input
 from packscore.files.locks import locked
+
+if TYPE_CHECKING:
+    from packscore.cli.load import Loaded
 
 DEFAULT_MAX_LINE_BYTES = 8 * 2**20
 
@@ -321,7 +324,7 @@ def _run(
         from packscore.cli.load import load
 
         loaded = load(chosen, weights=False)
-        _check_labels(task, loaded.label_names)
+        _check_labels(task, loaded)
         plan = make_plan(entries, loaded.scorer)
         typer.echo(plan.text())
         return ExitCode.BAD_RECORDS if plan.bad_records else ExitCode.OK
@@ -340,7 +343,7 @@ def _run_open(
     from packscore.cli.load import load
 
     loaded = load(chosen)
-    _check_labels(task, loaded.label_names)
+    _check_labels(task, loaded)
     if not quiet:
         tell(f"{chosen.model} on {loaded.device} in {loaded.dtype}")
     options = {name: value for name, value in task.items() if name != "command"}
@@ -352,6 +355,7 @@ def _run_open(
     )
 
 
-def _check_labels(task: dict[str, Any], names: list[str]) -> None:
-    if task["command"] == "rank" and len(names) != 2:
+def _check_labels(task: dict[str, Any], loaded: Loaded) -> None:
+    names = loaded.label_names
+    if task["command"] == "rank" and len(names) != 2 and not loaded.is_one_class:
         raise UsageError(f"rank compares two labels, (negative, positive), and not {names}")

@@ -16,7 +16,7 @@ import torch
 from packaging.requirements import Requirement
 
 import packscore
-from packscore.cli.load import choose_device, tpu_is_plugged_in
+from packscore.loading import fastest_place, tpu_is_plugged_in
 from packscore.model.place import TORCHTPU_STANDS_BEFORE_TORCHAX, torchtpu_is_loaded
 
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "jax", "jaxlib", "torchax", "libtpu")
@@ -141,16 +141,16 @@ def ask_jax(timeout_s: float = JAX_TIMEOUT_S) -> tuple[list[dict[str, str]], str
 
 def what_runs(jax_platforms: set[str], jax_failure: str | None) -> dict[str, str]:
     """What each value of `--device` does on this machine, and why."""
-    torch_device, patch_device, reason = choose_device()
+    place = fastest_place()
     programs = "compiled programs with the Pallas kernel on the TPU"
     preferred = "the TPU, Pallas kernel" if "tpu" in jax_platforms else "jax's CPU"
     on_jax = f"refused: jax {jax_failure}" if jax_failure else f"programs on {preferred}"
     on_tpu = programs if "tpu" in jax_platforms else "refused: jax sees no TPU"
     if torchtpu_is_loaded():
         programs = on_tpu = on_jax = f"refused: {TORCHTPU_STANDS_BEFORE_TORCHAX}"
-    chosen = programs if patch_device == "tpu" else f"torch on {torch_device}"
+    chosen = programs if place.programs == "tpu" else f"torch on {place.torch}"
     return {
-        "auto": f"{chosen}: {reason}",
+        "auto": f"{chosen}: {place.reason}",
         "cpu": "torch on the CPU",
         "cuda": "torch on CUDA" if torch.cuda.is_available() else "refused: torch sees no CUDA",
         "mps": "torch on MPS" if torch.backends.mps.is_available() else "refused: no MPS",

@@ -45,7 +45,7 @@ def verify_file(
     tell(f"{len(records)} records, {options.model} on {loaded.device}")
     report = verify_parity(
         scorer.model,
-        loaded.tokenizer,
+        scorer.tokenizer,
         [(record.query, record.items) for record in records],
         prompt=loaded.spec,
         instruction=options.instruction,
