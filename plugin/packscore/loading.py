@@ -18,7 +18,8 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
-from transformers.utils import cached_file, find_adapter_config_file
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from packscore.errors import InputError, LoadError, PackscoreError
 from packscore.model.family import EAGER_ONLY
@@ -191,7 +192,7 @@ def load_model(
 def _config_of(name_or_path: str | os.PathLike[str], hub: Mapping[str, Any]) -> Any:
     """The model's configuration; of an adapter alone, that of the model it is for."""
     if not _has_file(name_or_path, "config.json", hub):
-        adapter = find_adapter_config_file(name_or_path, **_of_files(hub))
+        adapter = find_adapter_config_file(os.fspath(name_or_path), **_of_files(hub))
         if adapter is not None:
             told = json.loads(Path(adapter).read_text(encoding="utf-8"))
             name_or_path, hub = told["base_model_name_or_path"], {**hub, "revision": None}

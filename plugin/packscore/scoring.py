@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from packscore.calls import program_of
 from packscore.core import Activation, Scores, core_of
 from packscore.encoded import EncodedRequest
 from packscore.errors import InputError, ScoringError
@@ -19,6 +20,7 @@ from packscore.flows.page_pool import PREFIX_CACHE_BYTES
 from packscore.flows.planner import Explanation
 from packscore.inputs import Text, as_iterator, as_list, as_pairs, as_requests, checked
 from packscore.loading import load_model, load_tokenizer, place_of
+from packscore.model.family import model_told
 from packscore.patching import patch_model
 from packscore.prefixes import Prefix, stream
 from packscore.results import (
@@ -30,6 +32,7 @@ from packscore.results import (
     Usage,
     merge_usages,
 )
+from packscore.telling import cut, telling
 from packscore.text.encoding import ArgumentNames, group_by_query
 from packscore.text.labels import LabelIds, Labels
 from packscore.text.prompts import PromptSpec, resolve_prompt
@@ -91,7 +94,7 @@ class MultiItemScorer:
         prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
         on_non_finite: NonFiniteChoice = "raise",
     ) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._prompt = tokenizer, prompt
         self._core = core_of(
             model,
             tokenizer,
@@ -106,6 +109,15 @@ class MultiItemScorer:
             prefix_cache_bytes=prefix_cache_bytes,
             on_non_finite=on_non_finite,
         )
+
+    @telling
+    def __repr__(self) -> str:
+        # nothing here makes an engine or reads a weight
+        program = program_of(self._core.base)
+        runs = "torch" if program is None else f"programs on {program.device}"
+        prompt = cut(self._prompt or "plain")
+        mask = f"mask_impl={self.mask_impl!r}"
+        return f"{model_told(self._core.base)}, in {runs}, prompt={prompt}, {mask}"
 
     @classmethod
     @checked

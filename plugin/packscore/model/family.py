@@ -13,6 +13,7 @@ from packscore.errors import InputTypeError, UnsupportedModelError
 from packscore.model.place import check_place
 from packscore.model.plain import check_token_wise, modules_of
 from packscore.model.sizes import ModelSizes
+from packscore.telling import counted, cut
 
 
 def is_classifier(model: nn.Module) -> bool:
@@ -24,6 +25,15 @@ def class_count(model: PreTrainedModel) -> int:
     """How many classes a sequence classifier has; 0 for another model."""
     config: Any = model.config
     return int(config.num_labels) if is_classifier(model) else 0
+
+
+def model_told(model: PreTrainedModel) -> str:
+    """A model in a few words: class, name, sizes, where its weights are, and in which dtype."""
+    config: Any = model.config
+    name = str(config.name_or_path or "").rstrip("/").rpartition("/")[2]
+    named = f"{type(model).__name__} {cut(name)}" if name else type(model).__name__
+    sizes = f"{counted(config.num_hidden_layers, 'layer')} of {config.hidden_size:,}"
+    return f"{named}, {sizes}, {model.device}, {str(model.dtype).removeprefix('torch.')}"
 
 
 def output_head(model: PreTrainedModel) -> Any:
