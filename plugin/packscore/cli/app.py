@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -71,6 +70,7 @@ def score(
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
     revision: opt.Revision = None,
+    cache_dir: opt.CacheDir = None,
     max_tokens: opt.MaxTokens = None,
     on_long: opt.OnLong = "truncate",
     on_non_finite: opt.OnNonFinite = "raise",
@@ -103,6 +103,7 @@ def score(
             max_tokens,
             on_long,
             on_non_finite,
+            cache_dir=cache_dir,
         )
         files = plan_files(
             input, output, errors, input_format, output_format, resume=resume, overwrite=overwrite
@@ -130,6 +131,7 @@ def rank(
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
     revision: opt.Revision = None,
+    cache_dir: opt.CacheDir = None,
     max_tokens: opt.MaxTokens = None,
     on_long: opt.OnLong = "truncate",
     on_non_finite: opt.OnNonFinite = "raise",
@@ -162,6 +164,7 @@ def rank(
             max_tokens,
             on_long,
             on_non_finite,
+            cache_dir=cache_dir,
         )
         files = plan_files(
             input, output, errors, input_format, output_format, resume=resume, overwrite=overwrite
@@ -185,6 +188,7 @@ def verify(
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
     revision: opt.Revision = None,
+    cache_dir: opt.CacheDir = None,
     max_tokens: opt.MaxTokens = None,
     on_long: opt.OnLong = "truncate",
     input_format: opt.InputFormat = None,
@@ -207,6 +211,7 @@ def verify(
             opt.split_ids(label_token_ids),
             max_tokens,
             on_long,
+            cache_dir=cache_dir,
         )
         read = opt.read_options(query_field, items_field, id_field, max_line_bytes, delimiter, None)
         from packscore.cli.verify import verify_file
@@ -236,13 +241,7 @@ def warmup(
         int, typer.Option(min=1, help="Tokens of the largest request, all of its items together.")
     ] = 4096,
     num_labels: Annotated[int, typer.Option(min=1, help="Labels of a request.")] = 2,
-    cache_dir: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="JAX_COMPILATION_CACHE_DIR",
-            help="Folder that keeps the compiled programs for later processes.",
-        ),
-    ] = None,
+    cache_dir: opt.CacheDir = None,
     dtype: opt.Dtype = "auto",
     revision: opt.Revision = None,
     quiet: opt.Quiet = False,
@@ -350,9 +349,12 @@ def _run_open(
     made = running.rank_task if task["command"] == "rank" else running.score_task
     settings = running.settings_of(loaded, chosen, read, files.input_format, task)
     shape = Shape(read.names.query, task["command"], loaded.label_names, entries.rows)
-    return running.run_file(
+    code = running.run_file(
         files, entries, made(loaded.scorer, **options), settings, shape, quiet=quiet
     )
+    if not quiet:
+        loaded.cache.tell_new()
+    return code
 
 
 def _check_labels(task: dict[str, Any], loaded: Loaded) -> None:

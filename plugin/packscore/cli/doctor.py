@@ -16,6 +16,7 @@ import torch
 from packaging.requirements import Requirement
 
 import packscore
+from packscore.cli.cache import NONE, VARIABLE, folder_of
 from packscore.loading import fastest_place, tpu_is_plugged_in
 from packscore.model.place import TORCHTPU_STANDS_BEFORE_TORCHAX, torchtpu_is_loaded
 
@@ -204,8 +205,8 @@ def _notes(found: Findings) -> Iterator[str]:
         yield "packscore runs from its sources: versions were not compared with what it needs"
     if found.versions["pyarrow"] is None:
         yield "parquet files need pyarrow: pip install 'packscore[parquet]'"
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        yield (
-            "JAX_COMPILATION_CACHE_DIR is not set: every process compiles its programs again "
-            "(--device tpu and jax)"
-        )
+    folder = folder_of(None)
+    if folder is None:
+        yield f"{VARIABLE}={NONE}: every process compiles its programs again (--device tpu and jax)"
+    else:
+        yield f"compiled programs (--device tpu and jax) are kept in {folder}"

@@ -13,6 +13,7 @@ from typing import Any
 from transformers.utils import logging
 
 from packscore import InputError, LoadError, MultiItemScorer, PromptSpec
+from packscore.cli.cache import Cache, open_cache
 from packscore.cli.options import ModelOptions
 from packscore.files.failures import RunError, UsageError
 from packscore.loading import Place, place_of, tpu_is_plugged_in
@@ -31,6 +32,7 @@ class Loaded:
     spec: PromptSpec
     label_names: list[str]
     is_one_class: bool  # of a classifier, whose logit ranks by itself
+    cache: Cache
 
 
 def read_prompt(prompt: str) -> PromptSpec:
@@ -94,6 +96,7 @@ def load(options: ModelOptions, *, weights: bool = True) -> Loaded:
     place = place_for(options.device) if weights else Place("meta")
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped in transformers
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    cache = open_cache(options.cache_dir) if place.programs else Cache(None)
     try:
         scorer = MultiItemScorer.from_pretrained(
             options.model,
@@ -107,6 +110,7 @@ def load(options: ModelOptions, *, weights: bool = True) -> Loaded:
             max_tokens=options.max_tokens,
             on_long=options.on_long,
             on_non_finite=options.on_non_finite,
+            compile_cache=cache.folder,
         )
     except LoadError as error:
         raise RunError(f"--model={options.model} cannot be loaded: {error.reason}") from error
@@ -124,6 +128,7 @@ def load(options: ModelOptions, *, weights: bool = True) -> Loaded:
         spec,
         [_name_of(i) for i in ids] if options.label_token_ids else names,
         len(classes) == 1,
+        cache,
     )
 
 

@@ -52,6 +52,7 @@ def verify_file(
         label_token_ids=scorer.label_token_ids,
         max_tokens=options.max_tokens,
     )
+    loaded.cache.tell_new()
     return ExitCode.OK if report.passed else ExitCode.FAILURE
 
 
