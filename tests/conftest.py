@@ -46,7 +46,7 @@ def _check_tpu(config: pytest.Config) -> None:
     if getattr(config.option, "numprocesses", None):
         raise pytest.UsageError("a TPU has one owner: pytest -m tpu -n 0 tests/tpu")
     from packscore.cli.doctor import ask_jax
-    from packscore.cli.load import tpu_is_plugged_in
+    from packscore.loading import tpu_is_plugged_in
 
     if not tpu_is_plugged_in():
         raise pytest.UsageError("pytest -m tpu needs a TPU, and this machine has none")

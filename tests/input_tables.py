@@ -46,8 +46,11 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "flow": ("fast", 1, True, ["packed"]),
     **dict.fromkeys(["mask_impl", "on_long", "on_non_finite"], ("other", None, 1, True)),
     "activation_fn": ("sigmoid", 3, lambda x: x[:1], lambda x: x.sum(), lambda x: [0.5, 0.5]),
-    **dict.fromkeys(["instruction", "device"], (5, b"x", ["x"])),
-    "compile_cache": (5, ["x"]),
+    **dict.fromkeys(["local_files_only", "trust_remote_code"], ("false", 0, None, [])),
+    **dict.fromkeys(["instruction", "revision", "device"], (5, b"x", ["x"])),
+    **dict.fromkeys(["compile_cache", "cache_dir"], (5, ["x"])),
+    "dtype": ("int8", "fp16", None, torch.int8, 16),
+    "model_kwargs": ("sdpa", ["sdpa"], 1),
     "seconds": (0, -1, float("nan"), "5", True),
 }
 KINDS: dict[str, Callable[[], Any]] = {
@@ -114,6 +117,12 @@ def options_of() -> Iterator[tuple[str, str, Callable[[MultiItemScorer, Any], An
         "MultiItemScorer": (
             MultiItemScorer,
             lambda scorer, **o: MultiItemScorer(scorer.model, tokenizer(), **o),
+        ),
+        "from_pretrained": (
+            MultiItemScorer.from_pretrained,
+            lambda _, **o: MultiItemScorer.from_pretrained(
+                shipped_model_path(), **{"device": "cpu", **o}
+            ),
         ),
         "score": (MultiItemScorer.score, lambda s, **o: s.score("q", TEXTS, **o)),
         "rank": (MultiItemScorer.rank, lambda s, **o: s.rank("q", TEXTS, **o)),

@@ -45,6 +45,7 @@ RIGHT = """
     def rerank(model: PreTrainedModel, path: str, query: str, documents: list[str]) -> list[str]:
         tokenizer: Any = AutoTokenizer.from_pretrained(path)
         scorer = MultiItemScorer(patch_model(model), tokenizer, prompt="qwen3-reranker")
+        scorer = MultiItemScorer.from_pretrained(path, device="cpu", prompt="qwen3-reranker")
         ranked: list[RankedDocument] = scorer.rank(query, documents, top_k=3)
         scores: list[list[float]] = scorer.score(query, documents, labels=["no", "yes"])
         result: ScoreResult[list[list[float]]] = scorer.score(query, documents, return_usage=True)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from packscore.encoded import EncodedRequest as EncodedRequest
     from packscore.errors import InputError as InputError
     from packscore.errors import InputTypeError as InputTypeError
+    from packscore.errors import LoadError as LoadError
     from packscore.errors import MaskTooLargeError as MaskTooLargeError
     from packscore.errors import MissingPackageError as MissingPackageError
     from packscore.errors import NonFiniteScoreError as NonFiniteScoreError
@@ -59,7 +60,7 @@ _HOMES = {
     "calls": ("program_of",),
     "encoded": ("EncodedRequest",),
     "errors": (
-        *("InputError", "InputTypeError", "MaskTooLargeError", "MissingPackageError"),
+        *("InputError", "InputTypeError", "LoadError", "MaskTooLargeError", "MissingPackageError"),
         *("NonFiniteScoreError", "NotPatchedError", "OutOfMemoryError", "PackscoreError"),
         *("ScoringError", "StalePrefixError", "UnexpectedCompileError", "UnsupportedModelError"),
         "UnsupportedVersionError",

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from packscore.telling import counted, telling
+
 TokenIds = npt.NDArray[np.int64]
 
 
@@ -18,6 +20,15 @@ class EncodedRequest:
     items: list[TokenIds]  # i64[item_len] each
     truncated_items: list[int] = field(default_factory=list)
     special_token_items: list[int] = field(default_factory=list)  # items holding special-token text
+
+    @telling
+    def __repr__(self) -> str:
+        lens = [len(item) for item in self.items]
+        each = f" of up to {counted(max(lens), 'token')}" if lens else ""
+        lists = ("truncated_items", "special_token_items")
+        more = (f"{len(getattr(self, x)):,} {x}" for x in lists if getattr(self, x))
+        prefix = counted(len(self.prefix), "prefix token")
+        return ", ".join([prefix, f"{counted(len(lens), 'item')}{each}", *more])
 
     @property
     def prompt_tokens(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,18 @@ class InputTypeError(PackscoreError, TypeError):
 
 class UnsupportedModelError(PackscoreError, ValueError):
     """The model, its configuration or its head cannot be scored exactly."""
+
+
+class LoadError(PackscoreError, OSError):
+    """A checkpoint cannot be read, lacks weights, or has no tokenizer; `reason` says what it is."""
+
+    def __init__(self, name_or_path: str | os.PathLike[str], reason: str) -> None:
+        super().__init__(f"name_or_path={os.fspath(name_or_path)!r} cannot be loaded: {reason}")
+        self.reason = reason
+        self._named = os.fspath(name_or_path), reason
+
+    def __reduce__(self) -> Any:
+        return type(self), self._named
 
 
 class NotPatchedError(PackscoreError, RuntimeError):

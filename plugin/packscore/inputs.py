@@ -218,6 +218,25 @@ def _check_path(name: str, value: object) -> None:
         raise InputTypeError(f"{name}={short(value)} must be a path, or None")
 
 
+def _check_device(name: str, value: object) -> None:
+    if not isinstance(value, str | torch.device):
+        raise InputTypeError(f"{name}={short(value)} must be a string, a torch.device, or None")
+
+
+def _check_dtype(name: str, value: object) -> None:
+    found = getattr(torch, value, None) if isinstance(value, str) else value
+    if value != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise InputError(
+            f"{name}={short(value)} must be 'auto', or a floating dtype of torch or its name, such "
+            "as torch.bfloat16 or 'bfloat16'"
+        )
+
+
+def _check_mapping(name: str, value: object) -> None:
+    if not isinstance(value, Mapping):
+        raise InputTypeError(f"{name}={short(value)} must be a dict, or None")
+
+
 def _check_seconds(name: str, value: Any) -> None:
     is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
     if not is_number:
@@ -245,8 +264,12 @@ OPTIONS: dict[str, Callable[[str, Any], None]] = {
     "on_long": _check_one_of("truncate", "error"),
     "on_non_finite": _check_one_of(*get_args(NonFiniteChoice)),
     "activation_fn": check_activation,
-    **dict.fromkeys(["instruction", "device"], _or_none(_check_string)),
-    "compile_cache": _or_none(_check_path),
+    **dict.fromkeys(["local_files_only", "trust_remote_code"], check_flag),
+    **dict.fromkeys(["instruction", "revision"], _or_none(_check_string)),
+    **dict.fromkeys(["compile_cache", "cache_dir"], _or_none(_check_path)),
+    "device": _or_none(_check_device),
+    "dtype": _check_dtype,
+    "model_kwargs": _or_none(_check_mapping),
     "seconds": _check_seconds,
 }
 

@@ -20,6 +20,7 @@ from packscore.flows.page_pool import PrefixLease
 from packscore.flows.runner import Runner
 from packscore.inputs import Text, as_list, checked
 from packscore.results import ScoreResult
+from packscore.telling import counted, cut, telling
 from packscore.text.encoding import ArgumentNames
 from packscore.text.labels import LabelIds, Labels
 
@@ -54,6 +55,14 @@ class Prefix:
         self._engine = core.engine
         self._tokens = prefix_tokens(core, query)
         self._lease = self._hold()
+
+    @telling
+    def __repr__(self) -> str:
+        state = "kept nowhere"
+        if self._lease is not None:
+            state = "released" if self._lease.is_released else "held"
+            state = "stale" if self._lease.is_stale and state == "held" else state
+        return f"{cut(self._query)}, {counted(len(self._tokens), 'token')}, {state}"
 
     def _hold(self) -> PrefixLease | None:
         if not len(self._tokens):

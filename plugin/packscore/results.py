@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, NotRequired, TypedDict, TypeVar
 
+from packscore.telling import cut, telling
+
 T = TypeVar("T")
 
 Flow = Literal["packed", "extend", "chunked", "plain"]
@@ -51,6 +53,16 @@ class Usage:
     mask_impl: MaskImpl
     non_finite_items: tuple[int, ...] = ()
 
+    @telling
+    def __repr__(self) -> str:
+        lists = (
+            f"{name}={cut(getattr(self, name))}"
+            for name in ("truncated_items", "special_token_items", "non_finite_items")
+            if getattr(self, name)
+        )
+        computed = f"{self.computed_tokens:,} of {self.prompt_tokens:,} tokens computed"
+        return ", ".join([computed, f"flow={self.flow!r}", f"mask_impl={self.mask_impl!r}", *lists])
+
 
 @dataclass(frozen=True)
 class ScoreResult(Generic[T]):
@@ -58,6 +70,10 @@ class ScoreResult(Generic[T]):
 
     scores: T
     usage: Usage
+
+    @telling
+    def __repr__(self) -> str:
+        return f"scores={cut(self.scores)}, usage={self.usage!r}"
 
 
 class RankedDocument(TypedDict):

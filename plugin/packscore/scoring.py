@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, overload
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, overload
 
 import numpy as np
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from packscore.calls import program_of
 from packscore.core import Activation, Scores, core_of
 from packscore.encoded import EncodedRequest
-from packscore.errors import ScoringError
+from packscore.errors import InputError, ScoringError
 from packscore.flows.page_pool import PREFIX_CACHE_BYTES
 from packscore.flows.planner import Explanation
 from packscore.inputs import Text, as_iterator, as_list, as_pairs, as_requests, checked
+from packscore.loading import load_model, load_tokenizer, place_of
+from packscore.model.family import model_told
+from packscore.patching import patch_model
 from packscore.prefixes import Prefix, stream
 from packscore.results import (
     Flow,
@@ -25,9 +32,10 @@ from packscore.results import (
     Usage,
     merge_usages,
 )
+from packscore.telling import cut, telling
 from packscore.text.encoding import ArgumentNames, group_by_query
 from packscore.text.labels import LabelIds, Labels
-from packscore.text.prompts import PromptSpec
+from packscore.text.prompts import PromptSpec, resolve_prompt
 
 
 class MultiItemScorer:
@@ -86,8 +94,104 @@ class MultiItemScorer:
         prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
         on_non_finite: NonFiniteChoice = "raise",
     ) -> None:
+        self._tokenizer, self._prompt = tokenizer, prompt
         self._core = core_of(
             model,
+            tokenizer,
+            prompt=prompt,
+            mask_impl=mask_impl,
+            instruction=instruction,
+            labels=labels,
+            label_token_ids=label_token_ids,
+            max_tokens=max_tokens,
+            on_long=on_long,
+            split_special_tokens=split_special_tokens,
+            prefix_cache_bytes=prefix_cache_bytes,
+            on_non_finite=on_non_finite,
+        )
+
+    @telling
+    def __repr__(self) -> str:
+        # nothing here makes an engine or reads a weight
+        program = program_of(self._core.base)
+        runs = "torch" if program is None else f"programs on {program.device}"
+        prompt = cut(self._prompt or "plain")
+        mask = f"mask_impl={self.mask_impl!r}"
+        return f"{model_told(self._core.base)}, in {runs}, prompt={prompt}, {mask}"
+
+    @classmethod
+    @checked
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+        prompt: str | PromptSpec | None = None,
+        mask_impl: MaskChoice = "auto",
+        instruction: str | None = None,
+        labels: Sequence[str] | None = None,
+        label_token_ids: LabelIds | None = None,
+        max_tokens: int | None = None,
+        on_long: Literal["truncate", "error"] = "truncate",
+        split_special_tokens: bool | None = None,
+        prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
+        on_non_finite: NonFiniteChoice = "raise",
+        compile_cache: str | Path | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        trust_remote_code: bool = False,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Load a model and its tokenizer, patch it, and make its scorer.
+
+        The model is a causal one, or a sequence classifier where the checkpoint's configuration
+        says so, in eval mode. A folder is read without a look at the network.
+
+        Args:
+          name_or_path: name on the hub, or a folder, of a model or of an adapter.
+          device: "cpu", "cuda", "cuda:1", "mps", or a `torch.device`: there, in torch. "tpu", and
+            "jax" (the device jax prefers): compiled programs over weights on the CPU. None, or
+            "auto": CUDA where torch has it, else a TPU, else MPS, else the CPU. "meta" loads no
+            weights, for a scorer that encodes and counts tokens.
+          dtype: of the weights, as transformers takes it: "auto" (the checkpoint's), a dtype of
+            torch, or its name.
+          prompt, mask_impl, instruction, labels, label_token_ids, max_tokens, on_long: as in the
+            constructor.
+          split_special_tokens, prefix_cache_bytes, on_non_finite: as in the constructor.
+          compile_cache: as in `patch_model`; for "tpu" and "jax".
+          revision: branch, tag or commit of a name on the hub.
+          cache_dir: folder of what the hub sends; None is Hugging Face's own.
+          local_files_only: ask the hub for nothing.
+          trust_remote_code: run code that the checkpoint brings along.
+          model_kwargs: more arguments of the model's `from_pretrained`, such as
+            `attn_implementation` or `device_map` (then without `device`).
+
+        Raises:
+          LoadError: there is no such checkpoint, it cannot be read, lacks weights (a head among
+            them), or has no tokenizer.
+          InputError, InputTypeError: an option does not exist, there is no such device, or as the
+            constructor raises it.
+          UnsupportedModelError: as the constructor raises it.
+        """
+        resolve_prompt(prompt)
+        has_map = "device_map" in (model_kwargs or {})
+        if has_map and device is not None:
+            raise InputError(f"{device=} and a device_map in model_kwargs; pass one of them")
+        place = place_of("cpu" if has_map else device)
+        hub = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+            "trust_remote_code": trust_remote_code,
+        }
+        tokenizer = load_tokenizer(name_or_path, **hub)
+        model = load_model(
+            name_or_path, device=place.torch, dtype=dtype, model_kwargs=model_kwargs, **hub
+        )
+        return cls(
+            patch_model(model, device=place.programs, compile_cache=compile_cache),
             tokenizer,
             prompt=prompt,
             mask_impl=mask_impl,
@@ -105,6 +209,11 @@ class MultiItemScorer:
     def model(self) -> nn.Module:
         """The model, as it was given."""
         return self._core.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, as it was given."""
+        return self._tokenizer
 
     @property
     def mask_impl(self) -> Literal["segment", "dense"]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from packscore.cli.load import tpu_is_plugged_in
+from packscore.loading import tpu_is_plugged_in
 
 LOADED = """
 {told}
@@ -17,7 +17,7 @@ import jax
 assert jax.devices()
 print("libtpu.so" in open("/proc/self/maps").read())
 """
-TOLD = "from packscore.cli.load import resolve_torch_device; resolve_torch_device('jax')"
+TOLD = "from packscore.cli.load import place_for; place_for('jax')"
 
 
 def _jax_starts_libtpu(told: str) -> bool:

@@ -87,7 +87,7 @@ def test_one_wrong_score_fails_it(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 REFUSED = {
-    "--device cuda": "--device=cuda cannot be used",
+    "--device cuda": "--device='cuda' cannot be used",
     "--device tpu": "--device=tpu: this machine has no TPU",
     "--device gpu": "--device='gpu' must be one of auto, tpu, cuda, mps, cpu, jax",
     "--items 500": "--items='500' must be a number of items and their tokens: --items 500x20",

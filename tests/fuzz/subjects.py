@@ -98,7 +98,8 @@ def is_language_model(model: Any) -> bool:
 
 
 def has_two_layers(model: Any) -> bool:
-    return len(layers_of(model)) > 1
+    """And runs them: its configuration may say fewer, but not none."""
+    return min(len(layers_of(model)), base_model(model).config.num_hidden_layers) > 1
 
 
 def has_few_layers(model: Any) -> bool:
@@ -229,7 +230,7 @@ def _fits_change(name: str) -> Callable[[Any], bool]:
                 return False
             if name == "head_of_two" and type(base.lm_head) is not nn.Linear:
                 return False
-        if name in ("layer_replaced", "layer_in_two_places", "layer_removed"):
+        if name in ("layer_replaced", "layer_in_two_places") or name in FEWER:
             return has_two_layers(model)
         if name == "layer_appended":
             return has_few_layers(model)
@@ -253,6 +254,7 @@ def _on_base(name: str, make: Callable[[Any], None]) -> Callable[[Any], None]:
     return lambda model: (unfrozen(make) if steps else make)(base_model(model))
 
 
+FEWER = ("layer_removed", "fewer_layers_by_the_configuration")
 OWN: dict[str, Step] = {
     "adapter_added": Step(adapter_added, PLAIN),
     "adapter_swapped": Step(adapter_swapped, None, has_adapter),

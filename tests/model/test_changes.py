@@ -96,6 +96,46 @@ def test_scores_are_those_of_the_model_as_it_is(case: Change, device: str | None
     assert (streamed - expected).abs().max() <= tolerance
 
 
+CONTRADICTIONS = {
+    "num_hidden_layers": (
+        (-1, 0, 3),
+        "num_hidden_layers={}.* which has 2 layers; set config.num_h",
+    ),
+    "num_attention_heads": ((-1, 0), "num_attention_heads={} must be at least 1"),
+    "num_key_value_heads": (
+        (-1, 1),
+        "num_key_value_heads .* contradicts layer 0, where k_proj.out_",
+    ),
+    "head_dim": ((-1, 32), "head_dim={} in the configuration contradicts layer 0"),
+    "hidden_size": ((32,), "hidden_size={} in the configuration contradicts layer 0"),
+}
+
+
+@pytest.mark.parametrize("mask_impl", ["auto", "dense"])
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_a_size_that_the_modules_contradict_is_refused_by_name(name: str, mask_impl: Any) -> None:
+    model = patch_model(random_qwen3(tied=False))
+    scorer = MultiItemScorer(model, label_token_ids=LABELS, mask_impl=mask_impl)
+    before = torch.tensor(scorer.score(PREFIX, ITEMS))
+    own, (values, message) = getattr(model.config, name), CONTRADICTIONS[name]
+    for value in values:
+        setattr(model.config, name, value)
+        for call in (lambda: scorer.score(PREFIX, ITEMS), lambda: patch_model(model)):
+            with pytest.raises(UnsupportedModelError, match=message.format(value)):
+                call()
+        setattr(model.config, name, own)
+        again = torch.tensor(scorer.score(PREFIX, ITEMS))
+        assert torch.allclose(again, before, atol=TOLERANCES[torch.float32].max_abs)
+
+
+@pytest.mark.usefixtures("quick_programs")
+def test_programs_refuse_more_layers_than_there_are() -> None:
+    model, scorer = fresh("jax")
+    model.config.num_hidden_layers = 3
+    with pytest.raises(UnsupportedModelError, match="num_hidden_layers=3 contradicts the model"):
+        scorer.score(PREFIX, ITEMS)
+
+
 @pytest.mark.parametrize("make", [fused_step, written_through_data, layer_replaced])
 def test_without_the_watch_pages_of_before_are_read(
     monkeypatch: pytest.MonkeyPatch, make: Callable[[Any], None]

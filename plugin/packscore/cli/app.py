@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +14,9 @@ from packscore.files.failures import UsageError
 from packscore.files.file_plan import FilePlan, check_free, plan_files
 from packscore.files.inputs import Input, ReadOptions, open_input
 from packscore.files.locks import locked
+
+if TYPE_CHECKING:
+    from packscore.cli.load import Loaded
 
 DEFAULT_MAX_LINE_BYTES = 8 * 2**20
 
@@ -68,6 +70,7 @@ def score(
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
     revision: opt.Revision = None,
+    cache_dir: opt.CacheDir = None,
     max_tokens: opt.MaxTokens = None,
     on_long: opt.OnLong = "truncate",
     on_non_finite: opt.OnNonFinite = "raise",
@@ -100,6 +103,7 @@ def score(
             max_tokens,
             on_long,
             on_non_finite,
+            cache_dir=cache_dir,
         )
         files = plan_files(
             input, output, errors, input_format, output_format, resume=resume, overwrite=overwrite
@@ -127,6 +131,7 @@ def rank(
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
     revision: opt.Revision = None,
+    cache_dir: opt.CacheDir = None,
     max_tokens: opt.MaxTokens = None,
     on_long: opt.OnLong = "truncate",
     on_non_finite: opt.OnNonFinite = "raise",
@@ -159,6 +164,7 @@ def rank(
             max_tokens,
             on_long,
             on_non_finite,
+            cache_dir=cache_dir,
         )
         files = plan_files(
             input, output, errors, input_format, output_format, resume=resume, overwrite=overwrite
@@ -182,6 +188,7 @@ def verify(
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
     revision: opt.Revision = None,
+    cache_dir: opt.CacheDir = None,
     max_tokens: opt.MaxTokens = None,
     on_long: opt.OnLong = "truncate",
     input_format: opt.InputFormat = None,
@@ -204,6 +211,7 @@ def verify(
             opt.split_ids(label_token_ids),
             max_tokens,
             on_long,
+            cache_dir=cache_dir,
         )
         read = opt.read_options(query_field, items_field, id_field, max_line_bytes, delimiter, None)
         from packscore.cli.verify import verify_file
@@ -233,13 +241,7 @@ def warmup(
         int, typer.Option(min=1, help="Tokens of the largest request, all of its items together.")
     ] = 4096,
     num_labels: Annotated[int, typer.Option(min=1, help="Labels of a request.")] = 2,
-    cache_dir: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="JAX_COMPILATION_CACHE_DIR",
-            help="Folder that keeps the compiled programs for later processes.",
-        ),
-    ] = None,
+    cache_dir: opt.CacheDir = None,
     dtype: opt.Dtype = "auto",
     revision: opt.Revision = None,
     quiet: opt.Quiet = False,
@@ -321,7 +323,7 @@ def _run(
         from packscore.cli.load import load
 
         loaded = load(chosen, weights=False)
-        _check_labels(task, loaded.label_names)
+        _check_labels(task, loaded)
         plan = make_plan(entries, loaded.scorer)
         typer.echo(plan.text())
         return ExitCode.BAD_RECORDS if plan.bad_records else ExitCode.OK
@@ -340,18 +342,22 @@ def _run_open(
     from packscore.cli.load import load
 
     loaded = load(chosen)
-    _check_labels(task, loaded.label_names)
+    _check_labels(task, loaded)
     if not quiet:
         tell(f"{chosen.model} on {loaded.device} in {loaded.dtype}")
     options = {name: value for name, value in task.items() if name != "command"}
     made = running.rank_task if task["command"] == "rank" else running.score_task
     settings = running.settings_of(loaded, chosen, read, files.input_format, task)
     shape = Shape(read.names.query, task["command"], loaded.label_names, entries.rows)
-    return running.run_file(
+    code = running.run_file(
         files, entries, made(loaded.scorer, **options), settings, shape, quiet=quiet
     )
+    if not quiet:
+        loaded.cache.tell_new()
+    return code
 
 
-def _check_labels(task: dict[str, Any], names: list[str]) -> None:
-    if task["command"] == "rank" and len(names) != 2:
+def _check_labels(task: dict[str, Any], loaded: Loaded) -> None:
+    names = loaded.label_names
+    if task["command"] == "rank" and len(names) != 2 and not loaded.is_one_class:
         raise UsageError(f"rank compares two labels, (negative, positive), and not {names}")

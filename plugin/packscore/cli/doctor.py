@@ -17,10 +17,11 @@ import torch
 from packaging.requirements import Requirement
 
 import packscore
-from packscore.cli.load import choose_device, tpu_is_plugged_in
+from packscore.cli.cache import NONE, VARIABLE, folder_of
 from packscore.errors import PackscoreError
 from packscore.installed import COLUMNS, install_command, is_installed, tested_rows, version_of
 from packscore.interfaces import TABLE, absent
+from packscore.loading import fastest_place, tpu_is_plugged_in
 from packscore.model.place import TORCHTPU_STANDS_BEFORE_TORCHAX, torchtpu_is_loaded
 
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "jax", "jaxlib", "torchax", "libtpu")
@@ -187,16 +188,16 @@ def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 def what_runs(jax_platforms: set[str], jax_failure: str | None) -> dict[str, str]:
     """What each value of `--device` does on this machine, and why."""
-    torch_device, patch_device, reason = choose_device()
+    place = fastest_place()
     programs = "compiled programs with the Pallas kernel on the TPU"
     preferred = "the TPU, Pallas kernel" if "tpu" in jax_platforms else "jax's CPU"
     on_jax = f"refused: jax {jax_failure}" if jax_failure else f"programs on {preferred}"
     on_tpu = programs if "tpu" in jax_platforms else "refused: jax sees no TPU"
     if torchtpu_is_loaded():
         programs = on_tpu = on_jax = f"refused: {TORCHTPU_STANDS_BEFORE_TORCHAX}"
-    chosen = programs if patch_device == "tpu" else f"torch on {torch_device}"
+    chosen = programs if place.programs == "tpu" else f"torch on {place.torch}"
     return {
-        "auto": f"{chosen}: {reason}",
+        "auto": f"{chosen}: {place.reason}",
         "cpu": "torch on the CPU",
         "cuda": "torch on CUDA" if torch.cuda.is_available() else "refused: torch sees no CUDA",
         "mps": "torch on MPS" if torch.backends.mps.is_available() else "refused: no MPS",
@@ -251,8 +252,8 @@ def _notes(found: Findings) -> Iterator[str]:
         yield "packscore runs from its sources: versions were not compared with what it needs"
     if found.versions["pyarrow"] is None:
         yield f"parquet files need pyarrow: {install_command('parquet')}"
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        yield (
-            "JAX_COMPILATION_CACHE_DIR is not set: every process compiles its programs again "
-            "(--device tpu and jax)"
-        )
+    folder = folder_of(None)
+    if folder is None:
+        yield f"{VARIABLE}={NONE}: every process compiles its programs again (--device tpu and jax)"
+    else:
+        yield f"compiled programs (--device tpu and jax) are kept in {folder}"

@@ -38,6 +38,14 @@ Device = Annotated[
     typer.Option(help="auto, cpu, cuda[:N], mps (torch); tpu, jax (compiled programs)."),
 ]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")]
+CacheDir = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder that keeps compiled programs (tpu, jax) for later processes, or none; "
+        "default: JAX_COMPILATION_CACHE_DIR, or in PACKSCORE_CACHE_DIR or the user's cache.",
+        show_default=False,
+    ),
+]
 Prompt = Annotated[
     str,
     typer.Option(help="qwen3-reranker, yes-no, plain, or a .json file with a PromptSpec's parts."),
@@ -132,6 +140,7 @@ class ModelOptions:
       instruction, max_tokens, on_long, on_non_finite: as `MultiItemScorer` takes them.
       labels: label texts, or None.
       label_token_ids: labels as ids, or None.
+      cache_dir: folder of compiled programs; "none" keeps none, None is the default.
 
     Raises:
       UsageError: `dtype`, `on_long` or `on_non_finite` is not one of its values.
@@ -148,6 +157,7 @@ class ModelOptions:
     max_tokens: int | None
     on_long: Literal["truncate", "error"]
     on_non_finite: NonFiniteChoice = "raise"
+    cache_dir: str | None = None
 
     def __post_init__(self) -> None:
         _check_choice("--dtype", self.dtype, DTYPES)

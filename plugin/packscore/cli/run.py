@@ -120,7 +120,7 @@ def settings_of(
         "model": model_fingerprint(options.model, loaded.commit),
         "device": loaded.device,
         "dtype": loaded.dtype,
-        "prompt": repr(loaded.spec),
+        "prompt": loaded.spec.spelled,
         "instruction": options.instruction,
         "label_token_ids": loaded.scorer.label_token_ids,
         "max_tokens": options.max_tokens,

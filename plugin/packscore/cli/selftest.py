@@ -16,10 +16,11 @@ import torch
 import packscore
 from packscore.cli import doctor
 from packscore.cli.exits import ExitCode, tell
-from packscore.cli.load import leave_absent_tpus_alone, resolve_torch_device, tpu_is_plugged_in
+from packscore.cli.load import leave_absent_tpus_alone, place_for
 from packscore.cli.options import DTYPES
 from packscore.files.failures import UsageError
 from packscore.installed import install_command, version_of
+from packscore.loading import tpu_is_plugged_in
 from packscore.selftest.run import Settings, has_jax, run
 from packscore.selftest.subjects import REFERENCE, SMALL, Request
 
@@ -70,7 +71,8 @@ def _settings(
         if value not in allowed:
             raise UsageError(f"--{name}={value!r} must be one of {', '.join(allowed)}")
     asked = None if items is None else Request.of(1, items)
-    torch_device, programs = resolve_torch_device(device)
+    place = place_for(device)
+    torch_device, programs = place.torch, place.programs
     names = _tpus() if programs == "tpu" else [torch_device]
     if programs == "jax" and not has_jax():
         raise UsageError(f"--device=jax: jax or torchax is missing; {install_command('jax')}")

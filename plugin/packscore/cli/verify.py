@@ -45,13 +45,14 @@ def verify_file(
     tell(f"{len(records)} records, {options.model} on {loaded.device}")
     report = verify_parity(
         scorer.model,
-        loaded.tokenizer,
+        scorer.tokenizer,
         [(record.query, record.items) for record in records],
         prompt=loaded.spec,
         instruction=options.instruction,
         label_token_ids=scorer.label_token_ids,
         max_tokens=options.max_tokens,
     )
+    loaded.cache.tell_new()
     return ExitCode.OK if report.passed else ExitCode.FAILURE
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import time
-from pathlib import Path
 
+from packscore import program_of
 from packscore.cli.exits import tell
+from packscore.cli.load import load
 from packscore.cli.options import ModelOptions
 from packscore.files.failures import RunError
 
@@ -18,7 +18,7 @@ def warm_up(
     dtype: str,
     max_tokens: int,
     num_labels: int,
-    cache_dir: Path | None,
+    cache_dir: str | None,
     *,
     quiet: bool,
 ) -> None:
@@ -27,21 +27,9 @@ def warm_up(
     Raises:
       RunError: the model has no compiled programs.
     """
-    if cache_dir is None:
-        tell(
-            "no cache folder: the programs end with this process; pass --cache-dir, or set "
-            "JAX_COMPILATION_CACHE_DIR here and where you score"
-        )
-    else:
-        # jax reads them when it is imported; it would leave out what compiles in under a second
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache_dir.resolve())
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    # imported behind the environment
-    from packscore import program_of
-    from packscore.cli.load import load
-
     options = ModelOptions(
-        model, revision, device, dtype, "qwen3-reranker", None, None, None, None, "truncate"
+        *(model, revision, device, dtype, "qwen3-reranker", None, None, None, None, "truncate"),
+        cache_dir=cache_dir,
     )
     loaded = load(options)
     program = program_of(loaded.scorer.model)
@@ -52,3 +40,6 @@ def warm_up(
         max_tokens=max_tokens, num_labels=num_labels, show_progress_bar=not quiet
     )
     tell(f"{count} programs ready in {time.perf_counter() - started:.1f} s on {program.device}")
+    if loaded.cache.folder is None:
+        tell("no program is kept: they end with this process")
+    loaded.cache.tell_new()

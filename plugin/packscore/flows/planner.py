@@ -18,6 +18,7 @@ from packscore.flows.costs import CostModel
 from packscore.flows.engine import Limits
 from packscore.flows.page_pool import PAGE_SIZE
 from packscore.results import FLOWS, Flow
+from packscore.telling import counted, telling
 from packscore_kernels.hardware import cdiv
 
 Lens = npt.NDArray[np.int64]
@@ -66,6 +67,12 @@ class Plan:
     computed_tokens: int = 0
     prefix_ends: tuple[int, ...] = ()
 
+    @telling
+    def __repr__(self) -> str:
+        launches = counted(self.num_launches, "launch", "launches")
+        tokens = counted(self.computed_tokens, "token")
+        return f"{self.flow!r}, {launches}, {tokens}, {self.cost_ms:,.2f} ms predicted"
+
     @property
     def num_launches(self) -> int:
         """How many there are."""
@@ -92,6 +99,13 @@ class Explanation:
     def chosen(self) -> Plan:
         """The plan that runs: the cheapest, or one of fewer launches that costs hardly more."""
         return self.plans[0]
+
+    @telling
+    def __repr__(self) -> str:
+        work, others = self.workload, ", ".join(plan.flow for plan in self.plans[1:])
+        sizes = f"prefix {work.prefix_len:,} ({work.cached_len:,} in pages)"
+        items = counted(len(work.item_lens), "item")
+        return f"{self.chosen!r} before {others or 'none'}; {sizes}, {items}"
 
     def __str__(self) -> str:
         work, lens = self.workload, self.workload.item_lens

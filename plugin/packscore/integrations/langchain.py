@@ -47,10 +47,10 @@ class PackscoreReranker(BaseDocumentCompressor):
         """A reranker from a model's name or folder.
 
         Args:
-          model_name_or_path: of a causal reranker.
+          model_name_or_path: of a reranker.
           top_n: as in the constructor.
-          **options: `prompt` and `on_non_finite` of the scorer, and arguments of the model's
-            `from_pretrained`.
+          **options: of `MultiItemScorer.from_pretrained`, and of the model's own; `prompt` is
+            "qwen3-reranker" by default.
 
         Returns:
           The reranker.

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from packscore.errors import InputTypeError
-from packscore.patching import patch_model
-from packscore.results import NonFiniteChoice
 from packscore.scoring import MultiItemScorer
 from packscore.text.prompts import PromptSpec
 
@@ -22,25 +19,20 @@ def load_scorer(
     model_name_or_path: str | os.PathLike[str],
     *,
     prompt: str | PromptSpec = "qwen3-reranker",
-    on_non_finite: NonFiniteChoice = "raise",
-    **model_kwargs: Any,
+    **options: Any,
 ) -> MultiItemScorer:
-    """A scorer from a name or a folder.
+    """A scorer from a name or a folder, as an adapter takes it.
 
     Args:
-      model_name_or_path: of a causal reranker.
-      prompt, on_non_finite: as in `MultiItemScorer`.
-      **model_kwargs: for `AutoModelForCausalLM.from_pretrained`; `dtype` is "auto" by default.
-
-    Returns:
-      The scorer of the model, patched and in eval mode.
+      model_name_or_path: as in `MultiItemScorer.from_pretrained`.
+      prompt: as there.
+      **options: of it; what it does not know goes to the model's `from_pretrained`.
     """
-    options = {"dtype": "auto", **model_kwargs}
-    model: Any = AutoModelForCausalLM.from_pretrained(model_name_or_path, **options)
-    tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
-    return MultiItemScorer(
-        patch_model(model.eval()), tokenizer, prompt=prompt, on_non_finite=on_non_finite
-    )
+    known = inspect.signature(MultiItemScorer.from_pretrained).parameters
+    own = {name: value for name, value in options.items() if name in known}
+    more = {name: value for name, value in options.items() if name not in known}
+    own["model_kwargs"] = {**(own.get("model_kwargs") or {}), **more}
+    return MultiItemScorer.from_pretrained(model_name_or_path, prompt=prompt, **own)
 
 
 def kept_scorer(

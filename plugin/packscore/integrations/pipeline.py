@@ -269,7 +269,8 @@ class MultiItemScoringPipeline(Pipeline):
         check_choice("on_non_finite", options.get("on_non_finite", "raise"), ("raise", "report"))
         own = {name: options[name] for name in SCORER_OPTIONS if name in options}
         own["on_non_finite"] = "report"  # `_run` says which request it was
-        key = repr(sorted(own.items()))
+        spelled = {"prompt": resolve_prompt(own.get("prompt")).spelled}
+        key = repr(sorted({**own, **spelled}.items()))
         return kept_scorer(
             self._scorers, key, lambda: MultiItemScorer(self.model, self.tokenizer, **own)
         )

@@ -21,9 +21,9 @@ class PackscoreRanker(BaseRanker):  # type: ignore[misc]  # rerankers has no typ
     """Ranks as `rerankers.Reranker(...)` does, with one query computed once for all documents.
 
     Args:
-      model_name_or_path: of a causal reranker; or a `MultiItemScorer` or `packscore.CrossEncoder`.
-      **options: `prompt` and `on_non_finite` of the scorer, and arguments of the model's
-        `from_pretrained`.
+      model_name_or_path: of a reranker; or a `MultiItemScorer` or `packscore.CrossEncoder`.
+      **options: of `MultiItemScorer.from_pretrained`, and of the model's own; `prompt` is
+        "qwen3-reranker" by default.
 
     Raises:
       InputTypeError: it is neither a name nor a scorer.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,8 @@ from packscore.errors import InputTypeError, UnsupportedModelError
 from packscore.interfaces import ATTENTION_NAME, CLASSIFIER, attention_name
 from packscore.model.place import check_place
 from packscore.model.plain import check_token_wise, modules_of
+from packscore.model.sizes import ModelSizes
+from packscore.telling import counted, cut
 
 
 def is_classifier(model: nn.Module) -> bool:
@@ -22,6 +25,15 @@ def class_count(model: PreTrainedModel) -> int:
     """How many classes a sequence classifier has; 0 for another model."""
     config: Any = model.config
     return int(config.num_labels) if is_classifier(model) else 0
+
+
+def model_told(model: PreTrainedModel) -> str:
+    """A model in a few words: class, name, sizes, where its weights are, and in which dtype."""
+    config: Any = model.config
+    name = str(config.name_or_path or "").rstrip("/").rpartition("/")[2]
+    named = f"{type(model).__name__} {cut(name)}" if name else type(model).__name__
+    sizes = f"{counted(config.num_hidden_layers, 'layer')} of {config.hidden_size:,}"
+    return f"{named}, {sizes}, {model.device}, {str(model.dtype).removeprefix('torch.')}"
 
 
 def output_head(model: PreTrainedModel) -> Any:
@@ -88,8 +100,9 @@ def check_supported(model: nn.Module) -> None:
     """Refuse, by name, what packed scoring could not reproduce exactly.
 
     Raises:
-      UnsupportedModelError: weights that nothing here reads, or an architecture, kind of layer,
-        option, rotary embedding or attention implementation that is not exact when packed.
+      UnsupportedModelError: weights that nothing here reads, an architecture, kind of layer,
+        option, rotary embedding or attention implementation that is not exact when packed, or a
+        size in the configuration that the modules contradict.
     """
     inner = base_model(model)
     check_place(model)
@@ -100,6 +113,7 @@ def check_supported(model: nn.Module) -> None:
             f"model_type={config.model_type!r} is not supported; "
             f"it must be one of {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
+    _check_sizes(inner)
     kinds, num_layers = getattr(config, "layer_types", None), config.num_hidden_layers
     if kinds is not None and len(kinds) < num_layers:
         raise UnsupportedModelError(
@@ -139,6 +153,51 @@ def check_supported(model: nn.Module) -> None:
                 f"attn_implementation='sdpa' leaves out what {config.model_type!r} does to its "
                 "scores; call model.set_attn_implementation('eager') first"
             )
+
+
+# Sizes that pages and launches go by: as the configuration says them, as we read them, and where a
+# layer's attention has them.
+ATTENTION_SIZES = (
+    ("head_dim", "head_dim", "head_dim"),
+    ("num_attention_heads * head_dim", "q", "q_proj.out_features"),
+    ("num_key_value_heads * head_dim", "kv", "k_proj.out_features"),
+    ("num_key_value_heads * head_dim", "kv", "v_proj.out_features"),
+    ("hidden_size", "hidden", "q_proj.in_features"),
+)
+
+
+def _check_sizes(model: PreTrainedModel) -> None:
+    """Refuse sizes in the configuration that the modules contradict.
+
+    A configuration may name fewer layers than there are: the model's own forward then runs so many.
+    The width of an MLP is not compared, which layers may have of their own.
+
+    Raises:
+      UnsupportedModelError: there is one.
+    """
+    config: Any = model.config
+    decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]  # untyped in transformers
+    for name in ("num_attention_heads", "hidden_size"):
+        if getattr(config, name) < 1:
+            raise UnsupportedModelError(f"{name}={getattr(config, name)} must be at least 1")
+    sizes, num_layers = ModelSizes.of(config), len(decoder.layers)
+    if not 1 <= sizes.layers <= num_layers:
+        raise UnsupportedModelError(
+            f"num_hidden_layers={sizes.layers} contradicts the model, which has {num_layers} "
+            f"layers; set config.num_hidden_layers to 1 to {num_layers}"
+        )
+    for i, layer in enumerate(decoder.layers[: sizes.layers]):
+        for told, size, path in ATTENTION_SIZES:
+            found = functools.reduce(_part, path.split("."), getattr(layer, "self_attn", None))
+            if found not in (None, getattr(sizes, size)):
+                raise UnsupportedModelError(
+                    f"{told}={getattr(sizes, size)} in the configuration contradicts layer {i}, "
+                    f"where {path} is {found}; set the configuration's sizes to the model's own"
+                )
+
+
+def _part(whole: Any, name: str) -> Any:
+    return getattr(whole, name, None)
 
 
 def layer_configs(model: nn.Module) -> list[tuple[Any, Any]]:

@@ -20,7 +20,7 @@ from packscore.flows.engine import Readout
 from packscore.flows.packing import PackedBatch
 from packscore.flows.page_pool import PAGE_SIZE, PREFIX_CACHE_BYTES
 from packscore.inputs import checked
-from packscore.model.family import class_count
+from packscore.model.family import check_supported, class_count, model_told
 from packscore.model.masks import MaskKind, check_segment, mask_reason
 from packscore.model.sizes import ModelSizes
 from packscore.programs.compiling import Executables
@@ -42,6 +42,7 @@ from packscore.programs.traced_model import TracedModel
 from packscore.programs.traced_ops import KernelImplementation
 from packscore.programs.weights import DeviceWeights, to_torch
 from packscore.results import MaskChoice
+from packscore.telling import counted, telling
 from packscore_kernels import BlockSizes, SegmentLayout
 from packscore_kernels.hardware import cdiv
 
@@ -110,6 +111,14 @@ class ModelProgram:
         self.sizes, self.num_classes = sizes, class_count(model)
         self._executables, self._weights = executables, weights
 
+    @telling
+    def __repr__(self) -> str:
+        model = self._model()
+        told = "its model is gone" if model is None else model_told(model)
+        ready = f"{counted(self.compile_count, 'program')} ready"
+        most = f"up to {self.max_tokens:,} tokens"
+        return f"{told}, on {self.device} by {self._implementation!r}, {ready}, {most}"
+
     @property
     def model(self) -> PreTrainedModel:
         """The model, which must still be there."""
@@ -164,8 +173,8 @@ class ModelProgram:
           Whether it had changed.
 
         Raises:
-          UnsupportedModelError: an adapter or a hook was added, a module replaced, or weights were
-            quantised or moved.
+          UnsupportedModelError: an adapter or a hook was added, a module replaced, weights were
+            quantised or moved, or the configuration contradicts the modules.
         """
         model = self._model()
         if model is None:
@@ -173,6 +182,7 @@ class ModelProgram:
         with self._lock:  # whoever comes meanwhile waits, and finds the new ones
             if not force and not self._weights.sees_change(model):
                 return False
+            check_supported(model)
             if self._weights.fits(model):
                 self._weights.follow(model)
             else:

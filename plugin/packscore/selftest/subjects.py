@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from packscore.errors import InputError
+from packscore.loading import load_model
 from packscore.shipped import shipped_model_path
 
 Ids = list[int]
@@ -70,7 +71,7 @@ class Subject:
 
 def shipped(dtype: torch.dtype) -> Subject:
     """The reranker inside the package."""
-    return Subject("shipped reranker", _loaded(str(shipped_model_path()), dtype))
+    return Subject("shipped reranker", load_model(shipped_model_path(), dtype=dtype))
 
 
 def reference(name: str | None, dtype: torch.dtype, *, is_small: bool) -> Subject:
@@ -82,7 +83,7 @@ def reference(name: str | None, dtype: torch.dtype, *, is_small: bool) -> Subjec
       is_small: two of its layers, a small vocabulary.
     """
     if name is not None:
-        return Subject(name, _loaded(name, dtype))
+        return Subject(name, load_model(name, dtype=dtype))
     sizes = FEW if is_small else WHOLE
     config = Qwen3Config(
         hidden_size=1024,
@@ -100,12 +101,6 @@ def reference(name: str | None, dtype: torch.dtype, *, is_small: bool) -> Subjec
     random: Any = Qwen3ForCausalLM(config)
     layers = f"{sizes['layers']} layers of " if is_small else ""
     return Subject(f"{layers}Qwen3-0.6B's shape, random weights", random.to(dtype).eval())
-
-
-def _loaded(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    auto: Any = AutoModelForCausalLM
-    model: PreTrainedModel = auto.from_pretrained(name, dtype=dtype).eval()
-    return model
 
 
 def checked_request(vocab_size: int) -> tuple[Ids, list[Ids]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from packscore.errors import InputError
+from packscore.telling import cut, telling
 
 SHARED_FIELDS = ("query", "instruction")
 ITEM_FIELD = "item"
@@ -53,6 +54,17 @@ class PromptSpec:
             raise InputError(f"item={self.item!r} must use {{item}} exactly once")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise InputError(f"max_tokens={self.max_tokens} must be at least 1, or None")
+
+    @telling
+    def __repr__(self) -> str:
+        given = ((f.name, f.default, getattr(self, f.name)) for f in fields(self))
+        return ", ".join(f"{name}={cut(x)}" for name, default, x in given if x != default)
+
+    @property
+    def spelled(self) -> str:
+        """All of it, so that no other spec is spelled so; what a run on files keeps of it."""
+        given = (f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))
+        return f"PromptSpec({', '.join(given)})"
 
 
 def parse_template(template: str) -> list[tuple[str, str | None]]:

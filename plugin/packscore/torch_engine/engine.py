@@ -119,7 +119,7 @@ class TorchEngine:
         foreign = foreign_part(self._given, decoder_modules(self._model))
         self._sizes = ModelSizes.of(self._model.config)
         page_bytes = self._sizes.page_bytes(PAGE_SIZE, self._model.dtype.itemsize)
-        num_pages = self._cache_bytes // page_bytes if page_bytes else 0  # of no layers
+        num_pages = self._cache_bytes // page_bytes
         if self.pool is None or self.pool.num_pages != num_pages:
             self.pool = PagePool(num_pages) if num_pages else None
         self._pages = KvPages(num_pages, PAGE_SIZE) if num_pages else None

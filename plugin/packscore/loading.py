@@ -1,0 +1,242 @@
+"""From a name or a folder to a model and its tokenizer, and where it goes: all that loads."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from packscore.errors import InputError, LoadError, PackscoreError
+from packscore.model.family import EAGER_ONLY
+
+# What a tokenizer is read from. Where there is none of them transformers makes one without a
+# vocabulary, which would score texts as other texts.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
+    *("tekken.json", "tiktoken.model", "sentencepiece.bpe.model"),
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model goes.
+
+    Args:
+      torch: the device of its tensors.
+      programs: `patch_model`'s device; None where torch computes.
+      reason: why it was chosen.
+    """
+
+    torch: str
+    programs: str | None = None
+    reason: str = "asked for"
+
+    @property
+    def name(self) -> str:
+        """The name that `place_of` knows it by."""
+        return self.programs or self.torch
+
+
+def place_of(device: str | torch.device | None) -> Place:
+    """Where a model goes for a name.
+
+    Args:
+      device: of torch ("cpu", "cuda", "cuda:1", "mps", or "meta": no weights at all), or "tpu" and
+        "jax" (programs over weights on the CPU). None and "auto" are the fastest that is there.
+
+    Raises:
+      InputError: there is no such device.
+    """
+    if device is None or device == "auto":
+        return fastest_place()
+    if device in ("tpu", "jax"):
+        return Place("cpu", str(device))
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
+        raise InputError(
+            f"device={str(device)!r} cannot be used: {str(error).splitlines()[0]}; it must be "
+            "'auto', 'cpu', 'cuda', 'cuda:1', 'mps', 'tpu' or 'jax', and be there"
+        ) from error
+    return Place(str(device))
+
+
+def fastest_place() -> Place:
+    """CUDA, a TPU, MPS, then the CPU."""
+    if torch.cuda.is_available():
+        return Place("cuda", reason=f"torch sees {torch.cuda.get_device_name()}")
+    if tpu_is_plugged_in():
+        return Place("cpu", "tpu", "this machine has a TPU")
+    if torch.backends.mps.is_available():
+        return Place("mps", reason="torch sees Apple's GPU")
+    return Place("cpu", reason="there is no CUDA device, no TPU and no MPS")
+
+
+def tpu_is_plugged_in() -> bool:
+    """Whether this machine has a TPU, without importing jax, which would take hold of it."""
+    return any(Path("/dev").glob("accel[0-9]*")) or _has_tpu_on_pci()
+
+
+def _has_tpu_on_pci() -> bool:
+    # Google's vendor id; TPUs behind vfio have no device file of their own.
+    # Source: jax, jax/_src/hardware_utils.py
+    for vendor in Path("/sys/bus/pci/devices").glob("*/vendor"):
+        try:
+            if vendor.read_text().strip() == "0x1ae0" and _is_accelerator(vendor.parent):
+                return True
+        except OSError:
+            continue
+    return False
+
+
+def _is_accelerator(folder: Path) -> bool:
+    # processing accelerators have the class 0x12; a cloud machine's network card has Google's
+    # vendor id too
+    return (folder / "class").read_text().strip().startswith("0x12")
+
+
+def load_tokenizer(name_or_path: str | os.PathLike[str], **hub: Any) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Args:
+      name_or_path: on the hub, or a folder.
+      **hub: `revision`, `cache_dir`, `local_files_only`, `trust_remote_code`.
+
+    Raises:
+      LoadError: there is no such checkpoint, or it has no tokenizer.
+    """
+    with _told_by_name(name_or_path):
+        _check_folder(name_or_path)
+        found: Any = AutoTokenizer.from_pretrained(name_or_path, **hub)
+        names = {*TOKENIZER_FILES, *type(found).vocab_files_names.values()}
+        if not any(_has_file(name_or_path, name, hub) for name in sorted(names)):
+            raise LoadError(
+                name_or_path,
+                "it has no tokenizer; put one beside the model, tokenizer.save_pretrained(folder)",
+            )
+    return found
+
+
+def _has_file(name_or_path: str | os.PathLike[str], file: str, hub: Mapping[str, Any]) -> bool:
+    quiet = {"_raise_exceptions_for_missing_entries": False}
+    return cached_file(name_or_path, file, **_of_files(hub), **quiet) is not None
+
+
+def _of_files(hub: Mapping[str, Any]) -> dict[str, Any]:
+    """What a single file of a checkpoint is found by."""
+    return {name: value for name, value in hub.items() if name != "trust_remote_code"}
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str],
+    *,
+    device: str = "cpu",
+    dtype: str | torch.dtype = "auto",
+    model_kwargs: Mapping[str, Any] | None = None,
+    **hub: Any,
+) -> PreTrainedModel:
+    """The model of a checkpoint in eval mode: a classifier where its configuration says so.
+
+    Args:
+      name_or_path: on the hub, or a folder, of a model or of an adapter.
+      device: of torch; "meta" reads the configuration alone.
+      dtype: as transformers takes it.
+      model_kwargs: for the model's `from_pretrained`; with a `device_map` it stays where that says.
+      **hub: as in `load_tokenizer`.
+
+    Raises:
+      LoadError: there is no such checkpoint, it cannot be read, or it lacks weights.
+    """
+    with _told_by_name(name_or_path):
+        _check_folder(name_or_path)
+        given = dict(model_kwargs or {})
+        config = _config_of(name_or_path, hub)
+        if config.model_type in EAGER_ONLY:
+            given.setdefault("attn_implementation", "eager")
+        auto = _auto_class(config)
+        if device == "meta":
+            with torch.device("meta"):
+                empty: PreTrainedModel = auto.from_config(config, **given).eval()
+                return empty
+        loaded, found = auto.from_pretrained(
+            name_or_path,
+            dtype=dtype,
+            output_loading_info=True,
+            **hub,
+            **{"ignore_mismatched_sizes": True, **given},  # it is told below, by name
+        )
+        _check_whole(name_or_path, found)
+    model: PreTrainedModel = loaded.eval()
+    if "device_map" not in given and model.device != torch.device(device):
+        # Any: `to` is untyped in transformers
+        moved: Any = model
+        model = moved.to(device)
+    return model
+
+
+def _config_of(name_or_path: str | os.PathLike[str], hub: Mapping[str, Any]) -> Any:
+    """The model's configuration; of an adapter alone, that of the model it is for."""
+    if not _has_file(name_or_path, "config.json", hub):
+        adapter = find_adapter_config_file(os.fspath(name_or_path), **_of_files(hub))
+        if adapter is not None:
+            told = json.loads(Path(adapter).read_text(encoding="utf-8"))
+            name_or_path, hub = told["base_model_name_or_path"], {**hub, "revision": None}
+    return AutoConfig.from_pretrained(name_or_path, **hub)
+
+
+def _auto_class(config: Any) -> Any:
+    names = config.architectures or ()
+    is_classifier = any(name.endswith("ForSequenceClassification") for name in names)
+    return AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+
+
+def _check_whole(name_or_path: str | os.PathLike[str], found: Mapping[str, Any]) -> None:
+    # a head that is tied to the embeddings is not missing
+    missing, misshapen = found["missing_keys"], {name for name, *_ in found["mismatched_keys"]}
+    for told, named in (
+        ("no {}", missing),
+        ("{} of another shape than the configuration", misshapen),
+    ):
+        names = sorted(named)
+        if names:
+            more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+            raise LoadError(
+                name_or_path,
+                f"the checkpoint has {told.format(', '.join(names[:3]) + more)}, so they would be "
+                "random; download or save it again, or name the model that was meant",
+            )
+
+
+def _check_folder(name_or_path: str | os.PathLike[str]) -> None:
+    """Refuse a path to nowhere, which would be looked for on the hub."""
+    text = os.fspath(name_or_path)
+    is_path = not isinstance(name_or_path, str) or text.startswith((".", "~", os.sep))
+    if is_path and not os.path.isdir(text):
+        raise LoadError(name_or_path, "there is no such folder")
+
+
+@contextmanager
+def _told_by_name(name_or_path: str | os.PathLike[str]) -> Iterator[None]:
+    """Whatever reading a checkpoint raises as a `LoadError`, in one line."""
+    try:
+        yield
+    except (PackscoreError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise LoadError(name_or_path, reason) from error
