@@ -20,7 +20,7 @@ import packscore_kernels
 ROOT = Path(__file__).resolve().parents[1]
 # Who may import whom; docs/design.md quotes it. A room is a folder, or a file beside the folders. A
 # row allows what it names and whatever those may import: only rooms above it, so there is no
-# circle. errors, telling, results, installed, interfaces, telling and packscore_kernels are for all.
+# circle. errors, telling, results, installed, interfaces and packscore_kernels are for all.
 ROOMS = """
 errors, telling, results, installed, interfaces, encoded, shipped, files ->
 inputs -> encoded

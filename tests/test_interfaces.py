@@ -16,7 +16,14 @@ from typing import Any
 import pytest
 
 from helpers import random_decoder, random_qwen3
-from packscore import UnsupportedVersionError, interfaces, patch_model, register_pipelines
+from packscore import (
+    MultiItemScorer,
+    UnsupportedVersionError,
+    interfaces,
+    patch_model,
+    register_pipelines,
+    shipped_model_path,
+)
 from packscore.installed import version_of
 from packscore.interfaces import TABLE, Interface
 from packscore.model.family import SUPPORTED_MODEL_TYPES
@@ -323,6 +330,15 @@ def test_a_missing_name_is_told_when_pipelines_are_registered(one: Interface) ->
         take_away(one, patch)
         with pytest.raises(UnsupportedVersionError) as told:
             register_pipelines()
+    check_told(told, one)
+
+
+@pytest.mark.parametrize("one", needed("loading"))
+def test_a_missing_name_is_told_when_a_checkpoint_is_loaded(one: Interface) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        take_away(one, patch)
+        with pytest.raises(UnsupportedVersionError) as told:
+            MultiItemScorer.from_pretrained(shipped_model_path())
     check_told(told, one)
 
 

@@ -22,7 +22,7 @@ scorer = MultiItemScorer(patch_model(load()), label_token_ids=[1, 2])
 assert len(scorer.score([1, 2], [[3], [4, 5]])) == 2
 with scorer.prefix([1, 2]) as held:
     held.score([[3]])
-print(scorer.explain([1, 2], [[3]]).chosen.flow)
+scorer.explain([1, 2], [[3]])
 for device in ("jax", "tpu"):
     try:
         patch_model(load(), device=device)
@@ -55,6 +55,6 @@ def run_with(stand_ins: Path, code: str) -> str:
 def test_torch_scores_and_what_needs_them_names_them(tmp_path: Path, found: dict[str, str]) -> None:
     for package, code in found.items():
         (tmp_path / f"{package}.py").write_text(code + "\n")
-    printed = run_with(tmp_path, SCORES).splitlines()
-    assert len(printed) == 3
-    assert all("jax" in line for line in printed[1:])
+    told = run_with(tmp_path, SCORES).splitlines()[-2:]
+    assert all("needs" in line or "cannot be imported" in line for line in told), told
+    assert all("jax" in line for line in told), told

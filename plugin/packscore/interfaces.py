@@ -30,14 +30,14 @@ class Interface:
       path: "module:attribute.attribute"; what ends in "()" is called.
       use: what it is for.
       when: it has to be there: when a model is patched or a scorer made, when programs are made,
-        or for a pipeline.
+        for a pipeline, or to load a checkpoint.
       family: of models that need it; None: all.
       mark: a name that the function at `path` reads or writes; no object shows it otherwise.
     """
 
     path: str
     use: str
-    when: Literal["patch", "programs", "pipeline"] = "patch"
+    when: Literal["patch", "programs", "pipeline", "loading"] = "patch"
     family: str | None = None
     mark: str = ""
     name: str = field(init=False)  # the last one: of an attribute, say, to be read elsewhere
@@ -77,7 +77,7 @@ def _missing(package: str, name: str, use: str) -> UnsupportedVersionError:
 
 def _mentions(function: Any, name: str) -> bool:
     code = getattr(inspect.unwrap(function), "__code__", None)
-    return code is not None and name in (*code.co_names, *code.co_consts)
+    return code is not None and name in (*code.co_names, *code.co_consts, *code.co_varnames)
 
 
 def absent(table: Iterable[Interface]) -> list[UnsupportedVersionError]:
@@ -231,6 +231,17 @@ PARTS = {
         "layers.0.mlp.experts.act_fn",
     ),
 }
+# transformers: files of a checkpoint
+FIND_FILE = Interface("transformers.utils.hub:cached_file", "finding a tokenizer", "loading")
+FIND_QUIETLY = Interface(
+    "transformers.utils.hub:cached_files",
+    "finding a tokenizer",
+    "loading",
+    mark="_raise_exceptions_for_missing_entries",
+)
+FIND_ADAPTER = Interface(
+    "transformers.utils.peft_utils:find_adapter_config_file", "loading an adapter", "loading"
+)
 # transformers: pipelines
 PIPELINES = Interface("transformers.pipelines:PIPELINE_REGISTRY", "a pipeline's task", "pipeline")
 PIPELINE_RECORD = Interface(
@@ -304,6 +315,15 @@ def check_pipelines() -> None:
       UnsupportedVersionError: something is not there.
     """
     check(one for one in TABLE if one.when == "pipeline")
+
+
+def check_loading() -> None:
+    """Ask for all that loading a checkpoint reads.
+
+    Raises:
+      UnsupportedVersionError: something is not there.
+    """
+    check(one for one in TABLE if one.when == "loading")
 
 
 def hooks_of(module: nn.Module) -> tuple[Any, ...]:

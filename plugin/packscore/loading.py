@@ -18,10 +18,9 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
-from transformers.utils.hub import cached_file
-from transformers.utils.peft_utils import find_adapter_config_file
 
 from packscore.errors import InputError, LoadError, PackscoreError
+from packscore.interfaces import FIND_ADAPTER, FIND_FILE, FIND_QUIETLY, check_loading
 from packscore.model.family import EAGER_ONLY
 
 # What a tokenizer is read from. Where there is none of them transformers makes one without a
@@ -120,6 +119,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], **hub: Any) -> Any:
     Raises:
       LoadError: there is no such checkpoint, or it has no tokenizer.
     """
+    check_loading()
     with _told_by_name(name_or_path):
         _check_folder(name_or_path)
         found: Any = AutoTokenizer.from_pretrained(name_or_path, **hub)
@@ -133,8 +133,8 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], **hub: Any) -> Any:
 
 
 def _has_file(name_or_path: str | os.PathLike[str], file: str, hub: Mapping[str, Any]) -> bool:
-    quiet = {"_raise_exceptions_for_missing_entries": False}
-    return cached_file(name_or_path, file, **_of_files(hub), **quiet) is not None
+    quiet = {FIND_QUIETLY.name: False}
+    return FIND_FILE()(name_or_path, file, **_of_files(hub), **quiet) is not None
 
 
 def _of_files(hub: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,6 +162,7 @@ def load_model(
     Raises:
       LoadError: there is no such checkpoint, it cannot be read, or it lacks weights.
     """
+    check_loading()
     with _told_by_name(name_or_path):
         _check_folder(name_or_path)
         given = dict(model_kwargs or {})
@@ -192,7 +193,7 @@ def load_model(
 def _config_of(name_or_path: str | os.PathLike[str], hub: Mapping[str, Any]) -> Any:
     """The model's configuration; of an adapter alone, that of the model it is for."""
     if not _has_file(name_or_path, "config.json", hub):
-        adapter = find_adapter_config_file(os.fspath(name_or_path), **_of_files(hub))
+        adapter = FIND_ADAPTER()(os.fspath(name_or_path), **_of_files(hub))
         if adapter is not None:
             told = json.loads(Path(adapter).read_text(encoding="utf-8"))
             name_or_path, hub = told["base_model_name_or_path"], {**hub, "revision": None}
