@@ -1,10 +1,11 @@
 """Draw the pictures of the documentation into docs/pictures, the same bytes each time.
 
-python docs/pictures.py
+python benchmarks/pictures.py
 """
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,17 @@ from matplotlib.figure import Figure
 from packscore import plot
 from packscore_kernels import Group, SegmentLayout
 
-FOLDER = Path(__file__).parent / "pictures"
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+FOLDER = Path(__file__).parents[1] / "docs" / "pictures"
+RESULTS = Path(__file__).parent / "results"
+# Colours of the light site (Material's, whose page is white) and what stands for them in its dark
+# one. Everything else reads on both.
+PAGE = ("#ffffff", "#1e2129")
+DARK = {
+    plot.INK: "#e2e4e9",
+    plot.QUIET: "#a3a8b4",
+    plot.HIDDEN_COLOUR: "#2e323d",
+    plot.PADDING_COLOUR: "#7d828e",
+}
 
 
 def pictures() -> dict[str, Figure]:
@@ -43,9 +53,7 @@ def peers(dtype: str) -> Figure:
     """What benchmarks/cpu_peers.py measured: a panel for each workload of several items."""
     found = json.loads((RESULTS / f"cpu_peers_{dtype}.json").read_text())
     results = [r for r in found["results"] if len(r["workload"]["item_lens"]) > 1]
-    figure = Figure(
-        figsize=(1.5 + 2.6 * len(results), 2.8), facecolor="white", layout="constrained"
-    )
+    figure = Figure(figsize=(1.5 + 2.6 * len(results), 2.8), layout="constrained")
     panels = figure.subplots(1, len(results), sharex=True, sharey=True, squeeze=False)[0]
     for axes, result in zip(panels, results, strict=True):
         _draw_peers(axes, result)
@@ -81,13 +89,39 @@ def _draw_peers(axes: Axes, result: dict[str, Any]) -> None:
         side.set_visible(False)
 
 
-def main(folder: Path = FOLDER) -> None:
-    """Save them."""
+def save(figures: dict[str, Figure], folder: Path) -> None:
+    """Save each as an SVG, the same bytes each time, in the colours of the reader's scheme."""
     folder.mkdir(exist_ok=True)
     # ids and dates inside an SVG differ from run to run otherwise
     matplotlib.rcParams["svg.hashsalt"] = "packscore"
-    for name, figure in pictures().items():
-        figure.savefig(folder / name, metadata={"Date": None})
+    for name, figure in figures.items():
+        drawn = io.StringIO()
+        # no background of its own: the style below has one for each scheme
+        figure.savefig(drawn, format="svg", metadata={"Date": None}, transparent=True)
+        head, end, rest = drawn.getvalue().partition("<defs>")
+        (folder / name).write_text(f"{head}{_style()}{end}{rest}")
+
+
+def _style() -> str:
+    """A style sheet that a picture brings along, also where it is shown by itself."""
+    light, dark = PAGE
+    rules = [f"svg {{background: {dark}}}"]
+    # the gaps between cells are lines of the page's colour
+    for part, colours in (("fill", DARK), ("stroke", {**DARK, light: dark})):
+        rules += [
+            f'[style*="{part}: {old.lower()}"] {{{part}: {new} !important}}'
+            for old, new in colours.items()
+        ]
+    dark_rules = "\n  ".join(rules)
+    return (
+        f"<style>\n svg {{background: {light}}}\n"
+        f" @media (prefers-color-scheme: dark) {{\n  {dark_rules}\n }}\n</style>\n "
+    )
+
+
+def main(folder: Path = FOLDER) -> None:
+    """Save them."""
+    save(pictures(), folder)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Write docs/measured.md from the reports of `packscore selftest` in benchmarks/results/selftest.
 
-    python docs/measured.py
+    python benchmarks/measured.py
 
 A report that somebody sends goes into that folder as it is, under a name that says the machine.
 """
@@ -11,14 +11,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).parent
-REPORTS = DOCS.parent / "benchmarks" / "results" / "selftest"
-PAGE = DOCS / "measured.md"
+REPORTS = Path(__file__).parent / "results" / "selftest"
+PAGE = Path(__file__).parents[1] / "docs" / "measured.md"
 HEAD = """# Measured
 
 What `packscore selftest --ab` found on machines, from the JSON that it writes;
-`python docs/measured.py` makes this page from `benchmarks/results/selftest/`. There is no report of
-a TPU or a GPU among them yet: what other pages say of those is predicted.
+`python benchmarks/measured.py` makes this page from `benchmarks/results/selftest/`. There is no
+report of a TPU or a GPU among them yet: what other pages say of those is predicted.
 [TPU in ten minutes](tpu.md) has the commands for the first one.
 
 Every run has a query that was not seen before. *Items/s*, *ms/item* and *s/request* are of the
