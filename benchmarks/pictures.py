@@ -53,14 +53,15 @@ def peers(dtype: str) -> Figure:
     """What benchmarks/cpu_peers.py measured: a panel for each workload of several items."""
     found = json.loads((RESULTS / f"cpu_peers_{dtype}.json").read_text())
     results = [r for r in found["results"] if len(r["workload"]["item_lens"]) > 1]
-    figure = Figure(figsize=(1.5 + 2.6 * len(results), 2.8), layout="constrained")
-    panels = figure.subplots(1, len(results), sharex=True, sharey=True, squeeze=False)[0]
+    # one below the other, so that a phone shows them in a size to read
+    figure = Figure(figsize=(5.4, 0.5 + 1.85 * len(results)), layout="constrained")
+    panels = figure.subplots(len(results), 1, sharex=True, squeeze=False)[:, 0]
     for axes, result in zip(panels, results, strict=True):
         _draw_peers(axes, result)
+        axes.invert_yaxis()
     panels[0].set_xlim(0, 12.5)
-    panels[0].invert_yaxis()
     figure.suptitle(
-        f"Times that of packscore, {dtype}, one thread of an {found['cpu']}, {found['date']}",
+        f"Times that of packscore, {dtype}, one CPU thread, {found['date']}",
         color=plot.INK,
         fontsize=10,
     )
@@ -81,7 +82,8 @@ def _draw_peers(axes: Axes, result: dict[str, Any]) -> None:
         axes.text(end + 0.25, name, f"{ratio:.2f}", va="center", fontsize=8, color=plot.INK)
     each = f"{lens[0]}" if min(lens) == max(lens) else f"{min(lens)} to {max(lens)}"
     title = f"query {result['workload']['prefix_len']}, {len(lens)} items of {each}"
-    axes.set_title(f"{title}\npackscore: {rows[0]['median_seconds']:.2f} s", fontsize=9, loc="left")
+    title += f"; packscore: {rows[0]['median_seconds']:.2f} s"
+    axes.set_title(title, fontsize=9, loc="left", color=plot.INK)
     axes.set_xticks([0, 5, 10])
     axes.tick_params(axis="x", colors=plot.QUIET, labelsize=8, length=2)
     axes.tick_params(axis="y", labelcolor=plot.INK, labelsize=9, length=0)
