@@ -16,7 +16,15 @@ from matplotlib.ticker import StrMethodFormatter
 
 import ab_tables
 import pictures as drawings
-from packscore.plot import INK, ITEM_COLOURS, PADDING_COLOUR, PREFIX_COLOUR, QUIET, WHITE_INK
+from packscore.plot import (
+    CELL_INK,
+    INK,
+    ITEM_COLOURS,
+    PADDING_COLOUR,
+    PREFIX_COLOUR,
+    QUIET,
+    WHITE_INK,
+)
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "ab.md"
@@ -139,7 +147,8 @@ def _bars(chart: Axes, bars: list[Bar], title: str) -> None:
     for at, (_, length, colour) in enumerate(bars):
         chart.barh(at, length, color=colour, height=0.66)
         # inside the bar, where no line crosses it
-        _label(chart, at, length, f"{length:,.0f}", -4, "white" if colour in WHITE_INK else INK)
+        ink = "white" if colour in WHITE_INK else CELL_INK
+        _label(chart, at, length, f"{length:,.0f}", -4, ink)
     _axis(chart, [label for label, _, _ in bars])
     chart.set_title(title, loc="left", fontsize=9, color=INK)
 
