@@ -10,8 +10,8 @@ The request: a query of 2 000 tokens and 500 items of 20, the query's own comput
 v6e and v5e it is *predicted*, from the compiler's schedule of the whole Qwen3-0.6B, as
 `predict_tpu.py` says. On this machine's CPU it is measured on four layers of that model
 (`ab_measure.py`), where a query is never seen twice, and where wrong scores end the run. A part
-that is not run keeps what the file holds. `python docs/ab_pictures.py` then renews docs/ab.md and
-its charts.
+that is not run keeps what the file holds. `python benchmarks/ab_pictures.py` then renews docs/ab.md
+and its charts.
 """
 
 from __future__ import annotations

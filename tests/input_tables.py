@@ -183,11 +183,12 @@ def forwards(model: nn.Module, call: Callable[[], Any]) -> int:
 
 def kinds_table(scorer: MultiItemScorer) -> list[str]:
     """Rows of the table: what each call does with each kind of items."""
-    names = " | ".join(f"`{name}`" for name in CALLS)
-    rows = [f"| items | {names} |", "|---" * (len(CALLS) + 1) + "|"]
+    rows = [f"| items | {', '.join(f'`{name}`' for name in CALLS)} |", "|---|---|"]
     for kind, make in KINDS.items():
-        cells = [outcome(call, scorer, make()) for call in CALLS.values()]
-        rows.append(f"| {kind} | {' | '.join(cells)} |")
+        found = {name: outcome(call, scorer, make()) for name, call in CALLS.items()}
+        unlike = ", ".join(f"`{name}`: {what}" for name, what in found.items())
+        one = len({*found.values()}) == 1
+        rows.append(f"| {kind} | {found['score'] if one else unlike} |")
     return rows
 
 

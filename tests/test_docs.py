@@ -1,4 +1,5 @@
-"""Every snippet of the README and the docs runs; what they print was printed; links lead on."""
+"""Every block of the README and the docs runs, or says above it why not; what is shown was printed;
+links lead on."""
 
 from __future__ import annotations
 
@@ -13,25 +14,82 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 import packscore
 from cli_helpers import Cli, with_command
 from packscore import shipped_model_path
+from packscore.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # what cannot be downloaded while testing goes through the same code as the shipped model
 HUB_NAME = "Qwen/Qwen3-Reranker-0.6B"
-# pages whose text blocks are what their snippets print
-PRINTING = ("huggingface.md", "labels.md", "shapes.md", "training.md")
+# Why a block is not run here, as its page says above it: "*Not run by the tests: REASON.*"
+NOT_RUN = {
+    "needs a TPU": "no machine of ours has one",
+    "makes machines in your Google account": "they cost money",
+    "installs into the system": "the tests' own environment stays as it is",
+    "takes minutes": "the suite has a quarter of an hour for everything",
+}
+MARK = r"^\*Not run by the tests: (.+)\.\*\n\n(?=```)"
+# what runs a block's language: snippets, sessions and commands below; text is what these print
+RUN, SHOWN = {"python", "console", "bash"}, {"text", "yaml", "json"}
+# text that a script prints, and not the page's own snippets
+SCRIPTS = {
+    "README.md": "examples/rerank.py",
+    "docs/benchmarks.md": "benchmarks/host_work.py",
+}
+
+
+def fences(text: str) -> list[tuple[str, str, str | None]]:
+    """(language, content, reason not to run it) of every block."""
+    found = re.findall(rf"(?:{MARK})?^```(.*)\n((?:.*\n)*?)^```$", text, re.MULTILINE)
+    return [(language, content, reason or None) for reason, language, content in found]
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    """The content of the blocks of a language that are to run, or to be compared."""
+    return [
+        content
+        for kind, content, reason in fences(page.read_text())
+        if (kind, reason) == (language, None)
+    ]
 
 
 def with_blocks(language: str) -> list[Path]:
     return [page for page in PAGES if blocks(page, language)]
+
+
+def unknown(text: str) -> list[str]:
+    """What of a page's blocks would neither run nor be named as not run."""
+    found = [
+        kind
+        for kind, _, reason in fences(text)
+        if kind not in RUN | SHOWN or (reason and kind not in RUN | {"text"})
+    ]
+    marks = re.findall(r"^\*Not run by the tests: ", text, re.MULTILINE)
+    marked = [reason for _, _, reason in fences(text) if reason]
+    if len(marks) != len(marked) or text.count("\n```") % 2:
+        found.append("a mark or a fence without its block")
+    return found + [reason for reason in marked if reason not in NOT_RUN]
+
+
+def test_every_block_runs_or_says_why_not() -> None:
+    for page in PAGES:
+        assert unknown(page.read_text()) == [], page.name
+    told = {reason for page in PAGES for _, _, reason in fences(page.read_text()) if reason}
+    assert told == set(NOT_RUN)  # no reason outlives its last block
+
+
+def test_a_block_that_nothing_runs_is_found() -> None:
+    assert unknown("# Page\n\n```bash\npackscore doctor\n```\n") == []
+    assert unknown("\n```sh\nfrobnicate\n```\n") == ["sh"]
+    assert unknown("\n```\nfrobnicate\n```\n") == [""]
+    mark = "*Not run by the tests: {}.*\n\n```bash\nfrobnicate\n```\n"
+    assert unknown(mark.format("needs a TPU")) == []
+    assert unknown(mark.format("it is late")) == ["it is late"]
+    assert unknown(mark.format("needs a TPU").replace("\n\n", "\n\nText\n\n")) != []
 
 
 def without_numbers(text: str) -> list[str]:
@@ -50,20 +108,15 @@ def test_snippets_run_in_order(page: Path, capsys: pytest.CaptureFixture[str]) -
         ranked = scope["scorer"].rank("delete a directory tree", scope["documents"], top_k=2)
         assert ranked[0]["corpus_id"] == 1
         assert len(ranked) == 2
-    if page.name in PRINTING:
-        printed = without_numbers(capsys.readouterr().out)
-        texts = blocks(page, "text")
-        assert texts
-        for shown in map(without_numbers, texts):
-            assert any(printed[i : i + len(shown)] == shown for i in range(len(printed))), shown
+    printed = without_numbers(capsys.readouterr().out)
+    texts = [] if str(page.relative_to(ROOT)) in SCRIPTS else blocks(page, "text")
+    for shown in map(without_numbers, texts):
+        assert any(printed[i : i + len(shown)] == shown for i in range(len(printed))), shown
 
 
-@pytest.mark.parametrize(
-    ("page", "script"),
-    [("README.md", "examples/rerank.py"), ("docs/benchmarks.md", "benchmarks/host_work.py")],
-)
-def test_pages_show_what_scripts_print(page: str, script: str) -> None:
-    command = [sys.executable, str(ROOT / script)]
+@pytest.mark.parametrize("page", SCRIPTS)
+def test_pages_show_what_scripts_print(page: str) -> None:
+    command = [sys.executable, str(ROOT / SCRIPTS[page])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (shown,) = blocks(ROOT / page, "text")
@@ -105,10 +158,21 @@ def steps(text: str) -> list[str]:
     return [" ".join(re.sub(r"--quiet|\s-e\s", " ", step).split()) for step in found]
 
 
+def refused(block: str) -> list[str]:
+    """Steps of a block without `packscore` that neither .ci/run takes nor only name extras."""
+    in_ci = steps((ROOT / ".ci/run").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found = []
+    for step in filter(None, steps(block)):
+        extras = re.fullmatch(r"pip install '\.\[(\S+)\]'", step)
+        known = extras and set(extras[1].split(",")) <= set(project["optional-dependencies"])
+        if not known and step not in in_ci:
+            found.append(step)
+    return found
+
+
 @pytest.mark.parametrize("page", with_blocks("bash"), ids=lambda page: page.name)
 def test_shell_commands_run_here_or_in_ci(page: Path, tmp_path: Path) -> None:
-    in_ci = steps((ROOT / ".ci/run").read_text())
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     environment = with_command(tmp_path / "scripts")
     (tmp_path / "in.jsonl").write_text('{"query": "open", "items": ["Open a file.", "No."]}\n')
     for block in blocks(page, "bash"):
@@ -118,10 +182,53 @@ def test_shell_commands_run_here_or_in_ci(page: Path, tmp_path: Path) -> None:
                 command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
             )
             assert done.returncode == 0, done.stderr
+        else:
+            assert refused(block) == []
+
+
+def test_a_command_that_nothing_runs_is_found() -> None:
+    assert refused("pip install '.[test]' && pytest\n") == []
+    assert refused("pip install '.[nothing]'\n") == ["pip install '.[nothing]'"]
+    assert refused("pip install . && frobnicate --all\n") == ["frobnicate --all"]
+
+
+def strange(text: str) -> list[str]:
+    """Commands inside lines that name a script, a subcommand or an option that is not there."""
+    group: Any = typer.main.get_command(app)
+    found = []
+    for line in re.findall(r"`((?:packscore|python) [^`\n]+)`", text):
+        if "..." in line:  # a message that is quoted, or a command in short
             continue
-        for step in filter(None, steps(block)):
-            extra = re.fullmatch(r"pip install '\.\[(\S+)\]'", step)
-            assert extra[1] in extras["optional-dependencies"] if extra else step in in_ci
+        program, name, *options = line.split()
+        if program == "python":
+            missing = name.endswith(".py") and not (ROOT / name).exists()
+        elif missing := name not in group.commands and name.isalpha() and name.islower():
+            pass
+        elif name in group.commands:
+            known = {
+                x
+                for param in group.commands[name].params
+                for x in param.opts + param.secondary_opts
+            }
+            missing = not {x for x in options if x.startswith("-") and len(x) > 1} <= known | {
+                "--help"
+            }
+        if missing:
+            found.append(line)
+    return found
+
+
+def test_commands_in_lines_are_there() -> None:
+    for page in PAGES:
+        assert strange(page.read_text()) == [], page.name
+    text = (
+        "`packscore rank - --frob` `packscore frob` `python benchmarks/frob.py` `packscore doctor`"
+    )
+    assert strange(text) == [
+        "packscore rank - --frob",
+        "packscore frob",
+        "python benchmarks/frob.py",
+    ]
 
 
 def prose(page: Path) -> str:

@@ -33,6 +33,7 @@ def test_every_page_is_there(site: Path) -> None:
     pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
     assert pages == {path.parent.name for path in site.glob("*/index.html")}
     assert (site / "index.html").exists()
+    assert not list(site.glob("*.py"))  # docs/ holds pages and pictures alone
 
 
 def test_readers_fetch_nothing_from_elsewhere(site: Path) -> None:

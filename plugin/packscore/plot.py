@@ -30,6 +30,7 @@ PREFIX_COLOUR = "#0072B2"
 ITEM_COLOURS = ("#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 PADDING_COLOUR, HIDDEN_COLOUR, INK, QUIET = "#C8C8C8", "#F4F4F2", "#222222", "#6B6B6B"
 WHITE_INK = (PREFIX_COLOUR, "#009E73", "#D55E00")  # colours on which white reads better
+CELL_INK = "#1C1C1C"  # on the others; it stays dark where a picture's own ink turns light
 FULL_COLOUR, MASKED_COLOUR, WINDOW_COLOUR = PREFIX_COLOUR, "#56B4E9", "#E69F00"
 
 MAX_DRAWN_TOKENS = 96  # beyond it, tokens are too small to see
@@ -197,7 +198,7 @@ def _draw_tokens(axes: Axes, found: SegmentLayout) -> None:
     ):
         axes.add_patch(Rectangle((i, -2), 1, 1, facecolor=colour, edgecolor="white", linewidth=0.8))
         if colour != PADDING_COLOUR:
-            ink = "white" if colour in WHITE_INK else INK
+            ink = "white" if colour in WHITE_INK else CELL_INK
             axes.text(i + 0.5, -1.5, str(position), color=ink, fontsize=7, ha="center", va="center")
     for name, start, end, colour in _runs(found):
         axes.plot([start + 0.15, end - 0.15], [-2.4, -2.4], color=colour, linewidth=1.6)

@@ -27,7 +27,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 def commands() -> list[list[str]]:
     """The words of every command that the pages name, in blocks and in lines."""
-    blocks = re.findall(r"^```sh\n(.*?)^```", PAGE + SELFTEST, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```bash\n(.*?)^```", PAGE + SELFTEST, re.MULTILINE | re.DOTALL)
     lines = [step for block in blocks for step in re.split(r"\n|&&", block)]
     lines += re.findall(r"`!?((?:packscore|python) [^`]*)`", PAGE)
     words = [shlex.split(line) for line in lines if line.strip()]

@@ -194,7 +194,11 @@ def test_time_is_that_of_the_innermost_operation() -> None:
 def test_the_page_of_what_was_measured_is_made_from_the_reports() -> None:
     reports = measured.reports()
     assert reports
-    assert measured.page(reports) == measured.PAGE.read_text()
+    text = measured.PAGE.read_text()
+    assert measured.page(text, reports) == text
+    # and would not, were a report another
+    name, found = next(iter(reports.items()))
+    assert measured.page(text, {name: {**found, "dtype": "float8"}}) != text
     assert all(found["passed"] for found in reports.values())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
 
+import pictures
 from packscore import InputError, plot
 from packscore_kernels import BlockSizes, Group, SegmentLayout, build_schedule
 
@@ -134,11 +134,6 @@ def drawn_by(picture: bytes) -> bytes:
 
 
 def test_the_pictures_of_the_docs_are_made_the_same_each_time(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("pictures", ROOT / "docs/pictures.py")
-    assert spec is not None
-    assert spec.loader is not None
-    pictures = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pictures)
     for folder in (tmp_path / "a", tmp_path / "b"):
         pictures.main(folder)
     # charts of benchmarks have a script and a test of their own
@@ -151,7 +146,10 @@ def test_the_pictures_of_the_docs_are_made_the_same_each_time(tmp_path: Path) ->
         shown = (ROOT / "docs/pictures" / name).read_bytes()
         assert len(shown) < 150_000
         if drawn_by(shown) == drawn_by(content):  # another matplotlib may draw other bytes
-            assert shown == content, f"{name} is not what docs/pictures.py draws: run it"
+            assert shown == content, f"{name} is not what benchmarks/pictures.py draws: run it"
+        # both schemes: dark ink on a dark page is not to be read
+        assert b"prefers-color-scheme: dark" in content
+        assert b"fill: #ffffff" not in content.partition(b'id="patch_1"')[2][:400]
     # and every one of them is shown somewhere
     pages = "".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
     assert set(re.findall(r"\(pictures/(?!ab_)([^)]+)\)", pages)) == kept

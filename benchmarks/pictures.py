@@ -1,10 +1,11 @@
 """Draw the pictures of the documentation into docs/pictures, the same bytes each time.
 
-python docs/pictures.py
+python benchmarks/pictures.py
 """
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,17 @@ from matplotlib.figure import Figure
 from packscore import plot
 from packscore_kernels import Group, SegmentLayout
 
-FOLDER = Path(__file__).parent / "pictures"
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+FOLDER = Path(__file__).parents[1] / "docs" / "pictures"
+RESULTS = Path(__file__).parent / "results"
+# Colours of the light site (Material's, whose page is white) and what stands for them in its dark
+# one. Everything else reads on both.
+PAGE = ("#ffffff", "#1e2129")
+DARK = {
+    plot.INK: "#e2e4e9",
+    plot.QUIET: "#a3a8b4",
+    plot.HIDDEN_COLOUR: "#2e323d",
+    plot.PADDING_COLOUR: "#7d828e",
+}
 
 
 def pictures() -> dict[str, Figure]:
@@ -43,16 +53,15 @@ def peers(dtype: str) -> Figure:
     """What benchmarks/cpu_peers.py measured: a panel for each workload of several items."""
     found = json.loads((RESULTS / f"cpu_peers_{dtype}.json").read_text())
     results = [r for r in found["results"] if len(r["workload"]["item_lens"]) > 1]
-    figure = Figure(
-        figsize=(1.5 + 2.6 * len(results), 2.8), facecolor="white", layout="constrained"
-    )
-    panels = figure.subplots(1, len(results), sharex=True, sharey=True, squeeze=False)[0]
+    # one below the other, so that a phone shows them in a size to read
+    figure = Figure(figsize=(5.4, 0.5 + 1.85 * len(results)), layout="constrained")
+    panels = figure.subplots(len(results), 1, sharex=True, squeeze=False)[:, 0]
     for axes, result in zip(panels, results, strict=True):
         _draw_peers(axes, result)
+        axes.invert_yaxis()
     panels[0].set_xlim(0, 12.5)
-    panels[0].invert_yaxis()
     figure.suptitle(
-        f"Times that of packscore, {dtype}, one thread of an {found['cpu']}, {found['date']}",
+        f"Times that of packscore, {dtype}, one CPU thread, {found['date']}",
         color=plot.INK,
         fontsize=10,
     )
@@ -73,7 +82,8 @@ def _draw_peers(axes: Axes, result: dict[str, Any]) -> None:
         axes.text(end + 0.25, name, f"{ratio:.2f}", va="center", fontsize=8, color=plot.INK)
     each = f"{lens[0]}" if min(lens) == max(lens) else f"{min(lens)} to {max(lens)}"
     title = f"query {result['workload']['prefix_len']}, {len(lens)} items of {each}"
-    axes.set_title(f"{title}\npackscore: {rows[0]['median_seconds']:.2f} s", fontsize=9, loc="left")
+    title += f"; packscore: {rows[0]['median_seconds']:.2f} s"
+    axes.set_title(title, fontsize=9, loc="left", color=plot.INK)
     axes.set_xticks([0, 5, 10])
     axes.tick_params(axis="x", colors=plot.QUIET, labelsize=8, length=2)
     axes.tick_params(axis="y", labelcolor=plot.INK, labelsize=9, length=0)
@@ -81,13 +91,39 @@ def _draw_peers(axes: Axes, result: dict[str, Any]) -> None:
         side.set_visible(False)
 
 
-def main(folder: Path = FOLDER) -> None:
-    """Save them."""
+def save(figures: dict[str, Figure], folder: Path) -> None:
+    """Save each as an SVG, the same bytes each time, in the colours of the reader's scheme."""
     folder.mkdir(exist_ok=True)
     # ids and dates inside an SVG differ from run to run otherwise
     matplotlib.rcParams["svg.hashsalt"] = "packscore"
-    for name, figure in pictures().items():
-        figure.savefig(folder / name, metadata={"Date": None})
+    for name, figure in figures.items():
+        drawn = io.StringIO()
+        # no background of its own: the style below has one for each scheme
+        figure.savefig(drawn, format="svg", metadata={"Date": None}, transparent=True)
+        head, end, rest = drawn.getvalue().partition("<defs>")
+        (folder / name).write_text(f"{head}{_style()}{end}{rest}")
+
+
+def _style() -> str:
+    """A style sheet that a picture brings along, also where it is shown by itself."""
+    light, dark = PAGE
+    rules = [f"svg {{background: {dark}}}"]
+    # the gaps between cells are lines of the page's colour
+    for part, colours in (("fill", DARK), ("stroke", {**DARK, light: dark})):
+        rules += [
+            f'[style*="{part}: {old.lower()}"] {{{part}: {new} !important}}'
+            for old, new in colours.items()
+        ]
+    dark_rules = "\n  ".join(rules)
+    return (
+        f"<style>\n svg {{background: {light}}}\n"
+        f" @media (prefers-color-scheme: dark) {{\n  {dark_rules}\n }}\n</style>\n "
+    )
+
+
+def main(folder: Path = FOLDER) -> None:
+    """Save them."""
+    save(pictures(), folder)
 
 
 if __name__ == "__main__":

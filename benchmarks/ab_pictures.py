@@ -1,28 +1,32 @@
 """Renew docs/ab.md's tables and draw its charts, from benchmarks/results/ab_tables.json.
 
-python docs/ab_pictures.py
+python benchmarks/ab_pictures.py
 """
 
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import StrMethodFormatter
 
-from packscore.plot import INK, ITEM_COLOURS, PADDING_COLOUR, PREFIX_COLOUR, QUIET, WHITE_INK
+import ab_tables
+import pictures as drawings
+from packscore.plot import (
+    CELL_INK,
+    INK,
+    ITEM_COLOURS,
+    PADDING_COLOUR,
+    PREFIX_COLOUR,
+    QUIET,
+    WHITE_INK,
+)
 
-DOCS = Path(__file__).parent
-sys.path.insert(0, str(DOCS.parent / "benchmarks"))
-
-import ab_tables  # noqa: E402 - found through the line above
-
+DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "ab.md"
 DENSE_COLOUR = ITEM_COLOURS[0]
 MASK_COLOURS = {"dense": DENSE_COLOUR, "segment": PREFIX_COLOUR}
@@ -136,14 +140,15 @@ def measured(results: dict[str, Any]) -> Figure:
 
 
 def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), facecolor="white", layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _bars(chart: Axes, bars: list[Bar], title: str) -> None:
     for at, (_, length, colour) in enumerate(bars):
         chart.barh(at, length, color=colour, height=0.66)
         # inside the bar, where no line crosses it
-        _label(chart, at, length, f"{length:,.0f}", -4, "white" if colour in WHITE_INK else INK)
+        ink = "white" if colour in WHITE_INK else CELL_INK
+        _label(chart, at, length, f"{length:,.0f}", -4, ink)
     _axis(chart, [label for label, _, _ in bars])
     chart.set_title(title, loc="left", fontsize=9, color=INK)
 
@@ -168,10 +173,7 @@ def main() -> None:
     """Write the page and the charts."""
     results = ab_tables.load()
     PAGE.write_text(page(PAGE.read_text(), results))
-    # ids and dates inside an SVG differ from run to run otherwise
-    matplotlib.rcParams["svg.hashsalt"] = "packscore"
-    for name, figure in pictures(results).items():
-        figure.savefig(DOCS / "pictures" / name, metadata={"Date": None})
+    drawings.save(pictures(results), DOCS / "pictures")
 
 
 if __name__ == "__main__":

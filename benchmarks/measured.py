@@ -1,8 +1,9 @@
-"""Write docs/measured.md from the reports of `packscore selftest` in benchmarks/results/selftest.
+"""Renew what docs/benchmarks.md shows of the reports of `packscore selftest`.
 
-    python docs/measured.py
+    python benchmarks/measured.py
 
-A report that somebody sends goes into that folder as it is, under a name that says the machine.
+A report that somebody sends goes into benchmarks/results/selftest as it is, under a name that says
+the machine.
 """
 
 from __future__ import annotations
@@ -11,27 +12,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).parent
-REPORTS = DOCS.parent / "benchmarks" / "results" / "selftest"
-PAGE = DOCS / "measured.md"
-HEAD = """# Measured
-
-What `packscore selftest --ab` found on machines, from the JSON that it writes;
-`python docs/measured.py` makes this page from `benchmarks/results/selftest/`. There is no report of
-a TPU or a GPU among them yet: what other pages say of those is predicted.
-[TPU in ten minutes](tpu.md) has the commands for the first one.
-
-Every run has a query that was not seen before. *Items/s*, *ms/item* and *s/request* are of the
-median, the query's own computation included; *predicted* is the planner's, before it was
-calibrated. Milliseconds of parts are those of all threads that computed, from a profile of one
-packed request.
-"""
+REPORTS = Path(__file__).parent / "results" / "selftest"
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 Report = dict[str, Any]
 
 
-def page(reports: dict[str, Report]) -> str:
-    """The page, a section for each report."""
-    return "\n".join([HEAD, *(section(name, found) for name, found in reports.items())])
+def page(text: str, reports: dict[str, Report]) -> str:
+    """The page with a section for each report between its marks."""
+    head, mark, rest = text.partition("<!-- reports -->\n")
+    _, end, rest = rest.partition("<!-- end -->\n")
+    sections = "\n".join(section(name, found) for name, found in reports.items())
+    return f"{head}{mark}{sections}{end}{rest}"
 
 
 def section(name: str, found: Report) -> str:
@@ -42,7 +33,7 @@ def section(name: str, found: Report) -> str:
     verdict = "exact" if found["passed"] else "NOT EXACT"
     versions = ", ".join(f"{name} {x}" for name, x in made["versions"].items() if x)
     machine = ", ".join(str(x) for x in made["machine"].values())
-    return f"""## {name}
+    return f"""### {name}
 
 {found["model"]} in {found["dtype"]}: a query of {sizes["query_len"]:,} tokens,
 {sizes["num_items"]:,} items of {sizes["item_len"]:,}.
@@ -107,4 +98,4 @@ def reports() -> dict[str, Report]:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(reports()))
+    PAGE.write_text(page(PAGE.read_text(), reports()))
