@@ -22,7 +22,7 @@ from packscore import shipped_model_path
 from packscore.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 # what cannot be downloaded while testing goes through the same code as the shipped model
 HUB_NAME = "Qwen/Qwen3-Reranker-0.6B"
 # Why a block is not run here, as its page says above it: "*Not run by the tests: REASON.*"
@@ -35,6 +35,8 @@ NOT_RUN = {
 MARK = r"^\*Not run by the tests: (.+)\.\*\n\n(?=```)"
 # what runs a block's language: snippets, sessions and commands below; text is what these print
 RUN, SHOWN = {"python", "console", "bash"}, {"text", "yaml", "json"}
+# what only jax runs
+OF_JAX = re.compile(r"[\"' ](jax|tpu)[\"'\n ]|packscore_kernels|run_notebook|host_work")
 # text that a script prints, and not the page's own snippets
 SCRIPTS = {
     "README.md": "examples/rerank.py",
@@ -57,8 +59,14 @@ def blocks(page: Path, language: str) -> list[str]:
     ]
 
 
-def with_blocks(language: str) -> list[Path]:
-    return [page for page in PAGES if blocks(page, language)]
+def with_blocks(language: str) -> list[Any]:
+    """Pages that have some; those that need jax are marked so."""
+    found = {page: "\n".join(blocks(page, language)) for page in PAGES}
+    return [
+        pytest.param(page, marks=[pytest.mark.jax] if OF_JAX.search(text) else [])
+        for page, text in found.items()
+        if text
+    ]
 
 
 def unknown(text: str) -> list[str]:
@@ -114,7 +122,13 @@ def test_snippets_run_in_order(page: Path, capsys: pytest.CaptureFixture[str]) -
         assert any(printed[i : i + len(shown)] == shown for i in range(len(printed))), shown
 
 
-@pytest.mark.parametrize("page", SCRIPTS)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.jax] if OF_JAX.search(script) else [])
+        for page, script in SCRIPTS.items()
+    ],
+)
 def test_pages_show_what_scripts_print(page: str) -> None:
     command = [sys.executable, str(ROOT / SCRIPTS[page])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

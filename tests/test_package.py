@@ -98,6 +98,10 @@ def test_one_place_says_the_version(metadata: Message, dist: Path) -> None:
         f"packscore-{packscore.__version__}.tar.gz",
         f"packscore-{packscore.__version__}-py3-none-any.whl",
     }
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert re.findall(r"^copyright: packscore (\S+)$", site, re.MULTILINE) == [
+        packscore.__version__
+    ]
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert re.findall(r"^## (\S+)", changes, re.MULTILINE)[0] == packscore.__version__
 
