@@ -18,7 +18,7 @@ from packscore_kernels.layer.projections import (
     project_qkv_pallas,
     qkv_vmem_bytes,
 )
-from packscore_kernels.layer.tiles import product, rms_norm, tile_tokens
+from packscore_kernels.layer.tiles import LiveTokens, product, rms_norm, tile_tokens
 
 ProjectionImplementation = Literal["pallas", "pallas_interpret", "xla"]
 Weights3 = tuple[jax.Array, jax.Array, jax.Array]
@@ -51,6 +51,7 @@ def project_qkv(
     *,
     eps: float,
     implementation: ProjectionImplementation = "pallas",
+    live: LiveTokens | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """From the residual stream to what attention reads, in one pass over the tokens.
 
@@ -63,6 +64,7 @@ def project_qkv(
       layer: whose weights; the kernel fetches them from the stack, which is not copied.
       eps: of all three norms.
       implementation: "pallas" (TPU), "pallas_interpret" or "xla".
+      live: how many rows are tokens; None computes all rows, and so does "xla".
 
     Returns:
       (q [num_q_heads, num_tokens, head_dim], k and v [num_kv_heads, num_tokens, head_dim]): q and
@@ -100,6 +102,7 @@ def project_qkv(
         rotary,
         _as_array(layer),
         eps=eps,
+        live=live,
         interpret=_interpret(implementation),
     )
 
@@ -112,6 +115,7 @@ def project_out(
     layer: Layer,
     *,
     implementation: ProjectionImplementation = "pallas",
+    live: LiveTokens | None = None,
 ) -> jax.Array:
     """What attention found, back into the residual stream.
 
@@ -121,6 +125,7 @@ def project_out(
       x: the residual stream, which is added.
       layer: whose weight.
       implementation: "pallas" (TPU), "pallas_interpret" or "xla".
+      live: how many rows are tokens; None computes all rows, and so does "xla".
 
     Returns:
       [num_tokens, hidden_size] in the dtype of x.
@@ -129,7 +134,8 @@ def project_out(
         rows = attended.transpose(1, 0, 2).reshape(len(x), -1)
         return (x.astype(jnp.float32) + product(rows, weight[layer])).astype(x.dtype)
     interpret = _interpret(implementation)
-    return project_out_pallas(attended, weight, x, _as_array(layer), interpret=interpret)
+    layer = _as_array(layer)
+    return project_out_pallas(attended, weight, x, layer, live=live, interpret=interpret)
 
 
 def can_gate(hidden_size: int, intermediate_size: int, itemsize: int) -> bool:
@@ -146,6 +152,7 @@ def gated_mlp(
     *,
     eps: float,
     implementation: ProjectionImplementation = "pallas",
+    live: LiveTokens | None = None,
 ) -> jax.Array:
     """The second half of a decoder layer: x + down(silu(gate(norm(x))) * up(norm(x))).
 
@@ -157,6 +164,7 @@ def gated_mlp(
       layer: whose weights.
       eps: of the norm.
       implementation: "pallas" (TPU), "pallas_interpret" or "xla".
+      live: how many rows are tokens; None computes all rows, and so does "xla".
 
     Returns:
       [num_tokens, hidden_size] in the dtype of x.
@@ -170,7 +178,7 @@ def gated_mlp(
         gated = (jax.nn.silu(gate) * up).astype(x.dtype)
         return (x.astype(jnp.float32) + product(gated, weights[2][layer])).astype(x.dtype)
     (num_tokens, hidden_size), intermediate_size = x.shape, weights[0].shape[1]
-    tiles = mlp_tiles(num_tokens, hidden_size, intermediate_size, x.dtype.itemsize)
+    tiles = mlp_tiles(num_tokens, hidden_size, intermediate_size, x.dtype.itemsize, live)
     if tiles is None:
         raise ArgumentError(
             f"{hidden_size=} must be a multiple of 128 and {intermediate_size=} of "
@@ -178,7 +186,7 @@ def gated_mlp(
         )
     interpret = _interpret(implementation)
     return gated_mlp_pallas(
-        x, x_norm, weights, _as_array(layer), tiles, eps=eps, interpret=interpret
+        x, x_norm, weights, _as_array(layer), tiles, eps=eps, live=live, interpret=interpret
     )
 
 

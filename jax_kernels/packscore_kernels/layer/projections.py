@@ -17,7 +17,17 @@ from jax.experimental.pallas import tpu as pltpu
 
 from packscore_kernels.errors import ArgumentError
 from packscore_kernels.hardware import LANES, cdiv, shape_of, vmem_limit
-from packscore_kernels.layer.tiles import Ref, of_layer, product, rms_norm, tile_tokens, whole
+from packscore_kernels.layer.tiles import (
+    LiveTokens,
+    Ref,
+    num_tiles,
+    of_layer,
+    of_tiles,
+    product,
+    rms_norm,
+    tile_tokens,
+    whole,
+)
 
 HEAD_DIM = LANES  # the width of a vector register, within which a head is turned
 # Heads that one pass multiplies. Few leave the matrix unit idle at each pass's ends; all at once
@@ -125,6 +135,7 @@ def project_qkv_pallas(
     layer: jax.Array,  # i32[1]
     *,
     eps: float,
+    live: LiveTokens | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The kernel behind `project_qkv`."""
@@ -133,7 +144,7 @@ def project_qkv_pallas(
     held = functools.partial(
         qkv_vmem_bytes, num_q_heads, num_kv_heads, hidden_size, x.dtype.itemsize
     )
-    tokens = tile_tokens(num_tokens, sum(w[0].nbytes for w in weights), held)
+    tokens = tile_tokens(num_tokens, sum(w[0].nbytes for w in weights), held, live)
     if tokens is None:
         raise too_large(hidden_size, num_q_heads)
     x_norm, q_norm, k_norm = (norm[None] for norm in (x_norm, *norms))
@@ -146,7 +157,10 @@ def project_qkv_pallas(
         functools.partial(_qkv_kernel, eps=eps),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(cdiv(num_tokens, tokens), num_passes(num_q_heads, num_kv_heads) + 1),
+            grid=(
+                num_tiles(num_tokens, tokens, live),
+                num_passes(num_q_heads, num_kv_heads) + 1,
+            ),
             in_specs=[
                 tile(hidden_size),
                 whole(x_norm),
@@ -165,7 +179,7 @@ def project_qkv_pallas(
         ),
         out_shape=[shape_of((n, num_tokens, head_dim), x.dtype) for n in heads],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"),
+            dimension_semantics=(of_tiles(live, interpret), "arbitrary"),
             vmem_limit_bytes=vmem_limit(held(tokens)),
         ),
         interpret=interpret,
@@ -195,13 +209,14 @@ def project_out_pallas(
     x: jax.Array,  # [num_tokens, hidden_size]
     layer: jax.Array,  # i32[1]
     *,
+    live: LiveTokens | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """The kernel behind `project_out`."""
     num_heads, num_tokens, head_dim = attended.shape
     hidden_size, itemsize = weight.shape[1], x.dtype.itemsize
     held = functools.partial(out_vmem_bytes, num_heads, hidden_size, itemsize)
-    tokens = tile_tokens(num_tokens, weight[0].nbytes, held)
+    tokens = tile_tokens(num_tokens, weight[0].nbytes, held, live)
     if tokens is None:
         raise too_large(hidden_size, num_heads)
     tile = pl.BlockSpec((tokens, hidden_size), lambda t, _: (t, 0))
@@ -210,13 +225,14 @@ def project_out_pallas(
         _out_kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(cdiv(num_tokens, tokens),),
+            grid=(num_tiles(num_tokens, tokens, live),),
             in_specs=[heads, of_layer(weight), tile],
             out_specs=tile,
         ),
         out_shape=shape_of(x.shape, x.dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=vmem_limit(held(tokens))
+            dimension_semantics=(of_tiles(live, interpret),),
+            vmem_limit_bytes=vmem_limit(held(tokens)),
         ),
         interpret=interpret,
         name="project_out",
