@@ -9,26 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from packscore_kernels.hardware import Chip
+from packscore_kernels.hardware import Chip, cdiv
 from tpu_compiler.kernel import Job, layer_cycles, read_costs
-from tpu_compiler.program import KERNEL
+from tpu_compiler.program import KERNEL, Cost
 from tpu_compiler.schedule import pipelined_cycles, regions
 
 if TYPE_CHECKING:
+    from packscore.programs.sizes import ProgramKey
     from packscore_kernels import PageWrites, SegmentSchedule
     from packscore_kernels.layer.counts import MlpRuns
 
 # A piece of a kernel's schedule of so many bundles stands behind a guard; what every step of a grid
 # runs is shorter.
 LONG_PIECE = 180
-
-Cost = tuple[float, float | None]  # cycles, and bytes of HBM where the program's text has others
-
-
-def steps_of(path: str) -> int:
-    """Steps of a kernel's grid: its loop, the last one, is left at that many and two."""
-    exits = [region.exits[0] for region in regions(path) if region.exits]
-    return int(exits[-1]) - 2 if exits else 1
 
 
 def guarded_cycles(path: str, live: int, steps: int) -> int:
@@ -55,7 +48,7 @@ def mlp_cycles(path: str, runs: MlpRuns) -> int:
 def costs_of_kernels(
     config: Any,
     job: Job,
-    num_tokens: int,
+    key: ProgramKey,
     schedule: SegmentSchedule,
     writes: PageWrites | None,
     chip: Chip,
@@ -65,16 +58,26 @@ def costs_of_kernels(
     Args:
       config: of the model, in bfloat16.
       job: its attention.
-      num_tokens: of the program.
+      key: of the program.
       schedule: of the attention, as numpy arrays.
       writes: to the pages, as numpy arrays.
       chip: that runs it.
     """
     from packscore_kernels.layer.counts import mlp_runs, qkv_runs
     from packscore_kernels.layer.mlp import mlp_tiles
+    from packscore_kernels.layer.projections import num_passes, out_tile, qkv_tile
+    from packscore_kernels.layer.tiles import LiveTokens
     from packscore_kernels.page_writes import write_runs
 
     hidden, width = config.hidden_size, config.intermediate_size
+    heads, num_tokens = (job.num_q_heads, job.num_kv_heads), key.num_tokens
+    count = int(schedule.counts[0])
+    live = LiveTokens(count, key.tile) if key.tile else None
+
+    def tiles(tile: int | None) -> int:
+        """Of the tokens that run, a kernel's."""
+        return cdiv(count if key.tile else num_tokens, tile or num_tokens)
+
     head_bytes = 2 * hidden * job.head_dim  # of a head's weights
 
     def fetched(count: float) -> float:
@@ -82,25 +85,29 @@ def costs_of_kernels(
         return count / chip.hbm_bytes_per_s * chip.clock_hz
 
     def attention(path: str) -> Cost:
-        got = layer_cycles(job, read_costs(path), schedule)
-        return got["cycles"], got["hbm_bytes"]
+        got = layer_cycles(job, read_costs(path), schedule, live_tiles_only=bool(key.tile))
+        return Cost(got["cycles"], got["hbm_bytes"], int(got["grid_steps"]))
 
     def projections(path: str) -> Cost:
-        runs = qkv_runs(steps_of(path), job.num_q_heads, job.num_kv_heads)
+        steps = tiles(qkv_tile(heads, hidden, 2, num_tokens, live)) * (num_passes(*heads) + 1)
+        runs = qkv_runs(steps, *heads)
         weights = head_bytes * (job.num_q_heads + 2 * job.num_kv_heads)
-        return guarded_cycles(path, runs.tiles, runs.steps) + fetched(weights), None
+        return Cost(guarded_cycles(path, runs.tiles, steps) + fetched(weights), None, steps)
 
     def projection_back(path: str) -> Cost:
-        return pipelined_cycles(path) + fetched(head_bytes * job.num_q_heads), None
+        steps = tiles(out_tile(job.num_q_heads, hidden, 2, num_tokens, live))
+        weights = fetched(head_bytes * job.num_q_heads)
+        return Cost(pipelined_cycles(path, steps) + weights, None, steps)
 
     def mlp(path: str) -> Cost:
-        chunk = mlp_tiles(num_tokens, hidden, width, 2).width
-        runs = mlp_runs(steps_of(path), width // chunk)
+        tile, chunk = mlp_tiles(num_tokens, hidden, width, 2, live)
+        runs = mlp_runs(tiles(tile) * (width // chunk), width // chunk)
         weights = 2 * 3 * hidden * width
         # the first chunk arrives before anything runs, the others beside the products; each tile of
         # tokens reads all weights
         first = fetched(weights * chunk / width)
-        return max(mlp_cycles(path, runs), fetched(runs.first * weights)) + first, None
+        cycles = max(mlp_cycles(path, runs), fetched(runs.first * weights)) + first
+        return Cost(cycles, None, runs.steps)
 
     def page_writer(path: str) -> Cost:
         # whole pages are copied together; each other one waits for its keys, values and old slots,
@@ -108,7 +115,7 @@ def costs_of_kernels(
         runs = write_runs(writes)
         moved = 2 * 2 * job.num_kv_heads * job.head_dim * runs.moved_tokens
         cycles = guarded_cycles(path, runs.merged, runs.whole + runs.merged)
-        return cycles + fetched(moved), moved
+        return Cost(cycles + fetched(moved), moved, 1)
 
     kernels = {
         KERNEL: attention,

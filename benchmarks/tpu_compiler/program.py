@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tpu_compiler.schedule import pipelined_cycles, regions
 
@@ -28,6 +29,18 @@ CALLED = re.compile(r", calls=%([\w.\-]+)")
 BOUND = re.compile(r" s32\[\]\S* constant\((\d+)\)")
 
 
+# What a step of a kernel's grid takes beside its schedule: memory's answer, as measured elsewhere.
+GRID_STEP_MS = 90e-6
+
+
+class Cost(NamedTuple):
+    """What an instruction takes."""
+
+    cycles: float
+    hbm_bytes: float | None = None  # None: those of the arrays in the program's text
+    grid_steps: int = 0
+
+
 @dataclass(frozen=True)
 class Instruction:
     """One scheduled instruction of a program."""
@@ -38,6 +51,7 @@ class Instruction:
     hbm_bytes: float  # once
     multiplies: bool  # on the matrix unit
     is_attention: bool
+    grid_steps: int = 0  # once
 
     def milliseconds(self, clock_hz: float, hbm_bytes_per_s: float) -> float:
         """All its runs."""
@@ -80,6 +94,7 @@ def summary(
         "ms": sum(parts.values()),
         "parts_ms": parts,
         "cycles_ms": 1e3 * sum(one.times * one.cycles for one in found) / clock_hz,
+        "grid_step_ms": GRID_STEP_MS * sum(one.times * one.grid_steps for one in found),
         "hbm_ms": 1e3 * sum(one.times * one.hbm_bytes for one in found) / hbm_bytes_per_s,
     }
 
@@ -115,14 +130,16 @@ def twins(bodies: dict[str, tuple[bool, list[str]]]) -> Iterator[tuple[str, str]
 def instructions(
     hlo: str,
     schedules: list[str],
-    cost_of: Callable[[str, str], tuple[float, float | None] | None] = lambda name, path: None,
+    cost_of: Callable[[str, str], Cost | None] = lambda name, path: None,
+    turns_of: Callable[[str], int] = lambda line: 1,
 ) -> list[Instruction]:
     """Every scheduled instruction of a program.
 
     Args:
       hlo: the compiled program's text.
       schedules: the files that the compiler dumped for it.
-      cost_of: (instruction, its file) to its cycles and bytes, where these cannot be read off.
+      cost_of: (instruction, its file) to what it takes, where that cannot be read off.
+      turns_of: a loop's line to its turns, where these are data.
 
     Fusions of the same code share the schedule of one of them.
     """
@@ -140,21 +157,24 @@ def instructions(
             own, shape, opcode, rest = match.groups()
             shapes[own] = shape
             if opcode == "while" and (loop := WHILE.search(rest)):
-                (bound,) = BOUND.findall("\n".join(bodies[loop[1]][1]))
-                walk(loop[2], times * int(bound), int(bound))
+                bounds = BOUND.findall("\n".join(bodies[loop[1]][1]))
+                count = int(bounds[0]) if bounds else turns_of(line)
+                walk(loop[2], times * count, count)
             elif own in files:
                 path = files[own]
                 operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
                 arrays = [shape, *(shapes.get(operand, "") for operand in dict.fromkeys(operands))]
                 cost = cost_of(own, path)
-                cycles, moved = cost or (pipelined_cycles(path), None)
+                cycles, moved, steps = cost or Cost(pipelined_cycles(path))
                 if moved is None:
                     moved = sum(array_bytes(array, turns) for array in arrays)
                     if "gather" in own:  # reads the rows it gives, not the whole table
                         moved = 2 * array_bytes(shape, turns)
                 multiplies = any(r.has("vmatmul") for r in regions(path))
                 is_attention = own.startswith(KERNEL) or DENSE_SCOPE in line
-                found.append(Instruction(own, times, cycles, moved, multiplies, is_attention))
+                found.append(
+                    Instruction(own, times, cycles, moved, multiplies, is_attention, steps)
+                )
 
     (entry,) = (name for name, (is_entry, _) in bodies.items() if is_entry)
     walk(entry, 1, 1)

@@ -72,7 +72,7 @@ def test_tiles_of_tokens_are_data(kernel: Any) -> None:
 
 
 def test_tiles_of_attention_are_data() -> None:
-    """Queries, keys and values behind the last live tile of theirs are NaN, as nobody wrote them."""
+    """What stands behind the last live tile of queries, keys and values is NaN."""
     pages = np.array([3, 1, 6], np.int32)
     layouts = [
         SegmentLayout.single(1, [], CAPACITY),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Literal
 
 import jax
@@ -13,12 +12,12 @@ from packscore_kernels.errors import ArgumentError
 from packscore_kernels.layer.mlp import COLUMNS, gated_mlp_pallas, mlp_tiles
 from packscore_kernels.layer.projections import (
     HEAD_DIM,
-    out_vmem_bytes,
+    out_tile,
     project_out_pallas,
     project_qkv_pallas,
-    qkv_vmem_bytes,
+    qkv_tile,
 )
-from packscore_kernels.layer.tiles import LiveTokens, product, rms_norm, tile_tokens
+from packscore_kernels.layer.tiles import LiveTokens, product, rms_norm
 
 ProjectionImplementation = Literal["pallas", "pallas_interpret", "xla"]
 Weights3 = tuple[jax.Array, jax.Array, jax.Array]
@@ -31,12 +30,10 @@ def can_project(
     """Whether the kernels take these heads, and the chip that is traced for holds their weights."""
     if head_dim != HEAD_DIM or hidden_size % HEAD_DIM:
         return False
-    into = functools.partial(qkv_vmem_bytes, num_q_heads, num_kv_heads, hidden_size, itemsize)
-    back = functools.partial(out_vmem_bytes, num_q_heads, hidden_size, itemsize)
-    head = hidden_size * HEAD_DIM * itemsize
+    heads = num_q_heads, num_kv_heads
     return bool(
-        tile_tokens(1, head * (num_q_heads + 2 * num_kv_heads), into)
-        and tile_tokens(1, head * num_q_heads, back)
+        qkv_tile(heads, hidden_size, itemsize, 1)
+        and out_tile(num_q_heads, hidden_size, itemsize, 1)
     )
 
 

@@ -126,6 +126,32 @@ def out_vmem_bytes(num_q_heads: int, hidden_size: int, itemsize: int, tokens: in
     return arrays * itemsize + 4 * tokens * hidden_size
 
 
+def qkv_tile(
+    heads: tuple[int, int],
+    hidden_size: int,
+    itemsize: int,
+    num_tokens: int,
+    live: LiveTokens | None = None,
+) -> int | None:
+    """Tokens of a tile of `project_qkv`; None where no tile suits its (q, kv) heads."""
+    held = functools.partial(qkv_vmem_bytes, *heads, hidden_size, itemsize)
+    weight_bytes = HEAD_DIM * (heads[0] + 2 * heads[1]) * hidden_size * itemsize
+    return tile_tokens(num_tokens, weight_bytes, held, live)
+
+
+def out_tile(
+    num_q_heads: int,
+    hidden_size: int,
+    itemsize: int,
+    num_tokens: int,
+    live: LiveTokens | None = None,
+) -> int | None:
+    """Tokens of a tile of `project_out`; None where no tile suits its heads."""
+    held = functools.partial(out_vmem_bytes, num_q_heads, hidden_size, itemsize)
+    weight_bytes = HEAD_DIM * num_q_heads * hidden_size * itemsize
+    return tile_tokens(num_tokens, weight_bytes, held, live)
+
+
 def project_qkv_pallas(
     x: jax.Array,  # [num_tokens, hidden_size]
     x_norm: jax.Array,  # [hidden_size]
@@ -141,10 +167,8 @@ def project_qkv_pallas(
     """The kernel behind `project_qkv`."""
     (num_tokens, hidden_size), head_dim = x.shape, norms[0].shape[0]
     num_q_heads, num_kv_heads = (w.shape[1] // head_dim for w in weights[:2])
-    held = functools.partial(
-        qkv_vmem_bytes, num_q_heads, num_kv_heads, hidden_size, x.dtype.itemsize
-    )
-    tokens = tile_tokens(num_tokens, sum(w[0].nbytes for w in weights), held, live)
+    itemsize = x.dtype.itemsize
+    tokens = qkv_tile((num_q_heads, num_kv_heads), hidden_size, itemsize, num_tokens, live)
     if tokens is None:
         raise too_large(hidden_size, num_q_heads)
     x_norm, q_norm, k_norm = (norm[None] for norm in (x_norm, *norms))
@@ -180,7 +204,9 @@ def project_qkv_pallas(
         out_shape=[shape_of((n, num_tokens, head_dim), x.dtype) for n in heads],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=(of_tiles(live, interpret), "arbitrary"),
-            vmem_limit_bytes=vmem_limit(held(tokens)),
+            vmem_limit_bytes=vmem_limit(
+                qkv_vmem_bytes(num_q_heads, num_kv_heads, hidden_size, itemsize, tokens)
+            ),
         ),
         interpret=interpret,
         name="project_qkv",
@@ -215,10 +241,10 @@ def project_out_pallas(
     """The kernel behind `project_out`."""
     num_heads, num_tokens, head_dim = attended.shape
     hidden_size, itemsize = weight.shape[1], x.dtype.itemsize
-    held = functools.partial(out_vmem_bytes, num_heads, hidden_size, itemsize)
-    tokens = tile_tokens(num_tokens, weight[0].nbytes, held, live)
+    tokens = out_tile(num_heads, hidden_size, itemsize, num_tokens, live)
     if tokens is None:
         raise too_large(hidden_size, num_heads)
+    held = out_vmem_bytes(num_heads, hidden_size, itemsize, tokens)
     tile = pl.BlockSpec((tokens, hidden_size), lambda t, _: (t, 0))
     heads = pl.BlockSpec((num_heads, tokens, head_dim), lambda t, _: (0, t, 0))
     out: jax.Array = pl.pallas_call(
@@ -232,7 +258,7 @@ def project_out_pallas(
         out_shape=shape_of(x.shape, x.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=(of_tiles(live, interpret),),
-            vmem_limit_bytes=vmem_limit(held(tokens)),
+            vmem_limit_bytes=vmem_limit(held),
         ),
         interpret=interpret,
         name="project_out",

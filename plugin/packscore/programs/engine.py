@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from packscore.model.plain import foreign_part
 from packscore.programs.interfaces import RUNTIME_ERROR
 from packscore.programs.pages import DevicePages
 from packscore.programs.program import Launched, ModelProgram
-from packscore.programs.sizes import MAX_GROUPS, NAMED_PAGES, token_bucket
+from packscore.programs.sizes import MAX_GROUPS, NAMED_PAGES
 from packscore.results import Flow, MaskImpl
 from packscore_kernels.hardware import chip_of
 
@@ -50,7 +51,7 @@ class ProgramEngine:
         self._pages: DevicePages | None = None
         self._most_tokens = program.max_tokens
         self._follow()
-        self.costs = _costs(program)
+        self.costs = _costs(program, mask_kind)
 
     @property
     def limits(self) -> Limits:
@@ -124,9 +125,9 @@ class ProgramEngine:
             raise
 
 
-def _costs(program: ModelProgram) -> CostModel:
+def _costs(program: ModelProgram, mask_kind: MaskKind) -> CostModel:
     chip = chip_of(program.device)
+    padded = functools.partial(program.computed_tokens, mask_kind=mask_kind)
     if chip is None:
-        return flops_cost_model(program.sizes, token_bucket)
-    itemsize = program.model.dtype.itemsize
-    return tpu_cost_model(program.sizes, chip, itemsize, token_bucket)
+        return flops_cost_model(program.sizes, padded)
+    return tpu_cost_model(program.sizes, chip, program.model.dtype.itemsize, padded)

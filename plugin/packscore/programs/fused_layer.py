@@ -49,6 +49,12 @@ def can_fuse_mlp(mlp: Any, itemsize: int) -> bool:
     )
 
 
+def can_skip_tiles(layer: nn.Module, implementation: KernelImplementation, itemsize: int) -> bool:
+    """Whether all of a layer runs through kernels, which can leave out tiles without a token."""
+    mlp = getattr(layer, "mlp", None)
+    return can_fuse(layer, implementation, itemsize) and can_fuse_mlp(mlp, itemsize)
+
+
 def fused_layer(
     call: Callable[..., jax.Array],
     layer: Any,
@@ -73,7 +79,7 @@ def fused_layer(
     Returns:
       [1, num_tokens, hidden_size]: the residual stream behind the layer.
     """
-    implementation, x = attend.implementation, hidden[0]
+    implementation, live, x = attend.implementation, attend.live, hidden[0]
 
     def stack(name: str) -> jax.Array:
         return weights[f"{name}.weight"]
@@ -87,9 +93,11 @@ def fused_layer(
         index,
         eps=layer.input_layernorm.variance_epsilon,
         implementation=implementation,
+        live=live,
     )
     attended = attend(q, k, v, sm_scale=layer.self_attn.scaling)
-    x = project_out(attended, stack("self_attn.o_proj"), x, index, implementation=implementation)
+    back = stack("self_attn.o_proj")
+    x = project_out(attended, back, x, index, implementation=implementation, live=live)
     if can_fuse_mlp(layer.mlp, x.dtype.itemsize):
         return gated_mlp(
             x,
@@ -98,6 +106,7 @@ def fused_layer(
             index,
             eps=layer.post_attention_layernorm.variance_epsilon,
             implementation=implementation,
+            live=live,
         )[None]
     hidden = x[None]
 

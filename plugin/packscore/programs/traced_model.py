@@ -8,7 +8,7 @@ weights are stacked, so that one layer is compiled and scanned.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -31,8 +31,8 @@ from packscore.interfaces import (
 )
 from packscore.model.family import TRACED_MODEL_TYPES
 from packscore.model.masks import MaskKind, final_cap, windows_of
-from packscore.programs.fused_layer import can_fuse, fused_layer
-from packscore.programs.head import head_weight, label_head
+from packscore.programs.fused_layer import can_fuse, can_skip_tiles, fused_layer
+from packscore.programs.head import by_rows, head_weight, label_head
 from packscore.programs.interfaces import check_programs
 from packscore.programs.launch_inputs import LaunchInputs
 from packscore.programs.traced_ops import (
@@ -46,6 +46,7 @@ from packscore.programs.traced_ops import (
     torchax_environment,
 )
 from packscore.programs.weights import Weights
+from packscore_kernels import LiveTokens
 
 
 def _check_equal_layers(model: Any) -> None:
@@ -112,26 +113,24 @@ class TracedModel:
             out = functional_call(module, state, env.j2t_iso(args), env.j2t_iso(kwargs))
             return env.t2j_iso(out)
 
-    def hidden_rows(
+    def can_skip_tiles(self, implementation: KernelImplementation, itemsize: int) -> bool:
+        """Whether the number of token tiles can be data, on the chip that is traced for."""
+        return can_skip_tiles(self.skeleton.get_decoder().layers[0], implementation, itemsize)
+
+    def _residual(
         self,
         weights: Weights,
         kv_pages: jax.Array | None,  # as `pool_struct` has it; None where nothing is cached
         inputs: LaunchInputs,
         implementation: KernelImplementation,
-        mask_impl: MaskKind = "segment",
+        mask_impl: MaskKind,
+        tile: int,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """From token ids to the hidden states that the head reads, at some tokens.
-
-        Args:
-          weights: from `weights_of`.
-          kv_pages: the pool of all layers.
-          inputs: the packed tokens, who sees whom, and at which rows to read.
-          implementation: of the kernels.
-          mask_impl: how items are kept apart; only under a dense mask do windows have a place.
+        """From token ids to the residual stream behind the last layer; see `hidden_rows`.
 
         Returns:
-          [num_rows, hidden_size] after the final norm, in the model's dtype, and the pages with
-          what was written to them.
+          [num_tokens, hidden_size], of which with `tile` the rows of tokens alone may be read, and
+          the pages with what was written to them.
         """
         decoder = self.skeleton.get_decoder()
         tokens = inputs.token_ids[None]
@@ -152,20 +151,48 @@ class TracedModel:
 
         layer = fused if fuses else traced
         windows = _windows(self.skeleton) if mask_impl == "dense" else None
+        live = LiveTokens(inputs.schedule.counts[0], tile) if tile else None
 
         def step(carry: Any, scanned: tuple[Any, jax.Array]) -> tuple[Any, None]:
             hidden, kv_pages = carry
             own_weights, index = scanned
             attend = _attention_of(index, num_layers, kv_pages, inputs, implementation)
             attend.mask_impl = mask_impl
+            attend.live = live
             attend.window = None if windows is None else windows[index]
             hidden = layer(own_weights, index, hidden, attend)
             return (hidden, attend.kv_pages), None
 
         scanned = None if fuses else weights["layers"], jnp.arange(num_layers)
         (hidden, kv_pages), _ = jax.lax.scan(step, (hidden, kv_pages), scanned)
-        rows = self._call(decoder.norm, weights["norm"], hidden[0, inputs.rows])
-        return rows, kv_pages
+        return hidden[0], kv_pages
+
+    def hidden_rows(
+        self,
+        weights: Weights,
+        kv_pages: jax.Array | None,
+        inputs: LaunchInputs,
+        implementation: KernelImplementation,
+        mask_impl: MaskKind = "segment",
+        tile: int = 0,
+    ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
+        """From token ids to the hidden states that the head reads, at some tokens.
+
+        Args:
+          weights: from `weights_of`.
+          kv_pages: the pool of all layers.
+          inputs: the packed tokens, who sees whom, and at which rows to read.
+          implementation: of the kernels.
+          mask_impl: how items are kept apart; only under a dense mask do windows have a place.
+          tile: most rows of a tile, where only those that hold tokens are computed; 0: all are.
+
+        Returns:
+          [num_rows, hidden_size] after the final norm, in the model's dtype and in the parts that
+          `by_rows` makes, and the pages with what was written to them.
+        """
+        given = weights, kv_pages, inputs, implementation, mask_impl, tile
+        hidden, kv_pages = self._residual(*given)
+        return by_rows(self._reader(weights, hidden), inputs.rows, inputs.num_rows), kv_pages
 
     def label_logits(
         self,
@@ -174,19 +201,28 @@ class TracedModel:
         inputs: LaunchInputs,
         implementation: KernelImplementation,
         mask_impl: MaskKind = "segment",
-        *,
-        over_vocabulary: bool,
-    ) -> tuple[tuple[jax.Array, jax.Array | None], jax.Array | None]:
+        tile: int = 0,
+    ) -> tuple[tuple[tuple[jax.Array, jax.Array], ...], jax.Array | None]:
         """From token ids to the logits of the labels at the scored rows; see `hidden_rows`.
 
         Returns:
-          ((float32[num_items, num_labels], float32[num_items] or None), pages): logits, and with
-          `over_vocabulary` their log-sum-exp over the vocabulary.
+          ((float32[num_rows, num_labels], float32[num_rows]) in parts, pages): logits, and where
+          they are wanted their log-sum-exp over the vocabulary.
         """
-        rows, kv_pages = self.hidden_rows(weights, kv_pages, inputs, implementation, mask_impl)
-        cap = final_cap(self.skeleton)
-        found = label_head(rows, head_weight(weights), inputs.label_ids, over_vocabulary, cap)
-        return found, kv_pages
+        given = weights, kv_pages, inputs, implementation, mask_impl, tile
+        hidden, kv_pages = self._residual(*given)
+        normed, cap = self._reader(weights, hidden), final_cap(self.skeleton)
+
+        def read(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+            head, labels = head_weight(weights), inputs.label_ids
+            return label_head(normed(rows), head, labels, inputs.over_vocabulary, cap)
+
+        return by_rows(read, inputs.rows, inputs.num_rows), kv_pages
+
+    def _reader(self, weights: Weights, hidden: jax.Array) -> Callable[[jax.Array], jax.Array]:
+        """Rows to what the head reads there."""
+        norm = self.skeleton.get_decoder().norm
+        return lambda rows: self._call(norm, weights["norm"], hidden[rows])
 
 
 def _windows(model: PreTrainedModel) -> jax.Array | None:

@@ -23,6 +23,7 @@ from packscore.programs.interfaces import (
     imported,
 )
 from packscore_kernels import (
+    LiveTokens,
     PageWrites,
     ProjectionImplementation,
     SegmentSchedule,
@@ -74,6 +75,7 @@ class LayerAttention:
     writes: PageWrites | None = None
     mask_impl: Literal["segment", "dense"] = "segment"
     window: jax.Array | None = None  # i32[]: how far back a row sees, under a dense mask
+    live: LiveTokens | None = None  # None: all rows are computed
 
     def __call__(
         self,
@@ -104,6 +106,7 @@ class LayerAttention:
             implementation="dense" if self.mask_impl == "dense" else implementation,
             soft_cap=soft_cap,
             sliding_window=self.window,
+            live_tiles_only=self.live is not None,
         )
 
 
