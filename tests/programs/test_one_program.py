@@ -11,9 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from helpers import LABELS, one_by_one, random_ids, random_qwen3
+from helpers import LABELS, QWEN3, one_by_one, random_ids, random_qwen3
 from packscore import MultiItemScorer, patch_model, program_of
+from packscore.flows.costs import tpu_cost_model
+from packscore.model.sizes import ModelSizes
 from packscore.programs import sizes
+from packscore.programs.fused_layer import grid_steps
+from packscore.programs.sizes import program_key
 from tolerances import PROBABILITY_MAX_FLOAT32
 
 pytestmark = pytest.mark.usefixtures("quick_programs")
@@ -47,6 +51,18 @@ def call(scorer: MultiItemScorer, kind: str, prefix: list[int], items: list[list
     else:
         found = scorer.score(prefix, items, **options, apply_softmax=kind == "rank")
     return found, labels, kind == "rank"
+
+
+def test_steps_of_grids_are_those_of_the_reference_job() -> None:
+    """12 tiles of 1 024 tokens, 6 of 2 048 rows: as the prediction counts 0.49 ms of them."""
+    found = grid_steps(
+        ModelSizes.of(QWEN3), 2, program_key(12_000, 500, 2, 9, by_tiles=True), 2048, 12_000
+    )
+    assert found == 28 * (12 * 5 + 12 + 12 * 6 + 8 * 6 + 1)
+    with_steps = tpu_cost_model(ModelSizes.of(QWEN3), "v6e", 2, steps=lambda tokens: found)
+    without = tpu_cost_model(ModelSizes.of(QWEN3), "v6e", 2)
+    extra = with_steps.launch(12_000, 2e7) - without.launch(12_000, 2e7)
+    assert extra == pytest.approx(0.486, abs=0.001)
 
 
 KINDS = ("score", "rank", "prefix", "labels")

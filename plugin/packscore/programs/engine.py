@@ -19,8 +19,9 @@ from packscore.model.family import check_supported
 from packscore.model.masks import MaskKind, check_segment
 from packscore.model.plain import foreign_part
 from packscore.programs.interfaces import RUNTIME_ERROR
+from packscore.programs.launched import Launched
 from packscore.programs.pages import DevicePages
-from packscore.programs.program import Launched, ModelProgram
+from packscore.programs.program import ModelProgram
 from packscore.programs.sizes import MAX_GROUPS, NAMED_PAGES
 from packscore.results import Flow, MaskImpl
 from packscore_kernels.hardware import chip_of
@@ -130,4 +131,5 @@ def _costs(program: ModelProgram, mask_kind: MaskKind) -> CostModel:
     padded = functools.partial(program.computed_tokens, mask_kind=mask_kind)
     if chip is None:
         return flops_cost_model(program.sizes, padded)
-    return tpu_cost_model(program.sizes, chip, program.model.dtype.itemsize, padded)
+    steps = program.grid_steps if mask_kind == "segment" else None
+    return tpu_cost_model(program.sizes, chip, program.model.dtype.itemsize, padded, steps)

@@ -15,14 +15,19 @@ from torch import nn
 
 from packscore.interfaces import FUSED_LAYERS, FUSED_MLPS, Interface
 from packscore.model.sizes import ModelSizes
+from packscore.programs.sizes import ProgramKey
 from packscore.programs.traced_ops import KernelImplementation, LayerAttention
 from packscore_kernels import (
+    LiveTokens,
     can_gate,
     can_project,
     gated_mlp,
     project_out,
     project_qkv,
 )
+from packscore_kernels.hardware import cdiv
+from packscore_kernels.layer.mlp import mlp_tiles
+from packscore_kernels.layer.projections import num_passes, out_tile, qkv_tile
 
 
 def _is_one(module: nn.Module, classes: Iterable[Interface]) -> bool:
@@ -53,6 +58,31 @@ def can_skip_tiles(layer: nn.Module, implementation: KernelImplementation, items
     """Whether all of a layer runs through kernels, which can leave out tiles without a token."""
     mlp = getattr(layer, "mlp", None)
     return can_fuse(layer, implementation, itemsize) and can_fuse_mlp(mlp, itemsize)
+
+
+def grid_steps(
+    sizes: ModelSizes, itemsize: int, key: ProgramKey, block_q: int, num_tokens: int
+) -> int:
+    """Steps of all grids in a launch of so many tokens, of a program that walks over tiles.
+
+    Args:
+      sizes: of the model.
+      itemsize: bytes of a weight.
+      key: of the program.
+      block_q: rows of attention's tiles.
+      num_tokens: of the launch.
+    """
+    live, room = LiveTokens(num_tokens, key.tile), key.num_tokens
+    heads = sizes.heads, sizes.kv_heads
+    into = qkv_tile(heads, sizes.hidden, itemsize, room, live)
+    back = out_tile(sizes.heads, sizes.hidden, itemsize, room, live)
+    mlp = mlp_tiles(room, sizes.hidden, sizes.inner, itemsize, live)
+    if into is None or back is None or mlp is None:
+        raise ValueError(f"{key} is of no model whose layers are kernels")
+    steps = cdiv(num_tokens, into) * (num_passes(*heads) + 1) + cdiv(num_tokens, back)
+    steps += cdiv(num_tokens, mlp.tokens) * (sizes.inner // mlp.width)
+    steps += sizes.kv_heads * cdiv(num_tokens, block_q) + bool(key.num_pages)
+    return sizes.layers * steps
 
 
 def fused_layer(

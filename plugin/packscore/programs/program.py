@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,9 @@ from packscore.model.masks import MaskKind, check_segment, mask_reason
 from packscore.model.sizes import ModelSizes
 from packscore.programs.compiling import Executables
 from packscore.programs.dense import check_dense_fits, fitting_tokens
+from packscore.programs.fused_layer import grid_steps
 from packscore.programs.launch_inputs import LaunchInputs, block_sizes_for
+from packscore.programs.launched import Launched, fetched
 from packscore.programs.pages import DevicePages, pages_within, pool_struct
 from packscore.programs.row_attention import row_arguments
 from packscore.programs.sizes import (
@@ -50,36 +51,6 @@ from packscore_kernels.hardware import cdiv
 logger = logging.getLogger("packscore")
 
 Float32 = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, eq=False)
-class Launched:
-    """A program that is running, and which of its results are real."""
-
-    # (float32[num_rows, at least num_labels], float32[num_rows]) of the first rows and of others
-    parts: tuple[tuple[jax.Array, jax.Array], ...]
-    num_items: int
-    readout: Readout
-
-    def read(self) -> tuple[Float32, Float32]:
-        """Wait for (float32[num_items, num_labels], float32[num_items]): logits and normaliser."""
-        logits, normalizers = zip(*self.parts, strict=True)
-        chosen = fetched(logits, self.num_items)[:, : len(self.readout.label_ids)]
-        if self.readout.over_vocabulary:
-            return chosen, fetched(normalizers, self.num_items)
-        # over the labels it is taken here, without the padding labels
-        peak = chosen.max(-1)
-        return chosen, peak + np.log(np.exp(chosen - peak[:, None]).sum(-1))
-
-
-def fetched(parts: Sequence[jax.Array], count: int) -> npt.NDArray[Any]:
-    """The first `count` rows of arrays one behind the other, of which only those are waited for."""
-    found: list[npt.NDArray[Any]] = []
-    for part in parts:
-        if count > 0 or not found:
-            found.append(np.asarray(part)[: max(count, 0)])
-            count -= len(part)
-    return found[0] if len(found) == 1 else np.concatenate(found)
 
 
 class ModelProgram:
@@ -302,6 +273,14 @@ class ModelProgram:
         """Tokens that a launch of so many runs with."""
         by_tiles = mask_kind == "segment" and self._executables.by_tiles
         return computed_tokens(num_tokens, by_tiles=by_tiles)
+
+    def grid_steps(self, num_tokens: int) -> int:
+        """Steps of the kernels' grids in a launch of so many tokens, where these are counted."""
+        if not self._executables.by_tiles:
+            return 0
+        key = program_key(num_tokens, 1, 1, 1, by_tiles=True)
+        itemsize, block_q = self._weights.dtype.itemsize, self._blocks(key).block_q
+        return grid_steps(self.sizes, itemsize, key, block_q, num_tokens)
 
     def _key(
         self,
