@@ -3,9 +3,11 @@
 A chunk is a prefix's, or the beginning of items that are longer than the window. Its blocks of
 `block_kv` keys come in three kinds, and in this order:
 
+- edge: which keys are seen differs from row to row, and some rows see none. A mask by rows;
 - whole: every row of the tile sees every key. No mask, TURN blocks in one straight piece of code;
-- tail: every row sees the same first keys of the last block. One scalar bound for all;
-- edge: which keys are seen differs from row to row, and some rows see none. A mask by rows.
+- closing: every row sees what the block has of its prefix, and the tile ends with it. Its piece of
+  code writes the outputs; keys behind the prefix are masked by one scalar bound or, where sums come
+  from the matrix unit, weigh nothing (loads.py).
 
 All add to the softmax's state with the window's maximum as the reference of their exponentials.
 """

@@ -4,7 +4,9 @@ Scores are s' = k q' [keys, rows] and outputs o' = v' p' [head_dim, rows], so th
 the sum of a row are vectors along lanes. A q tile first does its local window (window.py), whose
 maximum is then the fixed reference of all exponentials to come: they wait for nothing. Then it
 reads its prefix, and items longer than the window, chunk by chunk as the schedule says (chunks.py,
-loads.py). Where the reference turns out too low (a row's sum passes 2^64, or anything is not
+loads.py). A tile of its prefix's own rows begins with a triangle in the window's place
+(triangle.py). Outputs are written with a tile's last products where one piece of code has them
+(outputs.py). Where the reference turns out too low (a row's sum passes 2^64, or anything is not
 finite), `_redo` does the tile again with an online maximum.
 """
 
