@@ -85,7 +85,8 @@ def costs_of_kernels(
         return count / chip.hbm_bytes_per_s * chip.clock_hz
 
     def attention(path: str) -> Cost:
-        got = layer_cycles(job, read_costs(path), schedule, live_tiles_only=bool(key.tile))
+        costs = read_costs(path, schedule.block_sizes)
+        got = layer_cycles(job, costs, schedule, live_tiles_only=bool(key.tile))
         return Cost(got["cycles"], got["hbm_bytes"], int(got["grid_steps"]))
 
     def projections(path: str) -> Cost:
