@@ -63,16 +63,20 @@ SETS = {
     "oldest": Set(
         "3.11",
         (
-            *("torch==2.11.0", "transformers==5.0.0", "accelerate==1.10.0", "numpy==2.0.2"),
-            *("jax==0.10.0", "torchax==0.0.13", "sentence-transformers==6.1.0", "peft==0.18.0"),
+            *("torch==2.11.0", "transformers==5.4.0", "accelerate==1.10.0", "numpy==2.0.2"),
+            *("jax==0.10.0", "torchax==0.0.13", "sentence-transformers==6.1.0"),
             *("langchain-core==1.0.0", "llama-index-core==0.14.0", "typer==0.20.0"),
         ),
     ),
     "newest": Set("3.13"),
-    "new torch, old transformers": Set("3.11", ("transformers==5.4.0", "jax==0.10.2")),
+    "new torch, old transformers": Set("3.11", ("transformers==5.12.0", "jax==0.10.2")),
     "old torch, new transformers": Set("3.12", ("torch==2.12.0", "jax==0.11.2")),
     "without jax": Set(
-        "3.11", ("torch==2.13.0",), "test-torch", "not jax and not long and not tpu", ()
+        "3.11",
+        ("torch==2.13.0", "transformers==5.23.0"),
+        "test-torch",
+        "not jax and not long and not tpu",
+        (),
     ),
 }
 
