@@ -1,4 +1,4 @@
-"""What others measured beside our counts: the page, the sentence, and a count worked out by hand."""
+"""What others measured beside our counts: page, sentence, and a count worked out by hand."""
 
 from __future__ import annotations
 
@@ -54,6 +54,6 @@ def test_flash_attention_is_counted_as_its_source_says(monkeypatch: pytest.Monke
     pieces = [Region(bundles=n, depth=1, text="vmatmul" * (n == 500), **facts) for n in bundles]
     outside = Region(bundles=7000, depth=0, text="", **facts)
     monkeypatch.setattr(public_points, "regions", lambda path: iter([outside, *pieces]))
-    # two heads of 4 x 4 blocks: 8 tiles of queries, and of 32 steps 2 x (1 + 2 + 3 + 4) see something
+    # two heads of 4 x 4 blocks: 8 tiles of queries; 2 x (1 + 2 + 3 + 4) of 32 steps see something
     expected = 32 * (100 + 3 + 2 + 30) + 8 * (20 + 10) + 20 * 500
     assert public_points.flash_cycles("", 4, 32) == expected
