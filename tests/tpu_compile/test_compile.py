@@ -20,7 +20,7 @@ from every_model import MODELS
 from packscore.flows.page_pool import PAGE_SIZE
 from packscore.model.sizes import ModelSizes
 from packscore.programs.dense import pair_bytes
-from packscore_kernels.hardware import CHIPS
+from packscore_kernels.hardware import CHIPS, KNOWN_ERROR
 from selection import pairwise
 from tolerances import COUNT_OF_PUBLIC_PRODUCT
 from workloads import config_of
@@ -106,6 +106,7 @@ def test_the_reference_layer_stays_within_its_cycles(chip, most):
     script = BENCHMARKS / "kernel_cycles.py"
     out = json.loads(output_of(script, "--chip", chip, "--json", "--sweep"))
     assert out["cycles"] <= most
+    assert out["known_error"] == KNOWN_ERROR
     assert out["flows"]["extend"]["cycles"] <= most
     assert out["sweep"]["items"]["line_error"] <= 0.05
     assert out["sweep"]["prefix"]["line_error"] <= 0.05
