@@ -22,11 +22,8 @@ from workloads import HEAD_DIM, KV_HEADS, MODELS, REFERENCE
 if TYPE_CHECKING:
     from packscore_kernels import BlockSizes, SegmentSchedule
 
-# The kernel's pieces that multiply matrices, in the order of its code; the last two are `redo`.
-PIECES = (
-    "first_turn", "narrow_window", "window", "turn", "tail", "rest_and_tail", "rest",
-    "prefix_edge", "own_edge", "redo_window", "redo_block",
-)  # fmt: skip
+# `redo`'s pieces that multiply matrices; they come after the usual ones.
+REDO = ("redo_window", "redo_block")
 # What follows `redo` clears rows of padding where it has more bundles.
 CLEARING = 64
 
@@ -44,6 +41,7 @@ class Job:
     dtype: str = "bfloat16"
     page_size: int = 128
     flow: str = "packed"  # or "extend"
+    sm_scale: float = math.log(2)  # a model's programs hand over q scaled
 
     @property
     def group_size(self) -> int:
@@ -79,7 +77,7 @@ class Costs:
 
     pieces: dict[str, int]
     matrix: dict[str, float]  # bundles x share
-    finish: int
+    write: int  # a tile's outputs, where no piece writes them
     load_block: int
     load_copy: int  # one page, or one block, in and waited for
     step: int  # once a q tile
@@ -98,12 +96,15 @@ class _SortedRegions:
     a tile has depth 1 of loops, what runs once a use of a chunk 2, and loops within one 3.
     """
 
-    def __init__(self, found: list[Region]) -> None:
+    def __init__(self, found: list[Region], blocks: BlockSizes) -> None:
+        from packscore_kernels.attention.counts import pieces_of
+
+        self.pieces = (*pieces_of(blocks), *REDO)
         self.regions = found
         self.matrix = [i for i, region in enumerate(found) if region.has("vmatmul")]
-        if len(self.matrix) != len(PIECES):
+        if len(self.matrix) != len(self.pieces):
             raise RuntimeError(
-                f"the kernel has {len(self.matrix)} pieces with matrix work, not {len(PIECES)}"
+                f"the kernel has {len(self.matrix)} pieces with matrix work, not {self.pieces}"
             )
         inner = {i for i, region in enumerate(found) if region.depth} - set(self.matrix)
         self._usual = {i for i in inner if i < self.piece("redo_window")}
@@ -113,8 +114,8 @@ class _SortedRegions:
         self._after = {i for i in inner if i > redone}
 
     def piece(self, name: str) -> int:
-        """Which region one of `PIECES` is."""
-        return self.matrix[PIECES.index(name)]
+        """Which region a piece is."""
+        return self.matrix[self.pieces.index(name)]
 
     def bundles(self, which: Iterable[int]) -> int:
         """Of some regions together."""
@@ -128,8 +129,8 @@ class _SortedRegions:
         return {i for i in among if holds(self.regions[i])}
 
     @cached_property
-    def finish(self) -> int:
-        """The end of a tile."""
+    def write(self) -> int:
+        """A tile's outputs by themselves."""
         of_tiles = self._where(self._usual, lambda region: region.depth == 1)
         return max(sorted(of_tiles), key=lambda i: self.regions[i].bundles)
 
@@ -152,7 +153,7 @@ class _SortedRegions:
     @cached_property
     def small(self) -> set[int]:
         """What is left before `redo`: control flow and scalars."""
-        return self._usual - {self.finish} - self.transposes - self.copies - self.waits
+        return self._usual - {self.write} - self.transposes - self.copies - self.waits
 
     @cached_property
     def loading(self) -> set[int]:
@@ -189,16 +190,16 @@ class _SortedRegions:
         return before | (self._after - self.clearing)
 
 
-def read_costs(path: str) -> Costs:
-    """The costs of a compiled kernel, from the file of its schedule."""
-    found = _SortedRegions(list(regions(path)))
-    pieces = {name: found.regions[found.piece(name)] for name in PIECES}
+def read_costs(path: str, blocks: BlockSizes) -> Costs:
+    """The costs of a kernel compiled with these tiles, from the file of its schedule."""
+    found = _SortedRegions(list(regions(path)), blocks)
+    pieces = {name: found.regions[found.piece(name)] for name in found.pieces}
     usual = [one for name, one in pieces.items() if not name.startswith("redo")]
     spilled = sum(one.bundles * one.use.get("SPILL", 0.0) for one in usual)
     return Costs(
         pieces={name: one.bundles for name, one in pieces.items()},
         matrix={name: one.bundles * one.matrix_use for name, one in pieces.items()},
-        finish=found.bundles([found.finish]),
+        write=found.bundles([found.write]),
         load_block=found.bundles(found.transposes),
         load_copy=found.longest(found.copies) + found.longest(found.waits),
         step=found.bundles(found.steps),
@@ -218,9 +219,9 @@ def layer_cycles(job: Job, costs: Costs, schedule: SegmentSchedule) -> dict[str,
     from packscore_kernels.attention.counts import count_runs, moved_bytes
 
     runs = count_runs(schedule)
-    per_head = sum(times * costs.pieces[name] for name, times in runs.pieces.items())
-    matrix = sum(times * costs.matrix[name] for name, times in runs.pieces.items())
-    per_head += runs.tiles * (costs.finish + costs.step)
+    per_head = sum(times * costs.pieces.get(name, 0) for name, times in runs.pieces.items())
+    matrix = sum(times * costs.matrix.get(name, 0) for name, times in runs.pieces.items())
+    per_head += runs.tiles * costs.step + runs.writes * costs.write
     per_head += runs.padding_tiles * (costs.dead + costs.step)
     per_head += runs.uses * costs.use + runs.masked_parts * costs.edge
     per_head += runs.loads * costs.load
@@ -251,7 +252,7 @@ class Kernel:
         self.block_sizes = BlockSizes(*sizes) if sizes else self._resolved_sizes()
         self._compile()
         (path,) = find(self.dump, "segment_paged_attention")
-        self.costs = read_costs(path)
+        self.costs = read_costs(path, self.block_sizes)
 
     def _resolved_sizes(self) -> BlockSizes:
         """Those that users get."""
@@ -283,7 +284,7 @@ class Kernel:
 
         def op(q: Any, k: Any, v: Any, pages: Any, schedule: Any) -> Any:
             return segment_paged_attention(
-                q, k, v, pages, schedule, sm_scale=job.head_dim**-0.5, implementation="pallas"
+                q, k, v, pages, schedule, sm_scale=job.sm_scale, implementation="pallas"
             )
 
         kv = shape(job.num_kv_heads, layout.num_tokens, job.head_dim)

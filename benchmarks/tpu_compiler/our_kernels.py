@@ -82,7 +82,7 @@ def costs_of_kernels(
         return count / chip.hbm_bytes_per_s * chip.clock_hz
 
     def attention(path: str) -> Cost:
-        got = layer_cycles(job, read_costs(path), schedule)
+        got = layer_cycles(job, read_costs(path, schedule.block_sizes), schedule)
         return got["cycles"], got["hbm_bytes"]
 
     def projections(path: str) -> Cost:

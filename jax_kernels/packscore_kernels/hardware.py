@@ -87,6 +87,19 @@ def vmem_capacity() -> int | None:
     return capacity
 
 
+def deep_passes() -> bool:
+    """Whether a pass of the matrix unit takes 256 terms, of the TPU that is traced for.
+
+    True where there is none: what interprets a kernel runs what newer chips do.
+    """
+    from jax.experimental.pallas import tpu as pltpu
+
+    try:
+        return bool(pltpu.get_tpu_info().mxu_column_size >= 2 * LANES)
+    except (ValueError, NotImplementedError):
+        return True
+
+
 def precision_of(dtype: Any) -> jax.lax.Precision:
     """What a kernel's product of this dtype asks of a TPU: float32 means float32.
 

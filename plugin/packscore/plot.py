@@ -121,7 +121,7 @@ def tile_kinds(schedule: SegmentSchedule) -> npt.NDArray[np.int8]:
       i8[num_q_tiles, num_kv_blocks] of SKIPPED, WINDOW (the tokens just before each row, which the
       kernel always reads), MASKED and FULL (seen whole by every row, no mask arithmetic).
     """
-    from packscore_kernels.attention.schedule import LOAD_FIELDS, USE_FIELDS, Load, Use
+    from packscore_kernels.attention.uses import HERE, LOAD_FIELDS, USE_FIELDS, Load, Use
 
     blocks = schedule.block_sizes
     num_blocks = -(-schedule.num_tokens // blocks.block_kv)
@@ -135,9 +135,11 @@ def tile_kinds(schedule: SegmentSchedule) -> npt.NDArray[np.int8]:
         zip(schedule.use_starts, schedule.use_starts[1:], strict=False)
     ):
         for use in uses[first:last]:
-            start = loads[use.load].start // blocks.block_kv
+            begin = use.base if use.kind == HERE else loads[use.load].start
+            start = begin // blocks.block_kv
             kinds[tile, start + use.first_block : start + use.last_block] = MASKED
-            kinds[tile, start + use.first_full : start + use.last_full] = FULL
+            whole = min(use.last_full + use.closes, use.last_key // blocks.block_kv)
+            kinds[tile, start + use.first_full : start + max(whole, use.last_full)] = FULL
     return kinds
 
 
@@ -147,7 +149,7 @@ def window_boxes(schedule: SegmentSchedule) -> Boxes:
     A group of 128 rows reads its own keys and those before it: 128, or 32 where no item of the
     tile reaches further back.
     """
-    from packscore_kernels.attention.schedule import NARROW
+    from packscore_kernels.attention.uses import NARROW
     from packscore_kernels.hardware import LANES
 
     boxes: Boxes = []

@@ -25,7 +25,7 @@ from packscore_kernels import (
     project_qkv,
     write_kv_pages,
 )
-from packscore_kernels.attention.counts import PIECES, count_runs, moved_bytes
+from packscore_kernels.attention.counts import PIECES, count_runs, moved_bytes, pieces_of
 from packscore_kernels.attention.launch import segment_attention_pallas
 from packscore_kernels.attention.schedule import visited_blocks
 from packscore_kernels.layer import mlp, projections, tiles
@@ -42,15 +42,16 @@ def modules_with(name: str) -> list[ModuleType]:
 
 
 def layouts() -> list[SegmentLayout]:
-    # two whole blocks that the second tile finds loaded, and items that the narrow window holds
+    # two whole blocks and a part of a third, with items that the narrow window holds
     cached = np.arange(NUM_PAGES - MAX_PAGES, dtype=np.int32)
-    again = Group(0, np.full(24, 20, np.int32), PAGE_SIZE * len(cached), cached)
+    again = Group(0, np.full(24, 20, np.int32), PAGE_SIZE * len(cached) - 1, cached)
     few = [layout for _, layout in edges(PAGE_SIZE)][::12]
     return [*few, *(drawn(seed, PAGE_SIZE) for seed in range(8)), SegmentLayout((again,), TOKENS)]
 
 
-# the rows of a tile go through blocks under a mask in one part, and in two
-@pytest.mark.parametrize("block_q", [128, 256])
+# The rows of a tile go through blocks under a mask in two parts, and in one; tiles of 384 rows have
+# triangles.
+@pytest.mark.parametrize("block_q", [256, 384])
 def test_the_attention_runs_what_is_counted(block_q: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # every piece that multiplies matrices is one pipeline, in the order of the code
     ran = Executions(monkeypatch, "pipeline", *modules_with("pipeline"))
@@ -65,24 +66,27 @@ def test_the_attention_runs_what_is_counted(block_q: int, monkeypatch: pytest.Mo
         )
     )
     x, pages = jnp.ones((1, TOKENS, 64)), jnp.ones((NUM_PAGES, 1, 2, PAGE_SIZE, 64))
-    met = dict.fromkeys(PIECES, 0)
+    blocks = BlockSizes(block_q, 128, 128 * max(2, block_q // 128), 3)
+    met = dict.fromkeys(pieces_of(blocks), 0)
     for layout in layouts():
         schedule = build_schedule(
             layout,
-            block_sizes=BlockSizes(block_q, 128, 256, 3),
+            block_sizes=blocks,
             page_size=PAGE_SIZE,
             max_groups=MAX_GROUPS,
             max_pages=MAX_PAGES,
         )
         runs, (_, visits) = count_runs(schedule), run(x, x, x, pages, schedule)
         *pieces, redone = ran.take()
-        assert dict(zip(PIECES, pieces, strict=True)) == runs.pieces, layout
+        assert dict.fromkeys(PIECES, 0) | dict(zip(met, pieces, strict=True)) == runs.pieces, layout
         assert not redone
         # a copy is made twice: to start it, and to wait for it
         assert sum(copied.take()) == 2 * runs.copies
-        assert sum(loaded.take()) == runs.loaded_blocks
+        # a triangle makes its lane groups ready, and the key that stands in for others
+        made_ready = (block_q // 128 + 1) * runs.pieces["triangle"]
+        assert sum(loaded.take()) == runs.loaded_blocks + made_ready
         assert int(visits.sum()) == visited_blocks(schedule)[0].sum()
-        met = {name: met[name] + count for name, count in runs.pieces.items()}
+        met = {name: met[name] + runs.pieces[name] for name in met}
     assert min(met.values()) > 0, met
 
 
@@ -92,12 +96,13 @@ def test_the_runs_of_a_small_layout() -> None:
         SegmentLayout.single(300, [20, 30], 512), block_sizes=BlockSizes(128, 128, 256)
     )
     runs = count_runs(schedule)
-    # the second tile reads block 0 whole; the third finds it loaded and reads blocks 0 and 1 with
-    # its window, and block 2, of which its prefix rows see a part, from another chunk
+    # the second tile reads block 0 whole and ends with it; the third finds it loaded and reads
+    # blocks 0 and 1 with its window, and block 2, of which its prefix rows see a part, from another
+    # chunk
     assert runs.pieces == {
         **dict.fromkeys(PIECES, 0),
         "narrow_window": 2,
-        "rest": 1,
+        "last": 1,
         "first_turn": 1,
         "prefix_edge": 1,
     }

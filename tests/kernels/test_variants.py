@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from layouts import drawn, group
 from oracle import attention
 
 from packscore_kernels import BlockSizes, SegmentLayout, build_schedule, segment_paged_attention
+from packscore_kernels.attention import launch
 from packscore_kernels.attention.launch import segment_attention_pallas
 from tolerances import KERNEL_FLOAT32, KERNEL_SCORE_FLOAT32, assert_close
 
@@ -118,8 +120,12 @@ def test_a_bucket_that_is_no_multiple_of_a_block(num_tokens: int) -> None:
         assert_close(got, want, "float32")
 
 
-@pytest.mark.parametrize("block_q", [384, 1152])
-def test_tiles_whose_rows_are_cut_into_pieces_of_two_sizes(block_q: int) -> None:
+# the last pieces sum by products, or mask
+@pytest.mark.parametrize(("block_q", "deep"), [(384, True), (384, False), (1152, True)])
+def test_tiles_whose_rows_are_cut_into_pieces_of_two_sizes(
+    block_q: int, deep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "deep_passes", lambda: deep)
     # 3 or 5 q heads a kv head, or a bucket of 640 tokens, get such tiles. The first is the
     # prefix's, the second begins with window and whole blocks in one, the third has a long item.
     num_tokens = 3 * block_q
@@ -138,8 +144,8 @@ SMALL = BlockSizes(128, 128, 256)
 
 
 @functools.cache
-def growing(sm_scale: float) -> Callable[..., jax.Array]:
-    schedule = build_schedule(GROWING, block_sizes=SMALL)
+def growing(sm_scale: float, blocks: BlockSizes = SMALL) -> Callable[..., jax.Array]:
+    schedule = build_schedule(GROWING, block_sizes=blocks)
     return jax.jit(
         lambda q, k, v: segment_paged_attention(
             q, k, v, None, schedule, sm_scale=sm_scale, implementation="pallas_interpret"
@@ -147,9 +153,17 @@ def growing(sm_scale: float) -> Callable[..., jax.Array]:
     )
 
 
-@pytest.mark.parametrize("height", [10.0, 60.0, 200.0, 3000.0])
+HEIGHTS = [
+    *itertools.product([10.0, 60.0, 200.0, 3000.0], [SMALL]),
+    (3000.0, BlockSizes(384, 128, 384)),  # a tile that began with a triangle is done again
+]
+
+
+@pytest.mark.parametrize(
+    ("height", "blocks"), HEIGHTS, ids=[f"{height}-q{b.block_q}" for height, b in HEIGHTS]
+)
 @pytest.mark.parametrize("where", ["first", "last", "growing", "falling"])
-def test_scores_far_above_the_window_s_own(height: float, where: str) -> None:
+def test_scores_far_above_the_window_s_own(height: float, blocks: BlockSizes, where: str) -> None:
     # Keys of the prefix score `height` above the rows' own: the fixed reference must not overflow.
     q, k, v = (draw(i, 1, 512, 64) for i in range(3))
     q = q.at[:, :, 0].set(1.0)
@@ -161,7 +175,9 @@ def test_scores_far_above_the_window_s_own(height: float, where: str) -> None:
         "falling": np.linspace(height, 0, 256),
     }[where]
     k = k.at[:, :, 0].set(lift)
-    error = np.abs(np.asarray(growing(1.0)(q, k, v)) - attention(q, k, v, GROWING, 1.0)).max()
+    error = np.abs(
+        np.asarray(growing(1.0, blocks)(q, k, v)) - attention(q, k, v, GROWING, 1.0)
+    ).max()
     assert error <= KERNEL_FLOAT32 + KERNEL_SCORE_FLOAT32 * height, error
 
 

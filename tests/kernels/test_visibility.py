@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from executions import Executions
 from layouts import NUM_PAGES, drawn, edges
-from oracle import rows
+from oracle import attention, rows
 
 from packscore_kernels import (
     PREFIX_SEGMENT,
@@ -18,11 +21,14 @@ from packscore_kernels import (
     build_schedule,
     segment_paged_attention,
 )
+from packscore_kernels.attention import kernel, launch
 from packscore_kernels.attention.reference import visible
 from packscore_kernels.attention.xla import dense_mask
-from tolerances import KERNEL_REORDERED_FLOAT32
+from tolerances import KERNEL_FLOAT32, KERNEL_REORDERED_FLOAT32, KERNEL_SCORE_FLOAT32
 
 BLOCKS = BlockSizes(128, 128, 256)
+ONE_TILE = BlockSizes(384, 128, 384)  # with a triangle where a prefix is packed
+KERNEL = "pallas_interpret"
 LAYOUTS = {
     "P100-items": SegmentLayout.single(100, [20, 7, 140, 33, 1, 60], 384),
     "P0-items": SegmentLayout.single(0, [20, 200, 33], 384),
@@ -36,16 +42,23 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("implementation", ["xla", "dense", "pallas_interpret"])
+CASES = [
+    *itertools.product(LAYOUTS, ["xla", "dense", KERNEL], [BLOCKS]),
+    *itertools.product(["P100-items"], ["xla", KERNEL], [ONE_TILE]),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation", "blocks"), CASES, ids=[f"{n}-{i}-q{b.block_q}" for n, i, b in CASES]
+)
 def test_a_row_changes_exactly_when_a_key_it_sees_does(
-    layout: SegmentLayout, implementation: str
+    name: str, implementation: str, blocks: BlockSizes
 ) -> None:
-    rng = np.random.default_rng(0)
+    layout, rng = LAYOUTS[name], np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((1, 384, 64)), jnp.float32) for _ in range(3))
     paged = any(group.cached_len for group in layout.groups)
     pages = jnp.asarray(rng.standard_normal((8, 1, 2, 16, 64)), jnp.float32) if paged else None
-    schedule = build_schedule(layout, block_sizes=BLOCKS, page_size=16 if paged else 0)
+    schedule = build_schedule(layout, block_sizes=blocks, page_size=16 if paged else 0)
     run = jax.jit(
         lambda q, k, v, pages: segment_paged_attention(
             q, k, v, pages, schedule, sm_scale=0.125, implementation=implementation
@@ -82,15 +95,22 @@ def test_plain_causal_attention_would_fail_this() -> None:
     assert not np.asarray(visible(layout))[130, 110]
 
 
-@pytest.mark.parametrize("implementation", ["xla", "dense", "reference", "pallas_interpret"])
-def test_nan_in_one_item_reaches_nobody_else(implementation: str) -> None:
+@pytest.mark.parametrize(
+    ("implementation", "blocks"),
+    [
+        ("xla", BLOCKS), ("dense", BLOCKS), ("reference", BLOCKS), (KERNEL, BLOCKS),
+        (KERNEL, ONE_TILE),
+    ],
+    ids=["xla", "dense", "reference", KERNEL, f"{KERNEL}-one-tile"],
+)  # fmt: skip
+def test_nan_in_one_item_reaches_nobody_else(implementation: str, blocks: BlockSizes) -> None:
     layout = LAYOUTS["P100-items"]
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((1, 384, 64)), jnp.float32) for _ in range(3))
 
     def run(k: jax.Array, v: jax.Array) -> np.ndarray:
         out = segment_paged_attention(
-            q, k, v, None, layout, sm_scale=0.125, block_sizes=BLOCKS, implementation=implementation
+            q, k, v, None, layout, sm_scale=0.125, block_sizes=blocks, implementation=implementation
         )
         return np.asarray(out)
 
@@ -102,6 +122,67 @@ def test_nan_in_one_item_reaches_nobody_else(implementation: str) -> None:
         # the kernel does the tiles of the item again, with an online maximum
         assert np.abs(out[:, others] - clean[:, others]).max() <= KERNEL_REORDERED_FLOAT32
         assert np.isnan(out[:, item]).any(axis=2).all()
+
+
+@pytest.fixture(params=[True, False], ids=["sums-by-products", "masked"])
+def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chips whose last pieces sum by the matrix unit, and those that mask."""
+    monkeypatch.setattr(launch, "deep_passes", lambda: request.param)
+
+
+def stale(paged: bool) -> SegmentLayout:
+    """A prefix that ends within a block, in pages or packed, with items."""
+    pages = np.array([5, 2, 7], np.int32) if paged else np.zeros(0, np.int32)
+    group = Group(0 if paged else 100, np.array([20] * 10, np.int32), 37 if paged else 0, pages)
+    return SegmentLayout((group,), 384)
+
+
+@pytest.mark.usefixtures("_both_ways")
+@pytest.mark.parametrize("paged", [True, False], ids=["pages", "packed"])
+def test_nothing_of_what_lies_behind_a_prefix_is_read(paged: bool) -> None:
+    # Stale slots of a page and unused pages; the first item, in the block that the prefix ends in,
+    # for the tile that reads this block and no other key of the item.
+    layout = stale(paged)
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 384, 64)), jnp.float32) for _ in range(3))
+    pages = jnp.asarray(rng.standard_normal((8, 1, 2, 16, 64)), jnp.float32) if paged else None
+
+    def run(k: jax.Array, v: jax.Array, pages: jax.Array | None) -> np.ndarray:
+        out = segment_paged_attention(
+            q, k, v, pages, layout, sm_scale=0.125, block_sizes=BLOCKS, implementation=KERNEL
+        )
+        return np.asarray(out)[:, 0 if paged else 256 :]
+
+    clean = run(k, v, pages)
+    if pages is None:
+        k, v = (x.at[:, 100:120].set(jnp.nan) for x in (k, v))
+    else:
+        pages = pages.at[7, :, :, 37 % 16 :].set(jnp.nan)
+        pages = pages.at[jnp.array([0, 1, 3, 4, 6])].set(jnp.nan)
+    np.testing.assert_array_equal(run(k, v, pages), clean)
+
+
+@pytest.mark.parametrize(
+    ("paged", "blocks"), [(True, BLOCKS), (False, ONE_TILE)], ids=["pages", "triangle"]
+)
+def test_scores_far_below_zero_are_no_reason_to_do_a_tile_again(
+    paged: bool, blocks: BlockSizes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A key in the place of dead ones that is zero would weigh 2 ** 300 here.
+    layout = stale(paged)
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 384, 64)), jnp.float32) for _ in range(3))
+    pages = jnp.asarray(rng.standard_normal((8, 1, 2, 16, 64)), jnp.float32) if paged else None
+    q, k = q.at[:, :, 0].set(1.0), k.at[:, :, 0].set(-300.0 / 0.125)
+    if pages is not None:
+        pages = pages.at[:, :, 0, :, 0].set(-300.0 / 0.125)
+    redone = Executions(monkeypatch, "_redo", kernel)
+    got = segment_paged_attention(
+        q, k, v, pages, layout, sm_scale=0.125, block_sizes=blocks, implementation=KERNEL
+    )
+    error = np.abs(np.asarray(got) - attention(q, k, v, layout, 0.125, pages)).max()
+    assert error <= KERNEL_FLOAT32 + KERNEL_SCORE_FLOAT32 * 300.0
+    assert not sum(redone.take())
 
 
 def loop_mask(layout: SegmentLayout, schedule: SegmentSchedule) -> np.ndarray:

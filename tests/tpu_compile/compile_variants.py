@@ -1,6 +1,7 @@
 """Compile the kernels for a real TPU; one JSON object a line. A script, run per chip.
 
-python compile_variants.py v6e [INDEX ...]    all variants, or those
+python compile_variants.py v6e [INDEX ...]       all variants, or those
+python compile_variants.py picked INDEX [...]    cases of kernels/picked_tiles.py, all of one chip
 """
 
 import json
@@ -8,6 +9,8 @@ import os
 import sys
 import time
 from typing import NamedTuple
+
+from picked_tiles import GRID
 
 from packscore_kernels.hardware import CHIPS
 from tpu_compiler.schedule import compile_for_tpu, configure
@@ -23,6 +26,7 @@ class Variant(NamedTuple):
     page_size: int  # 0 is without pages
     groups: int
     tiles: tuple[int, int, int, int] | None  # None is what the table or the heuristic picks
+    num_tokens: int = 4096
 
 
 # Every dtype, head size, GQA ratio and page size, one and many groups; tiles that users run, and
@@ -54,8 +58,7 @@ def attention(variant, chip):
         segment_paged_attention,
     )
 
-    dtype, head_dim, num_q_heads, num_kv_heads, page_size, groups, tiles = variant
-    num_tokens = 4096
+    dtype, head_dim, num_q_heads, num_kv_heads, page_size, groups, tiles, num_tokens = variant
     blocks = (
         BlockSizes(*tiles)
         if tiles
@@ -70,7 +73,7 @@ def attention(variant, chip):
         )
     )
     schedule = build_schedule(
-        SegmentLayout.single(100, np.full(50, 20), num_tokens),
+        SegmentLayout.single(100, np.full(min(50, num_tokens // 20 - 5), 20), num_tokens),
         block_sizes=blocks,
         page_size=page_size,
         max_groups=groups,
@@ -146,9 +149,22 @@ def attempt(name, call, *args):
     sys.stdout.flush()
 
 
-def main(chip, *indices):
+def picked(*indices):
+    cases = [GRID[int(i)] for i in indices]
+    (chip,) = {case.chip for case in cases}
     configure(CHIPS[chip].topology)
+    for case in cases:
+        heads = case.group_size, 1
+        variant = Variant("bfloat16", case.head_dim, *heads, case.page_size, 1, None)
+        attempt(str(case), attention, variant._replace(num_tokens=case.num_tokens), chip)
+
+
+def main(chip, *indices):
     os.environ["TPU_STDERR_LOG_LEVEL"] = "3"
+    if chip == "picked":
+        picked(*indices)
+        return
+    configure(CHIPS[chip].topology)
     for i in map(int, indices or range(len(VARIANTS))):
         attempt(str(VARIANTS[i]), attention, VARIANTS[i], chip)
     for variant in (("float32", 64, 16), ("bfloat16", 128, 256), ("bfloat16", 256, 32)):

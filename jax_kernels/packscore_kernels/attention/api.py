@@ -84,7 +84,8 @@ def segment_paged_attention(
         no group has any.
       layout: who sees whom. A `SegmentLayout` is turned into constants of the program; a
         `SegmentSchedule` (see `build_schedule`) is data: no recompilation when it changes.
-      sm_scale: factor on the scores before the softmax.
+      sm_scale: factor on the scores before the softmax. With `math.log(2)` the kernel multiplies
+        nothing: for q that comes scaled by the factor's share of it.
       block_sizes: tiles of the kernel; default: from the tuned table, else a heuristic. A schedule
         carries its own.
       implementation: "pallas" (TPU), "pallas_interpret" (the same kernel simulated on CPU), "xla"

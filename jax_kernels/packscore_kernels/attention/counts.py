@@ -13,32 +13,43 @@ from dataclasses import dataclass
 import numpy as np
 
 from packscore_kernels.attention.chunks import TURN
-from packscore_kernels.attention.schedule import (
+from packscore_kernels.attention.types import BlockSizes, SegmentSchedule
+from packscore_kernels.attention.uses import (
+    HERE,
+    ITEMS,
     LOAD_FIELDS,
+    PREFIX,
     USE_FIELDS,
     Load,
     Use,
     edge_parts,
+    have_triangles,
     window_start,
 )
-from packscore_kernels.attention.types import BlockSizes, SegmentSchedule
 from packscore_kernels.hardware import LANES, cdiv
 
-# Pieces that multiply matrices, in the order of the kernel's code: a tile's window with or without
-# the first whole blocks, whole blocks by turns, what is left of them, and blocks under a mask.
+# Pieces that multiply matrices, in the order of the kernel's code: what opens a tile, with its
+# window, the last of them with the first whole blocks too; blocks under a mask; whole blocks by
+# turns, and what is left of them, with the one that closes the tile or without.
 PIECES = (
-    "first_turn", "narrow_window", "window", "turn", "tail", "rest_and_tail", "rest",
-    "prefix_edge", "own_edge",
+    "triangle", "narrow_window", "window", "first_turn", "prefix_edge", "own_edge",
+    "turn", "last", "rest_and_last", "rest",
 )  # fmt: skip
+
+
+def pieces_of(blocks: BlockSizes) -> tuple[str, ...]:
+    """Those of `PIECES` that the kernel has with these tiles."""
+    return PIECES if have_triangles(blocks) else PIECES[1:]
 
 
 @dataclass(frozen=True)
 class KernelRuns:
     """What one kv head of a launch runs how often."""
 
-    pieces: dict[str, int]  # by the names in `PIECES`
+    pieces: dict[str, int]  # by the names in `PIECES`, zero where the kernel has none
     tiles: int  # q tiles that hold tokens
     padding_tiles: int  # and that hold none
+    writes: int  # tiles whose outputs no piece writes
     uses: int  # of chunks
     masked_parts: int  # parts of a tile's rows that go through blocks under a mask
     loads: int  # of chunks
@@ -55,16 +66,18 @@ def count_runs(schedule: SegmentSchedule) -> KernelRuns:
     del loads[num_loads:]
     num_tiles = cdiv(num_tokens, blocks.block_q)
     pieces = Counter(dict.fromkeys(PIECES, 0))
-    num_uses = num_masked = 0
+    num_uses = num_masked = num_writes = 0
     for tile in range(num_tiles):
         own = uses[schedule.use_starts[tile] : schedule.use_starts[tile + 1]]
-        num_uses += len(own)
+        num_uses += sum(use.kind != HERE for use in own)
+        num_writes += not own or not (own[-1].closes or own[-1].kind == HERE)
         num_masked += sum(_is_masked(use) for use in own)
         _count_tile(pieces, own, bool(schedule.narrow[tile]), tile * blocks.block_q, blocks)
     return KernelRuns(
         pieces=dict(pieces),
         tiles=num_tiles,
         padding_tiles=schedule.num_q_tiles - num_tiles,
+        writes=num_writes,
         uses=num_uses,
         masked_parts=edge_parts(blocks) * num_masked,
         loads=num_loads,
@@ -79,24 +92,28 @@ def _whole_blocks(use: Use) -> int:
 
 def _is_masked(use: Use) -> bool:
     """Whether it has blocks that need a mask of rows."""
-    return bool(use.last_block - use.first_block - _whole_blocks(use) > use.tail)
+    masked = use.last_block - use.first_block - _whole_blocks(use) > use.closes
+    return bool(masked and use.kind != HERE)
 
 
 def _count_tile(
     pieces: Counter[str], uses: Sequence[Use], narrow: bool, first_row: int, blocks: BlockSizes
 ) -> None:
     """One tile: its window, and what its uses read."""
-    fused = narrow and bool(uses) and not uses[0].fresh and _whole_blocks(uses[0]) >= TURN
-    pieces["first_turn" if fused else "narrow_window" if narrow else "window"] += 1
+    kind = uses[0].kind if uses else None
+    fused = narrow and kind == PREFIX and _whole_blocks(uses[0]) >= TURN
+    window = "first_turn" if fused else "narrow_window" if narrow else "window"
+    pieces["triangle" if kind == HERE else window] += 1
     for i, use in enumerate(uses):
         turns, rest = divmod(_whole_blocks(use) - (TURN if fused and not i else 0), TURN)
         pieces["turn"] += turns
-        if use.tail:
-            pieces["rest_and_tail" if rest else "tail"] += 1
+        if use.closes:
+            pieces["rest_and_last" if rest else "last"] += 1
         elif rest:
             pieces["rest"] += 1
         if _is_masked(use):
-            pieces["own_edge" if use.own else "prefix_edge"] += _edge_blocks(use, first_row, blocks)
+            name = "own_edge" if use.kind == ITEMS else "prefix_edge"
+            pieces[name] += _edge_blocks(use, first_row, blocks)
 
 
 def _edge_blocks(use: Use, tile_start: int, blocks: BlockSizes) -> int:
@@ -105,10 +122,10 @@ def _edge_blocks(use: Use, tile_start: int, blocks: BlockSizes) -> int:
     for first_row in range(tile_start, tile_start + blocks.block_q, blocks.block_q // parts):
         last_row = min(first_row + blocks.block_q // parts, use.last_row) - 1
         end = use.last_key
-        if use.own or last_row < use.first_item_row:
-            window = max(window_start(last_row), 0 if use.own else tile_start)
+        if use.kind == ITEMS or last_row < use.first_item_row:
+            window = max(window_start(last_row), 0 if use.kind == ITEMS else tile_start)
             end = min(window - use.base, end)
-        last_block = min(cdiv(end, blocks.block_kv), use.last_block - use.tail)
+        last_block = min(cdiv(end, blocks.block_kv), use.last_block - use.closes)
         if last_row >= max(first_row, use.first_row) and end > use.first_key:
             total += max(last_block - use.first_block - _whole_blocks(use), 0)
     return total

@@ -14,7 +14,7 @@ from packscore_kernels.attention.pieces import SUBLANES
 from packscore_kernels.attention.refs import NUM_PREFETCH, Ref, Shape, W
 from packscore_kernels.attention.tuning import vmem_bytes
 from packscore_kernels.attention.types import SegmentSchedule
-from packscore_kernels.hardware import shape_of, vmem_limit
+from packscore_kernels.hardware import deep_passes, shape_of, vmem_limit
 
 LOG2E = 1.4426950408889634  # the kernel's exponentials are powers of two
 
@@ -46,6 +46,7 @@ def segment_attention_pallas(
         page_size=0 if kv_pages is None else schedule.page_size,
         blocks=blocks,
         count_visits=count_visits,
+        ones=deep_passes(),
     )
     group, bq = shape.group_size, blocks.block_q
     used = vmem_bytes(group, head_dim, q.dtype.itemsize, blocks)
@@ -72,10 +73,11 @@ def segment_attention_pallas(
     slots = blocks.num_slots + 1  # the last is `redo`'s
     scratch = [
         pltpu.VMEM((slots, 2, blocks.chunk_kv, head_dim), k.dtype),
-        pltpu.VMEM((slots, head_dim, blocks.chunk_kv), k.dtype),
+        pltpu.VMEM((slots, shape.value_rows, blocks.chunk_kv), k.dtype),
         pltpu.VMEM((group, 1, bq), jnp.float32),
         pltpu.VMEM((group, SUBLANES, bq), jnp.float32),
         pltpu.VMEM((group, head_dim, bq), jnp.float32),
+        pltpu.VMEM((group, 1, bq), jnp.float32),
         pltpu.SemaphoreType.DMA((slots,)),
     ]
 

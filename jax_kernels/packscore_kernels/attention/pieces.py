@@ -72,11 +72,16 @@ def within(key: jax.Array, first: jax.Array, count: jax.Array) -> jax.Array:
     return (key - first).astype(jnp.uint32) < count.astype(jnp.uint32)
 
 
+def scaled(x: jax.Array, scale: float) -> jax.Array:
+    """Not a multiplication where there is nothing to do."""
+    return x if scale == 1.0 else x * scale
+
+
 def tame(k: jax.Array, v: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
     """Scaled keys and values where a non-finite value is 0 and poisons its own key instead.
 
     A masked key then reaches nobody, while a row that sees it still turns NaN.
     """
     finite = jnp.abs(v.astype(jnp.float32)) < jnp.inf
-    tamed_k = jnp.where(finite, k.astype(jnp.float32) * scale, jnp.nan).astype(k.dtype)
+    tamed_k = jnp.where(finite, scaled(k.astype(jnp.float32), scale), jnp.nan).astype(k.dtype)
     return tamed_k, jnp.where(finite, v.astype(jnp.float32), 0.0).astype(v.dtype)

@@ -11,6 +11,7 @@ from packscore_kernels.attention.types import BlockSizes
 from packscore_kernels.hardware import LANES
 
 W = LANES  # rows that the local window treats at a time, and how far it looks back
+ONES = 16  # rows under the values, as many as one register of bfloat16 holds: one of ones
 NUM_PREFETCH = 6  # refs in scalar memory, filled before the first step
 
 Ref = Any
@@ -26,6 +27,14 @@ class Shape:
     page_size: int  # 0 without pages
     blocks: BlockSizes
     count_visits: bool
+    # Sums of a tile's last weights come from the matrix unit, by a row of ones under the values
+    # where a key is live, so that nothing is masked. It pays where a pass is 256 deep.
+    ones: bool
+
+    @property
+    def value_rows(self) -> int:
+        """Rows of transposed values in a slot."""
+        return self.head_dim + (ONES if self.ones else 0)
 
 
 @dataclass(frozen=True)
@@ -59,10 +68,11 @@ class Refs:
     visits: Ref  # i32[num_kv_heads, num_q_tiles], None unless `count_visits`
     # scratch: a ring of chunks and, in the last slot, the one of `redo`; the softmax's state
     kv_slots: Ref  # [num_slots + 1, 2, chunk_kv, head_dim]
-    vt_slots: Ref  # [num_slots + 1, head_dim, chunk_kv]
+    vt_slots: Ref  # [num_slots + 1, value_rows, chunk_kv]
     m: Ref  # f32[group_size, 1, block_q]: reference of the exponentials
     total: Ref  # f32[group_size, 8, block_q]: sums, still apart by sublane
     acc: Ref  # f32[group_size, head_dim, block_q]
+    bad: Ref  # f32[group_size, 1, block_q]: 1 where the reference was too low for a row
     sems: Ref  # one DMA semaphore a slot
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from packscore_kernels.attention.refs import ONES
 from packscore_kernels.attention.types import BlockSizes
 from packscore_kernels.errors import ArgumentError
 from packscore_kernels.hardware import CHIPS, LANES, align_to, chip_of
@@ -25,9 +26,9 @@ def vmem_bytes(group_size: int, head_dim: int, itemsize: int, blocks: BlockSizes
     """An upper estimate of the kernel's VMEM: its buffers, and the scores in flight."""
     d = align_to(head_dim, LANES)
     rows = group_size * blocks.block_q
-    slots = (blocks.num_slots + 1) * 3 * blocks.chunk_kv * d * itemsize
+    slots = (blocks.num_slots + 1) * blocks.chunk_kv * (3 * d + ONES) * itemsize
     tiles = 2 * itemsize * d * (2 * rows + 2 * (blocks.block_q + LANES))
-    state = 4 * rows * (d + 16)
+    state = 4 * rows * (d + 24)
     # Scores of some blocks run ahead of their softmax, whose exponentials are in flight too.
     flight = 4 * blocks.block_q * blocks.block_kv * 4 + 4 * rows * d
     return slots + tiles + state + flight

@@ -17,6 +17,7 @@ from packscore_kernels.attention.pieces import (
     dot,
     lanes,
     pipeline,
+    scaled,
     scores,
     sublanes,
     sum8,
@@ -43,15 +44,14 @@ def window_stages(refs: Refs, back: int, *, safe: bool = False) -> list[Stage]:
     """The window as stages, one a lane group, so that other work can go between them."""
 
     def issue(c: int) -> tuple[jax.Array, jax.Array]:
-        k, v = _keys(refs, c, back)
+        k, v = keys_of(refs, c, back)
         if safe:
             k, v = tame(k, v, 1.0)
-        q = jnp.concatenate([refs.q[g, c * W : (c + 1) * W] for g in refs.heads], axis=0)
-        return scores(k, q), v
+        return scores(k, queries_of(refs, c)), v
 
     def finish(c: int, issued: tuple[jax.Array, jax.Array]) -> None:
         s, v = issued
-        s = jnp.where(_seen(refs, c, back, s), s * refs.shape.scale, MASKED)
+        s = jnp.where(_seen(refs, c, back, s), scaled(s, refs.shape.scale), MASKED)
         m = jnp.max(s, axis=0, keepdims=True)
         p = jnp.exp2(s - m)
         out = dot(v.T, p.astype(v.dtype), 1, 0)
@@ -68,7 +68,12 @@ def window_stages(refs: Refs, back: int, *, safe: bool = False) -> list[Stage]:
     ]
 
 
-def _keys(refs: Refs, c: int, back: int) -> tuple[jax.Array, jax.Array]:
+def queries_of(refs: Refs, c: int) -> jax.Array:
+    """Lane group c of all q heads, [group_size * W, head_dim]."""
+    return jnp.concatenate([refs.q[g, c * W : (c + 1) * W] for g in refs.heads], axis=0)
+
+
+def keys_of(refs: Refs, c: int, back: int) -> tuple[jax.Array, jax.Array]:
     """Keys and values of lane group c and of the `back` tokens before it, [back + W, head_dim]."""
     if c:
         at = slice(c * W - back, (c + 1) * W)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from packscore_kernels.attention.schedule import LOAD_FIELDS, USE_FIELDS, Load, Use
 from packscore_kernels.attention.types import SegmentSchedule
+from packscore_kernels.attention.uses import HERE, ITEMS, LOAD_FIELDS, USE_FIELDS, Load, Use
 from packscore_kernels.hardware import LANES
 
 MASKED = -1e30
@@ -97,7 +97,7 @@ def _seen_in_chunk(
     prefix = (key >= use.first_key) & (key < end)
     prefix &= (row >= use.first_row) & (row < use.last_row)
     own = (key >= far - use.base) & (key < window - use.base)
-    return jnp.where(use.own == 1, own, prefix)
+    return jnp.where(use.kind == ITEMS, own, prefix)
 
 
 def _attend_tile(
@@ -121,7 +121,9 @@ def _attend_tile(
 
     def one(i: jax.Array, state: State) -> State:
         use = Use(*uses[i])
-        k, v = _read_chunk(keys, Load(*loads[use.load]), chunk)
+        load, here = Load(*loads[use.load]), use.kind == HERE
+        start, paged = jnp.where(here, use.base, load.start), jnp.where(here, 0, load.paged)
+        k, v = _read_chunk(keys, load._replace(start=start, paged=paged), chunk)
         seen = _seen_in_chunk(use, row, window, far, chunk)
         return _fold(state, _scores(queries, k, sm_scale), seen, v)
 

@@ -36,7 +36,7 @@ class _InTwoSteps(Own):
         **kwargs: Any,
     ) -> Any:
         """As sentence-transformers' own; several processes call it once more, in each of them."""
-        options = {
+        options: dict[str, Any] = {
             "batch_size": batch_size,
             "show_progress_bar": show_progress_bar,
             "apply_softmax": apply_softmax,

@@ -7,6 +7,7 @@ XLA computes the MLP's gate within its last product, which waits for it. Experts
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -78,17 +79,20 @@ def fused_layer(
     def stack(name: str) -> jax.Array:
         return weights[f"{name}.weight"]
 
+    # The attention's exponentials are powers of two: with q scaled by its norm it scales nothing.
+    scale = layer.self_attn.scaling / math.log(2)
+    q_norm = stack("self_attn.q_norm")[index].astype("float32") * scale
     q, k, v = project_qkv(
         x,
         stack("input_layernorm")[index],
         (stack("self_attn.q_proj"), stack("self_attn.k_proj"), stack("self_attn.v_proj")),
-        (stack("self_attn.q_norm")[index], stack("self_attn.k_norm")[index]),
+        (q_norm, stack("self_attn.k_norm")[index]),
         (rotary[0][0], rotary[1][0]),
         index,
         eps=layer.input_layernorm.variance_epsilon,
         implementation=implementation,
     )
-    attended = attend(q, k, v, sm_scale=layer.self_attn.scaling)
+    attended = attend(q, k, v, sm_scale=math.log(2))
     x = project_out(attended, stack("self_attn.o_proj"), x, index, implementation=implementation)
     if can_fuse_mlp(layer.mlp, x.dtype.itemsize):
         return gated_mlp(
