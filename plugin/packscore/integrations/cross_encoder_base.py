@@ -19,7 +19,7 @@ class _InTwoSteps(Own):
     """6.1's, whose `predict` calls `_inference` as that of 6.2 does."""
 
     @torch.inference_mode()
-    def predict(  # type: ignore[override]
+    def predict(
         self,
         inputs: Any,
         prompt_name: str | None = None,
