@@ -89,7 +89,9 @@ def planned(found: Report) -> str:
             f"The planner expected {before} of the packed request in {one['runs']}{behind}; "
             f"it took {one['measured_ms']:,.1f} ms."
         )
-    return " ".join(told)
+    # reports from before it was there have none
+    errors = {one.get("known_error", "") for one in found["planned"]} - {""}
+    return " ".join([*told, *(f"{error[0].upper()}{error[1:]}." for error in sorted(errors))])
 
 
 def reports() -> dict[str, Report]:

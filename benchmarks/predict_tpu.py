@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from packscore_kernels import Group, SegmentLayout
-from packscore_kernels.hardware import CHIPS, cdiv
+from packscore_kernels.hardware import CHIPS, KNOWN_ERROR, cdiv
 from tpu_compiler import program
 from tpu_compiler.kernel import Job
 from tpu_compiler.our_kernels import costs_of_kernels
@@ -130,6 +130,7 @@ def predict(
         **{name: getattr(job, name) for name in ("prefix_len", "num_items", "item_len")},
         "num_tokens": token_bucket(layout.num_tokens),
         "predicted": True,
+        "known_error": KNOWN_ERROR,
     }
     try:
         ahead = compile_ahead(
@@ -203,6 +204,7 @@ def show(got: dict[str, Any]) -> None:
         f"code {got['code_bytes'] / 1e6:.1f} MB, "
         f"compiled in {got['compile_cpu_seconds']:.0f} s of one core"
     )
+    print(f"  {got['known_error']}")
 
 
 def main() -> None:

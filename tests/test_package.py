@@ -123,12 +123,11 @@ def test_both_archives_work_where_they_are_installed(dist: Path, tmp_path: Path)
         where = tmp_path / archive.suffix
         subprocess.run([sys.executable, "-m", "venv", str(where)], check=True)
         python = where / "bin/python"
-        # the other packages come last; our own folder is not among them
-        (site,) = where.glob("lib/python*/site-packages")
-        (site / "here.pth").write_text("\n".join(map(sysconfig.get_path, ("purelib", "platlib"))))
         pip = [str(python), "-m", "pip", "install", "--quiet", "--no-deps"]
         done = subprocess.run([*pip, str(archive)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+        (site,) = where.glob("lib/python*/site-packages")
+        (site / "here.pth").write_text("\n".join(map(sysconfig.get_path, ("purelib", "platlib"))))
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         run = functools.partial(subprocess.check_output, cwd=tmp_path, env=environment, text=True)
         assert run([where / "bin/packscore", "--version"]).strip() == packscore.__version__

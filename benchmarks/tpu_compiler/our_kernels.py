@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 LONG_PIECE = 180
 
 
+def steps_of(path: str) -> int:
+    """Steps of a static grid: its loop, the last one, is left at that many and two."""
+    exits = [region.exits[0] for region in regions(path) if region.exits]
+    return int(exits[-1]) - 2 if exits else 1
+
+
 def guarded_cycles(path: str, live: int, steps: int) -> int:
     """Cycles of a kernel whose long pieces run `live` times, behind a guard."""
     found = [region.bundles for region in regions(path) if region.depth]

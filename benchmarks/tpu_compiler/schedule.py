@@ -4,15 +4,14 @@ libtpu compiles ahead of time for a named topology ("v6e:1x1", "v5e:1x1", "tpu7x
 x86-64 Linux host, and dumps the VLIW schedule of every HLO instruction. The core is in-order and
 issues one bundle a cycle, so scheduled bundles x trip counts is the cycle count less DMA stalls.
 
-    python benchmarks/tpu_compiler/schedule.py calibrate                  the check that this holds
-    python benchmarks/tpu_compiler/schedule.py outline DUMP_DIR [NAME]    regions and their bundles
+    python benchmarks/tpu_compiler/schedule.py DUMP_DIR [NAME]    regions and their bundles
 
 The schedule is read before the delay converter. The final bundles leave out the empty ones, because
 the hardware interlocks on the matrix and transpose units: for q k' of 512x128x512 on v5e they are
 460, while its four 128x128 arrays need 512 cycles; the schedule before says 722.
 
-Everything read here is a prediction of the compiler's, not a measurement; expect 5-10 % against
-hardware.
+Everything read here is a prediction of the compiler's, not a measurement; `public_points.py` has
+some of both.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import itertools
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -193,31 +191,8 @@ def pipelined_cycles(path: str, turns: int | None = None) -> int:
     return sum(r.bundles * (turns if r.depth else 1) for r in found)
 
 
-def calibrate() -> dict[str, float]:
-    """A 4096^3 bfloat16 matmul on v6e: predicted TFLOP/s, and the share of the published 918."""
-    dump = tempfile.mkdtemp(prefix="calibrate_")
-    configure("v6e:1x1", dump)
-    import jax
-    import jax.numpy as jnp
-
-    size = 4096
-    x = jax.ShapeDtypeStruct((size, size), jnp.bfloat16)
-    compile_for_tpu(lambda a, b: a @ b, [x, x])
-    cycles = max(pipelined_cycles(path) for path in find(dump))
-    flops = 2 * size**3 / (cycles / 1.75e9)
-    return {"cycles": cycles, "tflops": flops / 1e12, "share_of_peak": flops / 918e12}
-
-
 if __name__ == "__main__":
-    if sys.argv[1:] == ["calibrate"]:
-        got = calibrate()
-        print(
-            f"4096^3 bfloat16 matmul, v6e: {got['cycles']:.0f} cycles predicted,"
-            f" {got['tflops']:.0f} TFLOP/s at 1.75 GHz, {got['share_of_peak']:.1%} of the peak"
-        )
-        sys.exit(abs(got["share_of_peak"] - 1) > 0.05)
-    elif len(sys.argv) > 2 and sys.argv[1] == "outline":
-        for file in find(sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else ""):
-            outline(file)
-    else:
+    if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
+    for file in find(*sys.argv[1:]):
+        outline(file)

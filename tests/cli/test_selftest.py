@@ -22,8 +22,9 @@ from packscore.cli import selftest as command
 from packscore.flows.costs import predicted_parts, tpu_cost_model
 from packscore.model.sizes import ModelSizes
 from packscore.programs.profile import REST, SCOPES, parts_of, self_ms
+from packscore.selftest.report import Planned, Report
 from packscore.selftest.subjects import REFERENCE
-from packscore_kernels.hardware import CHIPS
+from packscore_kernels.hardware import CHIPS, KNOWN_ERROR
 
 pytestmark = pytest.mark.usefixtures("quick_programs")
 
@@ -200,6 +201,21 @@ def test_the_page_of_what_was_measured_is_made_from_the_reports() -> None:
     name, found = next(iter(reports.items()))
     assert measured.page(text, {name: {**found, "dtype": "float8"}}) != text
     assert all(found["passed"] for found in reports.values())
+
+
+def test_a_prediction_for_a_tpu_is_told_with_its_known_error() -> None:
+    report = Report({}, {"query_len": 1, "num_items": 1, "item_len": 1}, "tiny", "float32")
+    report.planned += [
+        Planned("torch", "measured on this machine", 1.0, None, 1.0),
+        Planned("programs", "from the compiler's schedule", 1.0, None, 1.0, KNOWN_ERROR),
+    ]
+    assert report.text().count(KNOWN_ERROR) == 1
+    assert json.loads(report.json())["planned"][1]["known_error"] == KNOWN_ERROR
+    # on the page too, and a report from before it was there has none
+    planned = json.loads(report.json())["planned"]
+    assert KNOWN_ERROR[1:] in measured.planned({"planned": planned})
+    del planned[1]["known_error"]
+    assert KNOWN_ERROR[1:] not in measured.planned({"planned": planned})
 
 
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])

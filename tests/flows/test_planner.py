@@ -22,7 +22,7 @@ from packscore.flows.engine import Limits
 from packscore.flows.planner import Plan, Planner, Workload
 from packscore.model.sizes import ModelSizes
 from packscore.programs.sizes import token_bucket
-from packscore_kernels.hardware import CHIPS
+from packscore_kernels.hardware import CHIPS, KNOWN_ERROR
 from tolerances import COST_CALIBRATED, COST_FITTED, PROBABILITY_REORDERED
 
 COSTS = {
@@ -221,6 +221,13 @@ def test_a_tpu_launch_costs_at_least_its_weights() -> None:
     assert costs.launch(24_576, 0) - costs.launch_ms == pytest.approx(
         2 * (costs.launch(12_288, 0) - costs.launch_ms)
     )
+    # what is predicted is printed with its known error; what is measured has none
+    explained = Planner(costs, Limits(32_768, 32_768, 8)).explain(
+        Workload(100, 0, np.array([20]), True)
+    )
+    assert str(explained).splitlines()[-1] == explained.known_error == KNOWN_ERROR
+    measured = measured_cost_model(lambda prefix, items: 1.0, costs, 1.0)
+    assert measured.known_error == flops_cost_model(ModelSizes.of(QWEN3)).known_error == ""
     # a chip that was never compiled for says so
     other = tpu_cost_model(ModelSizes.of(QWEN3), "v5p", 2, token_bucket)
     assert other.source == (

@@ -28,7 +28,6 @@ from packscore.flows.packing import Share, pack
 from packscore.flows.page_pool import PAGE_SIZE, PagePool
 from packscore.flows.planner import Planner, Workload
 from packscore.model.sizes import ModelSizes
-from packscore.programs.sizes import MAX_PAGES, program_key
 from selection import HAS_JAX
 from tolerances import PROBABILITY_MAX_FLOAT32
 
@@ -192,14 +191,15 @@ def test_a_prefix_longer_than_a_launch_is_computed_in_pieces(
 def test_a_program_names_the_pages_of_the_longest_prefix() -> None:
     """40 960 tokens are 320 pages; what a launch of several requests names is bounded below."""
     sizes = ModelSizes.of(random_qwen3().config)
+    from packscore.programs.launch_inputs import LaunchInputs, block_sizes_for
+    from packscore.programs.sizes import MAX_PAGES, program_key
+
     pool = PagePool(MAX_PAGES)
     prefix = np.arange(40_960) % 300
     lease = pool.acquire(prefix)
     assert lease is not None
     lease.commit()
     batch = pack([Share(0, prefix, [np.ones(7, np.int64)], np.arange(1), lease)])
-    from packscore.programs.launch_inputs import LaunchInputs, block_sizes_for
-
     key = program_key(len(batch.token_ids), 1, 2, MAX_PAGES)
     blocks = block_sizes_for(sizes, "float32", key, "v6e")
     inputs = LaunchInputs.of(key, blocks, batch.layout, batch.token_ids, [1, 2], leases=[lease])

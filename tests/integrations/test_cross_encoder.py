@@ -99,6 +99,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_predict_returns_what_sentence_transformers_returns(
     ours: CrossEncoder, theirs: sentence_transformers.CrossEncoder, options: dict[str, Any]
 ) -> None:
+    if options.get("apply_softmax") and not hasattr(theirs, "_inference"):
+        pytest.skip("6.1 takes the softmax of each single score: 1.0 whatever it was")
     for inputs in (PAIRS, [list(pair) for pair in PAIRS[:1]], PAIRS[0], [], np.array(PAIRS[:3])):
         same(ours.predict(inputs, **options), theirs.predict(inputs, **options))
 

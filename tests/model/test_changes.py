@@ -128,6 +128,7 @@ def test_a_size_that_the_modules_contradict_is_refused_by_name(name: str, mask_i
         assert torch.allclose(again, before, atol=TOLERANCES[torch.float32].max_abs)
 
 
+@pytest.mark.jax
 @pytest.mark.usefixtures("quick_programs")
 def test_programs_refuse_more_layers_than_there_are() -> None:
     model, scorer = fresh("jax")

@@ -69,7 +69,9 @@ GEMMA2: dict[str, Any] = {
 
 
 def gemma2(**options: Any) -> PreTrainedModel:
-    return spread_scores(Gemma2ForCausalLM(Gemma2Config(**{**SMALL, **GEMMA2, **options})))
+    config = Gemma2Config(**{**SMALL, **GEMMA2, **options})
+    # the one that caps, which is not every version's own choice
+    return spread_scores(Gemma2ForCausalLM._from_config(config, attn_implementation="eager"))
 
 
 def gemma3(**options: Any) -> PreTrainedModel:
@@ -196,7 +198,9 @@ def test_a_cap_on_the_logits_of_the_vocabulary(monkeypatch: pytest.MonkeyPatch) 
 
 def test_classes_are_not_capped() -> None:
     config = Gemma2Config(**{**SMALL, **GEMMA2}, pad_token_id=0, num_labels=3)
-    model = spread_scores(Gemma2ForSequenceClassification(config))
+    model = spread_scores(
+        Gemma2ForSequenceClassification._from_config(config, attn_implementation="eager")
+    )
     rows = [model(torch.tensor([[*QUERY, *item]])).logits[0] for item in ITEMS]
     expected = torch.stack(rows).softmax(-1)
     found = MultiItemScorer(model).score(QUERY, ITEMS)

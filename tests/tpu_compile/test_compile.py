@@ -21,12 +21,14 @@ from every_model import MODELS
 from packscore.flows.page_pool import PAGE_SIZE
 from packscore.model.sizes import ModelSizes
 from packscore.programs.dense import pair_bytes
-from packscore_kernels.hardware import CHIPS
+from packscore_kernels.hardware import CHIPS, KNOWN_ERROR
 from selection import pairwise
+from tolerances import COUNT_OF_PUBLIC_PRODUCT
 from workloads import config_of
 
 PROGRAMS = Path(__file__).with_name("compile_programs.py")
 PRODUCTS = Path(__file__).with_name("compile_products.py")
+POINTS = Path(__file__).with_name("recount_points.py")
 ROWS = Path(__file__).with_name("compile_rows.py")
 SCRIPT = Path(__file__).with_name("compile_variants.py")
 TESTS = Path(__file__).parents[1]
@@ -95,6 +97,16 @@ def test_every_variant_compiles(chip, indices):
 
 
 @needs_libtpu
+def test_products_that_others_timed_are_counted_to_the_percent():
+    results = [json.loads(line) for line in output_of(POINTS, "matmul", "gemm").splitlines()]
+    assert [result["name"] for result in results] == ["matmul", "gemm"]
+    for result in results:
+        assert abs(result["error"]) <= COUNT_OF_PUBLIC_PRODUCT, result
+        # a reader that loses what follows the products is found out
+        assert result["broken_error"] > 5 * COUNT_OF_PUBLIC_PRODUCT, result
+
+
+@needs_libtpu
 @pytest.mark.parametrize("case", params((3, 128), (5, 80)))
 def test_picked_tiles_compile(case):
     (line,) = output_of(SCRIPT, "picked", GRID.index(case)).splitlines()
@@ -102,19 +114,14 @@ def test_picked_tiles_compile(case):
 
 
 @needs_libtpu
-def test_the_measuring_rod_is_calibrated():
-    schedule = BENCHMARKS / "tpu_compiler" / "schedule.py"
-    assert "of the peak" in output_of(schedule, "calibrate")
-
-
-@needs_libtpu
 @pytest.mark.parametrize(
-    ("chip", "packed", "extend"), [("v6e", 0.73e6, 0.655e6), ("v5e", 1.72e6, 1.6e6)]
+    ("chip", "packed", "extend"), [("v6e", 0.73e6, 0.655e6), ("v5e", 1.76e6, 1.6e6)]
 )
 def test_the_reference_layer_stays_within_its_cycles(chip, packed, extend):
     script = BENCHMARKS / "kernel_cycles.py"
     out = json.loads(output_of(script, "--chip", chip, "--json", "--sweep"))
     assert out["cycles"] <= packed
+    assert out["known_error"] == KNOWN_ERROR
     assert out["flows"]["extend"]["cycles"] <= extend
     assert out["sweep"]["items"]["line_error"] <= 0.05
     assert out["sweep"]["prefix"]["line_error"] <= 0.05

@@ -31,6 +31,7 @@ def schedule(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("schedule")
 def test_pieces_count_as_often_as_they_run() -> None:
+    assert our_kernels.steps_of("") == 6  # the loop is left at two more
     # what is longer than a guard's least runs twice, what is shorter in every step
     assert our_kernels.guarded_cycles("", 2, 6) == 2 * (300 + 250 + 190) + 6 * 20
     runs = mlp_runs(6, 3)

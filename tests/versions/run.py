@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,28 +49,44 @@ class Set:
       pins: requirements that come first, as a user has them before packscore.
       extra: what of packscore is installed.
       marks: pytest's -m.
+      tests: what of the suite is run; nothing: all of it.
+      left_out: tests of these that these versions cannot pass, and why.
     """
 
     python: str
     pins: tuple[str, ...] = ()
     extra: str = "test"
     marks: str = "not long and not tpu"
+    tests: tuple[str, ...] = CORE
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 SETS = {
     "oldest": Set(
         "3.11",
         (
-            *("torch==2.11.0", "transformers==5.0.0", "accelerate==1.10.0", "numpy==2.0.2"),
-            *("jax==0.10.0", "torchax==0.0.13", "sentence-transformers==6.1.0", "peft==0.18.0"),
+            *("torch==2.11.0", "transformers==5.4.0", "accelerate==1.10.0", "numpy==2.0.2"),
+            *("jax==0.10.0", "torchax==0.0.13", "sentence-transformers==6.1.0"),
             *("langchain-core==1.0.0", "llama-index-core==0.14.0", "typer==0.20.0"),
         ),
+        left_out={
+            "tests/programs/test_on_torchax.py::test_one_kind_of_weight_exists_twice_at_a_time": (
+                "jax 0.10.0 keeps a constant of 264 bytes, and the test counts every byte"
+            ),
+            "tests/integrations/test_cross_encoder.py::test_a_compiled_model_runs_as_their_own": (
+                "torchax 0.0.13 leaves torch.compile of torch 2.11 with a device that it cannot use"
+            ),
+        },
     ),
     "newest": Set("3.13"),
-    "new torch, old transformers": Set("3.11", ("transformers==5.4.0", "jax==0.10.2")),
+    "new torch, old transformers": Set("3.11", ("transformers==5.12.0", "jax==0.10.2")),
     "old torch, new transformers": Set("3.12", ("torch==2.12.0", "jax==0.11.2")),
     "without jax": Set(
-        "3.11", ("torch==2.13.0",), "test-torch", "not jax and not long and not tpu"
+        "3.11",
+        ("torch==2.13.0", "transformers==5.23.0"),
+        "test-torch",
+        "not jax and not long and not tpu",
+        (),
     ),
 }
 
@@ -124,7 +140,9 @@ def _run(made_of: Set, python: str, folder: Path) -> dict[str, Any]:
             f"pip changed {', '.join(sorted(moved))}, which was there before packscore"
         )
     installed_s = time.monotonic() - began
-    tests = [str(here), "-P", "-m", "pytest", "-m", made_of.marks, "--tb=short", *CORE]
+    subprocess.run([here, "-P", "examples/rerank.py"], cwd=ROOT, env=environment, check=True)
+    tests = [str(here), "-P", "-m", "pytest", "-m", made_of.marks, "--tb=short", *made_of.tests]
+    tests += [f"--deselect={test}" for test in made_of.left_out]
     done = subprocess.run(
         tests, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False
     )

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from packscore.model.sizes import ModelSizes
-from packscore_kernels.hardware import CHIPS
+from packscore_kernels.hardware import CHIPS, KNOWN_ERROR
 
 # A CPU core, until a calibration says better; only the ratios decide.
 FLOPS_PER_MS = 2e8
@@ -45,6 +45,7 @@ class CostModel:
       causal_pair_ms: one such pair among the rows of one prefix, which see ever more of it; None
         is what others cost.
       steps: of kernels' grids, in a launch of so many tokens.
+      known_error: how far such costs were off where others measured; empty where nobody did.
     """
 
     source: str
@@ -55,6 +56,7 @@ class CostModel:
     padded: Callable[[int], int] = int
     causal_pair_ms: float | None = None
     steps: Callable[[int], int] = _no_steps
+    known_error: str = ""
 
     def launch(self, num_tokens: int, num_pairs: float, causal_pairs: float = 0.0) -> float:
         """Milliseconds of a launch.
@@ -129,6 +131,7 @@ def measured_cost_model(
         pair_ms=max(both - alone, 0.0) / pairs,
         causal_pair_ms=None,
         steps=_no_steps,  # they are in what was timed
+        known_error="",
     )
 
 
@@ -252,4 +255,5 @@ def tpu_cost_model(
         padded=padded,
         causal_pair_ms=cycles.causal * heads * cycle_ms,
         steps=steps or _no_steps,
+        known_error=KNOWN_ERROR,
     )

@@ -88,12 +88,14 @@ class Explanation:
       plans: the best of every flow, the chosen one first, the others cheapest first.
       source: where the costs come from.
       refused: flows that this request cannot take, and why.
+      known_error: how far such costs were off where others measured; empty where nobody did.
     """
 
     workload: Workload
     plans: tuple[Plan, ...]
     source: str
     refused: dict[Flow, str] = field(default_factory=dict)
+    known_error: str = ""
 
     @property
     def chosen(self) -> Plan:
@@ -121,6 +123,7 @@ class Explanation:
                 f"{plan.cost_ms:13,.2f}"
             )
         lines += [f"  {flow:8} {why}" for flow, why in self.refused.items()]
+        lines += [self.known_error] * bool(self.known_error)
         return "\n".join(lines)
 
 
@@ -156,7 +159,8 @@ class Planner:
             plans.append(self._best(flow, work))
         chosen = _cheapest(plans)
         plans.sort(key=lambda plan: (plan is not chosen, plan.cost_ms))
-        return Explanation(work, tuple(plans), self.costs.source, refused)
+        costs = self.costs
+        return Explanation(work, tuple(plans), costs.source, refused, costs.known_error)
 
     def prefix_ends(self, work: Workload) -> tuple[int, ...]:
         """Where to cut a prefix that does not fit into one launch beside the shortest item."""

@@ -44,6 +44,8 @@ try:
     import sentence_transformers
     from sentence_transformers.base.modules import Transformer
     from sentence_transformers.cross_encoder.modules import LogitScore
+
+    from packscore.integrations.cross_encoder_base import Base, options_since_6_2
 except ImportError as error:
     raise MissingPackageError("packscore.CrossEncoder", "sentence-transformers") from error
 
@@ -55,7 +57,7 @@ SUPPORTED_MODULES = (
 PACKED = "packscore_pairs"  # what `forward` knows packed pairs by
 
 
-class CrossEncoder(sentence_transformers.CrossEncoder):
+class CrossEncoder(Base):
     """`sentence_transformers.CrossEncoder`, computing each query once for all its documents.
 
     It is a subclass: loading, `predict`, `rank`, their keywords, defaults and return types,
@@ -93,8 +95,7 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
         self._scorers: dict[str, MultiItemScorer] = {}
         if kwargs.get("backend", "torch") != "torch":
             raise InputError(f"backend={kwargs['backend']!r} must be 'torch' to be packed")
-        name = model_name_or_path
-        super().__init__(None if name is None else os.fspath(name), **kwargs)
+        super().__init__(model_name_or_path and os.fspath(model_name_or_path), **kwargs)
         if self.model is None:  # modules of other kinds; scores are refused
             return
         self._check_modules()
@@ -138,8 +139,8 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
             prompts=dict(cross_encoder.prompts),
             default_prompt_name=cross_encoder.default_prompt_name,
             activation_fn=cross_encoder.activation_fn,
-            keep_in_fp32_modules=cross_encoder.keep_in_fp32_modules,
             trust_remote_code=cross_encoder.trust_remote_code,
+            **options_since_6_2(cross_encoder),
             backend=cross_encoder.get_backend(),
             device=str(cross_encoder.device),
             template=template,
@@ -152,8 +153,7 @@ class CrossEncoder(sentence_transformers.CrossEncoder):
     ) -> list[Any]:
         """As sentence-transformers' own, with what is no number behind all numbers."""
         ranked: list[Any] = [*super().rank(query, documents, None, *args, **kwargs)]
-        # sorted by comparisons, which NaN fails all of: any order may have come out
-        ranked.sort(key=lambda entry: entry["corpus_id"])
+        ranked.sort(key=lambda entry: entry["corpus_id"])  # NaN may have left it in any order
         ranked.sort(key=lambda entry: inf if isnan(entry["score"]) else -entry["score"])
         return ranked[:top_k]
 

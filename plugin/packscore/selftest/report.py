@@ -92,6 +92,7 @@ class Planned:
       before_ms: by these.
       calibrated_ms: by costs measured here; None where nothing was measured.
       measured_ms: the median.
+      known_error: how far what is predicted was off where others measured; empty where nobody did.
     """
 
     runs: str
@@ -99,6 +100,7 @@ class Planned:
     before_ms: float | None
     calibrated_ms: float | None
     measured_ms: float
+    known_error: str = ""
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ class Report:
         if self.parts:
             lines += ["", *self._parts()]
         lines += ["", *map(_told, self.planned)]
+        lines += sorted({planned.known_error for planned in self.planned} - {""})
         if self.compiled.programs:
             lines.append(
                 f"{self.compiled.programs} programs ready in {self.compiled.seconds:,.1f} s"

@@ -135,7 +135,7 @@ def _planned(cells: list[Cell], way: Way, request: Request, vocab_size: int) -> 
         for cell in cells
         if (cell.runs, cell.mask, cell.flow) == (way.runs, way.mask, "packed")
     )
-    source, before = predicted(way.scorer, request, vocab_size)
+    found, before = predicted(way.scorer, request, vocab_size)
     way.scorer.calibrate(seconds=CALIBRATION_SECONDS)
     _, behind = predicted(way.scorer, request, vocab_size)
-    return Planned(way.runs, source, before, behind, measured.ms)
+    return Planned(way.runs, found.source, before, behind, measured.ms, found.known_error)

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 
+from packscore.flows.planner import Explanation
 from packscore.scoring import MultiItemScorer
 from packscore.selftest.report import Cell
 from packscore.selftest.subjects import Request
@@ -52,7 +53,7 @@ def cells(
 
 def predicted(
     scorer: MultiItemScorer, request: Request, vocab_size: int
-) -> tuple[str, float | None]:
-    """(where the planner has its costs, the request packed in ms; None: it does not fit)."""
+) -> tuple[Explanation, float | None]:
+    """(what the planner says, the request packed in ms; None: it does not fit)."""
     found = scorer._core.runner.explain(scorer.encode(*request.drawn(UNSEEN, vocab_size)))
-    return found.source, {plan.flow: plan.cost_ms for plan in found.plans}.get("packed")
+    return found, {plan.flow: plan.cost_ms for plan in found.plans}.get("packed")
