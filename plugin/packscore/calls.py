@@ -341,8 +341,8 @@ def _class_logits(model: PreTrainedModel, program: ModelProgram, call: PlainCall
     classes = Readout(tuple(range(program.num_classes)), over_vocabulary=False)
     logits = torch.empty(len(call.input_ids), program.num_classes, dtype=model.dtype)
     for rows, batch in _parts(call, _most_tokens(program, call)):
-        found, _ = program.run(batch, classes)
-        logits[torch.from_numpy(rows)] = torch.tensor(found, dtype=model.dtype)
+        found = program.run(batch, classes).logits
+        logits[torch.from_numpy(rows)] = found.to(model.dtype)
     return logits
 
 

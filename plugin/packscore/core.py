@@ -21,10 +21,9 @@ from packscore.errors import (
     NotPatchedError,
     UnsupportedModelError,
 )
-from packscore.flows.engine import Engine, Readout
-from packscore.flows.jobs import LabelLogits
-from packscore.flows.label_runs import run_labels
+from packscore.flows.engine import Engine
 from packscore.flows.page_pool import PrefixLease
+from packscore.flows.reads import HiddenRows, LabelLogits, LabelRead, Read, run_reads
 from packscore.flows.runner import Runner
 from packscore.inputs import check_count, short
 from packscore.interfaces import check_patching
@@ -224,48 +223,56 @@ class ScoringCore:
     def run(
         self,
         requests: Sequence[EncodedRequest],
-        labels: Labels,
+        reads: Read | Sequence[Read],
         *,
-        over_vocabulary: bool,
         flow: Flow | None = None,
         lease: PrefixLease | None = None,
         progress: Callable[[int], object] = lambda _: None,
-    ) -> list[LabelLogits | Exception]:
-        """Label logits of every request, or the error that it met; none of one without items."""
-        filled = [request for request in requests if request.items]
-        options: dict[str, Any] = {"flow": flow, "lease": lease, "progress": progress}
-        found: list[LabelLogits | Exception] = []
-        if filled and labels.are_single:
-            ids, over = self.head.to_compute(labels, over_vocabulary)
-            ran = self.runner.run(filled, Readout(tuple(ids), over), **options)
-            found = [
-                one if isinstance(one, Exception) else self._read(one, labels, over_vocabulary)
-                for one in ran
-            ]
-        elif filled:
-            found = run_labels(
-                self.runner, filled, labels, over_vocabulary=over_vocabulary, **options
-            )
-        rest = (one if isinstance(one, Exception) else _with_gaps(one) for one in found)
-        return [next(rest) if request.items else self._nothing(labels) for request in requests]
+    ) -> list[Any]:
+        """What is read of every request, or the error that it met.
 
-    def run_one(self, request: EncodedRequest, labels: Labels, **options: Any) -> LabelLogits:
-        """Label logits of one request; raises the error that it met."""
-        (found,) = self.run([request], labels, **options)
+        Args:
+          requests: encoded queries and items.
+          reads: of all requests, or of each.
+          flow: as in `Runner.run`.
+          lease: as in `Runner.run`.
+          progress: called with the number of items that were scored since.
+
+        Returns:
+          `LabelLogits` or `HiddenRows` of each request, as its read has it.
+        """
+        each = list(reads) if isinstance(reads, Sequence) else [reads] * len(requests)
+        filled = [i for i, request in enumerate(requests) if request.items]
+        found: list[LabelLogits | HiddenRows | Exception] = []
+        if filled:
+            found = run_reads(
+                self.runner,
+                self.head,
+                [requests[i] for i in filled],
+                [each[i] for i in filled],
+                flow=flow,
+                lease=lease,
+                progress=progress,
+            )
+        results: list[Any] = [self._nothing(read) for read in each]
+        for i, one in zip(filled, found, strict=True):
+            results[i] = _with_gaps(one) if isinstance(one, LabelLogits) else one
+        return results
+
+    def run_one(self, request: EncodedRequest, read: Read, **options: Any) -> Any:
+        """What is read of one request; raises the error that it met."""
+        (found,) = self.run([request], read, **options)
         if isinstance(found, Exception):
             raise found
         return found
 
-    def _nothing(self, labels: Labels) -> LabelLogits:
+    def _nothing(self, read: Read) -> LabelLogits | HiddenRows:
         """What no items give."""
         none = Usage(0, 0, 0, 0, 0, (), (), "plain", self.mask_impl)
-        return LabelLogits(torch.zeros(0, len(labels.ids)), torch.zeros(0), none)
-
-    def _read(self, found: LabelLogits, labels: Labels, over_vocabulary: bool) -> LabelLogits:
-        logits, normalizer = self.head.chosen(
-            found.logits, found.normalizer, labels, over_vocabulary
-        )
-        return replace(found, logits=logits, normalizer=normalizer)
+        if not isinstance(read, LabelRead):
+            return HiddenRows((), none)
+        width = max((len(labels) for labels in read.labels), default=0)
+        return LabelLogits(torch.zeros(0, width), torch.zeros(0), none)
 
     def check_finite(self, indices: Sequence[Any], scores: Any, name: Callable[[Any], str]) -> None:
         """Refuse scores that are not finite, unless the scorer reports them.
@@ -339,6 +346,8 @@ class ScoringCore:
         with torch.inference_mode():
             log_probs = found.logits - found.normalizer[:, None]
             scores: list[list[float]] = log_probs.exp().tolist()
+        if found.counts is not None:
+            scores = [row[:count] for row, count in zip(scores, found.counts, strict=True)]
         return scores
 
     @staticmethod
@@ -358,7 +367,11 @@ class ScoringCore:
 
 def _with_gaps(found: LabelLogits) -> LabelLogits:
     """The same, NaN and listed in the usage where a logit or the normaliser is not finite."""
-    finite = torch.isfinite(found.logits).all(-1) & torch.isfinite(found.normalizer)
+    finite = torch.isfinite(found.logits)
+    if found.counts is not None:  # behind an item's own labels there is nothing
+        width = torch.arange(finite.shape[1], device=finite.device)
+        finite |= width >= torch.tensor(found.counts, device=finite.device)[:, None]
+    finite = finite.all(-1) & torch.isfinite(found.normalizer)
     if bool(finite.all()):
         return found
     gaps = tuple(torch.nonzero(~finite)[:, 0].tolist())

@@ -10,6 +10,8 @@ import numpy.typing as npt
 from packscore.telling import counted, telling
 
 TokenIds = npt.NDArray[np.int64]
+# Tokens of an item, counted from its first; -1 is the last one before it.
+Rows = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class EncodedRequest:
     items: list[TokenIds]  # i64[item_len] each
     truncated_items: list[int] = field(default_factory=list)
     special_token_items: list[int] = field(default_factory=list)  # items holding special-token text
+    rows: list[Rows] | None = None  # which tokens of each item are read; None: its last one
 
     @telling
     def __repr__(self) -> str:

@@ -15,8 +15,8 @@ from packscore.core import ScoringCore
 from packscore.encoded import TokenIds
 from packscore.errors import InputError, StalePrefixError
 from packscore.flows.engine import Engine
-from packscore.flows.jobs import LabelLogits
 from packscore.flows.page_pool import PrefixLease
+from packscore.flows.reads import LabelLogits, LabelRead
 from packscore.flows.runner import Runner
 from packscore.inputs import Text, as_list, checked
 from packscore.results import ScoreResult
@@ -131,7 +131,7 @@ class Prefix:
         lease = self._lease if same else None
         if not same:  # a run with the lease looks at the model itself
             self.check()
-        found = self._core.run_one(request, chosen, over_vocabulary=over_vocabulary, lease=lease)
+        found = self._core.run_one(request, LabelRead((chosen,), over_vocabulary), lease=lease)
         return self._core.scored(found, return_usage, "items[{}]".format)
 
     def check(self) -> None:
@@ -198,7 +198,8 @@ def stream(
             lease = _still_held(core.engine, tokens, lease)
             request = core.encode(query, taken, _names_from(first), labels)
             same = lease is not None and np.array_equal(request.prefix, tokens)
-            run = functools.partial(core.run_one, request, labels, over_vocabulary=over_vocabulary)
+            read = LabelRead((labels,), over_vocabulary)
+            run = functools.partial(core.run_one, request, read)
             try:
                 found = run(lease=lease if same else None)
             except StalePrefixError:  # the model changed since: it is not the caller's to hold

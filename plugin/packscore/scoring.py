@@ -18,6 +18,7 @@ from packscore.encoded import EncodedRequest
 from packscore.errors import InputError, ScoringError
 from packscore.flows.page_pool import PREFIX_CACHE_BYTES
 from packscore.flows.planner import Explanation
+from packscore.flows.reads import LabelRead
 from packscore.inputs import Text, as_iterator, as_list, as_pairs, as_requests, checked
 from packscore.loading import load_model, load_tokenizer, place_of
 from packscore.model.family import model_told
@@ -291,7 +292,7 @@ class MultiItemScorer:
         chosen = self._core.labels(labels, label_token_ids, over_vocabulary=over_vocabulary)
         found = as_list("items", items, may_be_empty=True)
         request = self._core.encode(query, found, ArgumentNames(), chosen, item_first=item_first)
-        result = self._core.run_one(request, chosen, over_vocabulary=over_vocabulary, flow=flow)
+        result = self._core.run_one(request, LabelRead((chosen,), over_vocabulary), flow=flow)
         return self._core.scored(result, return_usage, "items[{}]".format)
 
     @overload
@@ -357,7 +358,7 @@ class MultiItemScorer:
         names = ArgumentNames(item="documents[{}]".format)
         labels = self._core.head.for_ranking(self._core.default_labels)
         request = self._core.encode(query, found, names, labels)
-        result = self._core.run_one(request, labels, over_vocabulary=False, flow=flow)
+        result = self._core.run_one(request, LabelRead((labels,), False), flow=flow)
         scores, usage = self._core.activated(result, activation_fn), result.usage
         ranked: list[RankedDocument] = []
         for i in np.argsort(-scores, kind="stable")[:top_k].tolist():  # NaN comes last
@@ -428,7 +429,7 @@ class MultiItemScorer:
         failures: list[tuple[int, Exception]] = []
         with tqdm(total=len(found), unit="pair", disable=not show_progress_bar) as bar:
             results = self._core.run(
-                requests, labels, over_vocabulary=False, flow=flow, progress=bar.update
+                requests, LabelRead((labels,), False), flow=flow, progress=bar.update
             )
         for index, result in zip(groups, results, strict=True):
             try:
@@ -519,7 +520,7 @@ class MultiItemScorer:
         total = sum(len(items) for _, items in found)
         with tqdm(total=total, unit="item", disable=not show_progress_bar) as bar:
             results = self._core.run(
-                encoded, chosen, over_vocabulary=over_vocabulary, flow=flow, progress=bar.update
+                encoded, LabelRead((chosen,), over_vocabulary), flow=flow, progress=bar.update
             )
         scored: list[Any] = [
             None if isinstance(result, Exception) else self._core.result(result, return_usage)

@@ -104,7 +104,7 @@ def test_every_item_the_same() -> None:
 def test_under_labels_of_several_tokens(
     monkeypatch: pytest.MonkeyPatch, nested: bool, prefix: list[int]
 ) -> None:
-    monkeypatch.setattr("packscore.flows.label_runs._nesting_pays", lambda *_: nested)
+    monkeypatch.setattr("packscore.flows.reads._nesting_pays", lambda *_: nested)
     labels = [[5], [17, 300], [17, 2, 44]]
     items = [item for item in ITEMS if item or prefix]
     scorer = scorer_on(None, label_token_ids=labels)
@@ -120,11 +120,8 @@ def test_under_labels_of_several_tokens(
     for item, row in zip(items, result.scores, strict=True):
         assert row == result.scores[items.index(item)]
     assert result.usage.computed_tokens == alone.usage.computed_tokens
-    # every context behind every item, each with the query before it
-    contexts = [0, 1, 2]
-    behind = sum(contexts) * len(items)
-    once = len(prefix) * len(items) + sum(map(len, items))
-    assert result.usage.prompt_tokens == len(contexts) * once + behind
+    # the one leaf, 17 and 2, behind every item, each with the query before it
+    assert result.usage.prompt_tokens == sum(len(prefix) + len(item) + 2 for item in items)
 
 
 def test_classes_of_items_that_differ_in_padding_alone() -> None:

@@ -11,7 +11,7 @@ import torch
 from helpers import QWEN3
 from packscore.encoded import EncodedRequest
 from packscore.flows.costs import tpu_cost_model
-from packscore.flows.engine import Limits, Readout
+from packscore.flows.engine import Limits, Readout, RowValues
 from packscore.flows.page_pool import PagePool
 from packscore.flows.runner import Runner
 from packscore.model.sizes import ModelSizes
@@ -48,10 +48,10 @@ class CountingEngine:
         self.tiles += int(visited_blocks(schedule)[0].sum()) + own
         self.tokens += len(batch.token_ids)
         self.launches += 1
-        return len(batch.layout.scored_rows)
+        return len(batch.rows)
 
     def read(self, launched: Any) -> Any:
-        return torch.zeros(sum(launched), 2), torch.zeros(sum(launched))
+        return RowValues(torch.zeros(sum(launched), 2))
 
 
 def grown(count: int) -> CountingEngine:

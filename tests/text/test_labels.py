@@ -30,7 +30,7 @@ ITEMS = [random_ids(n, seed=k) for k, n in enumerate((5, 60, 1, 0, 9, 130, 9, 33
 LABELS = [[5, 17], [300], [2, 44, 45, 46], [5, 18, 9]]
 # of which none is out of the question, so that a softmax over them tells items apart
 EQUALLY_LONG = [[5, 17], [300, 2], [5, 18]]
-NUM_CONTEXTS, CONTEXT_TOKENS = 6, 1 + 2 + 1 + 2 + 3
+NUM_LEAVES, LEAF_TOKENS = 2, 3 + 2
 ONE_TOKEN = [5, 17, 300, 2, 44, 45, 46, 47, 9, 10, 11, 12, 13, 14, 15, 16, 18]
 PREFIX_LENS = [0, 1, 15, 16, 17, PAGE_SIZE - 1, PAGE_SIZE, PAGE_SIZE + 1, 300]
 
@@ -110,13 +110,13 @@ def test_everything_is_computed_once(served: tuple[Any, Any]) -> None:
     """The query once, every item once, and behind it the labels' beginnings once each."""
     scorer, prefix = scorer_of(served), random_ids(300, seed=1)
     items = [item for item in ITEMS if item]
-    own = sum(map(len, items)) + len(items) * CONTEXT_TOKENS
+    own = sum(map(len, items)) + len(items) * LEAF_TOKENS
     for missing, flow in ((300, "chunked"), (0, "extend")):
         usage = scorer.score(prefix, items, label_token_ids=LABELS, return_usage=True).usage
         assert (usage.computed_tokens, usage.computed_prefix_tokens) == (own + missing, missing)
         assert usage.flow == flow
-        alone = NUM_CONTEXTS * (300 * len(items) + sum(map(len, items)))
-        assert usage.prompt_tokens == alone + len(items) * CONTEXT_TOKENS
+        alone = NUM_LEAVES * (300 * len(items) + sum(map(len, items)))
+        assert usage.prompt_tokens == alone + len(items) * LEAF_TOKENS
         assert usage.prefix_tokens_saved == usage.prompt_tokens - usage.computed_tokens
     pool = engine_of(scorer).pool
     assert pool is not None
@@ -132,7 +132,7 @@ def test_where_pages_cannot_hold_the_query_items_are_copied(served: tuple[Any, A
     prefix = random_ids(40, seed=1)
     assert_parity(scorer, served[1], prefix)
     usage = scorer.score(prefix, ITEMS, label_token_ids=LABELS, return_usage=True).usage
-    own = NUM_CONTEXTS * sum(map(len, ITEMS)) + len(ITEMS) * CONTEXT_TOKENS
+    own = NUM_LEAVES * sum(map(len, ITEMS)) + len(ITEMS) * LEAF_TOKENS
     assert usage.computed_tokens == own + 40
 
 
@@ -165,7 +165,7 @@ def test_one_token_labels_take_their_own_path(
 ) -> None:
     """Bit for bit, as ids or as lists of one id, and without a token more."""
     scorer, prefix = scorer_of(served), random_ids(30, seed=1)
-    monkeypatch.setattr("packscore.core.run_labels", None)
+    monkeypatch.setattr("packscore.flows.reads._leaves", None)
     ids = [5, 17, 300]
     first = scorer.score(prefix, ITEMS, label_token_ids=ids, flow="packed", return_usage=True)
     lists = scorer.score(prefix, ITEMS, label_token_ids=[[i] for i in ids], flow="packed")
@@ -270,7 +270,7 @@ def test_progress_counts_items(served: tuple[Any, Any], capsys: pytest.CaptureFi
 def test_more_items_than_a_launch_has_groups(
     served: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("packscore.flows.label_runs._nesting_pays", lambda *_: True)
+    monkeypatch.setattr("packscore.flows.reads._nesting_pays", lambda *_: True)
     scorer, prefix = scorer_of(served), random_ids(150, seed=1)
     items = [random_ids(12 + k % 3, seed=k) for k in range(70)]
     found = scorer.score(prefix, items, label_token_ids=LABELS[:2], return_usage=True)
@@ -351,7 +351,9 @@ def test_verify_parity_looks_at_whole_labels(monkeypatch: pytest.MonkeyPatch) ->
     for labels in (LABELS, [[3], [3, 4]], [3, 4]):
         assert verify_parity(model, samples=samples, label_token_ids=labels, show=False).passed
     monkeypatch.setattr(
-        Labels, "log_probs", lambda labels, logits, z: (logits - z[..., None])[:, 0, : len(labels)]
+        Labels,
+        "log_probs",
+        lambda labels, logits, z, **_: (logits - z[..., None])[:, 0, : len(labels)],
     )
     report = verify_parity(model, samples=samples, label_token_ids=LABELS, show=False)
     assert report.verdict == "different"

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from packscore.flows.costs import CostModel
@@ -13,21 +15,61 @@ from packscore.flows.packing import PackedBatch
 from packscore.flows.page_pool import PagePool
 from packscore.results import Flow, MaskImpl
 
-# float32[num_rows, num_labels] logits and float32[num_rows] normaliser, a row for each scored item
-RowLogits = tuple[torch.Tensor, torch.Tensor]
-
 
 @dataclass(frozen=True)
 class Readout:
-    """What is read from the hidden states of the scored rows.
+    """What is read at the rows of a launch.
 
     Args:
-      label_ids: the labels' rows of the head.
-      over_vocabulary: normalise over the whole head instead of over the labels.
+      label_ids: rows of the head, whose logits are read; none: no logits.
+      over_vocabulary: with the log-sum-exp of the whole head, and its largest logit.
+      hidden: with the hidden states.
     """
 
-    label_ids: tuple[int, ...]
-    over_vocabulary: bool
+    label_ids: tuple[int, ...] = ()
+    over_vocabulary: bool = False
+    hidden: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class RowValues:
+    """What was read, in float32, a row for each that the launches named.
+
+    Args:
+      logits: [num_rows, num_labels].
+      normalizer: [num_rows], the log-sum-exp over the vocabulary; None where nobody asked.
+      largest: [num_rows], the largest logit of the vocabulary; None where nobody asked.
+      hidden: [num_rows, hidden_size] after the final norm; None where nobody asked.
+    """
+
+    logits: torch.Tensor
+    normalizer: torch.Tensor | None = None
+    largest: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[RowValues]) -> RowValues:
+        """The rows of all of them, one behind the other."""
+
+        def of(name: str) -> Any:
+            found = [getattr(part, name) for part in parts]
+            return None if found[0] is None else torch.cat(found)
+
+        return cls(of("logits"), of("normalizer"), of("largest"), of("hidden"))
+
+    def at(self, rows: npt.NDArray[np.int64]) -> RowValues:
+        """Some of the rows, in another order."""
+        chosen = torch.from_numpy(rows)
+
+        def of(values: torch.Tensor | None) -> torch.Tensor | None:
+            return None if values is None else values[chosen.to(values.device)]
+
+        return RowValues(
+            self.logits[chosen.to(self.logits.device)],
+            of(self.normalizer),
+            of(self.largest),
+            of(self.hidden),
+        )
 
 
 @dataclass(frozen=True)
@@ -85,8 +127,8 @@ class Engine(Protocol):
         """Start a batch; what it returns is for `read`."""
         ...
 
-    def read(self, launched: Sequence[Any]) -> RowLogits:
-        """Logits and normaliser of the scored rows of batches, one behind the other.
+    def read(self, launched: Sequence[Any]) -> RowValues:
+        """What is read at the rows of batches, one behind the other.
 
         Args:
           launched: at least one, all of one readout.

@@ -8,22 +8,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from packscore.encoded import EncodedRequest
-from packscore.flows.engine import Engine, Readout, RowLogits
+from packscore.flows.engine import Engine, Readout, RowValues
 from packscore.flows.packing import PackedBatch, Share, first_equal, pack
 from packscore.flows.page_pool import MIN_SHARED_TOKENS, PrefixLease, common_len
 from packscore.flows.planner import Plan, Planner, Workload, flow_taken
 from packscore.results import Flow, MaskImpl, Usage
 
 
-@dataclass(frozen=True)
-class LabelLogits:
-    """What scores are made of, in float32 and in the order of the items."""
+@dataclass(frozen=True, eq=False)
+class RequestValues:
+    """What was read of one request, the rows of its items one behind the other, in their order."""
 
-    logits: torch.Tensor  # [num_items, num_labels]
-    normalizer: torch.Tensor  # [num_items]: log-sum-exp over the vocabulary or over the labels
+    values: RowValues
     usage: Usage
 
 
@@ -101,8 +99,8 @@ class Run:
         self._begun: deque[_Job] = deque()
         self._jobs: dict[int, _Job] = {}
 
-    def results(self) -> list[LabelLogits]:
-        """Launch everything, and the label logits of every request."""
+    def results(self) -> list[RequestValues]:
+        """Launch everything, and what is read of every request."""
         launched, order = [], []
         try:
             while self._waiting or self._begun:
@@ -178,7 +176,7 @@ class Run:
         keeps = self._flow not in ("packed", "plain")
         if lease is None and pool is not None and len(request.prefix) and keeps:
             lease = own = pool.acquire(request.prefix)
-        same_as = first_equal(request.items)
+        same_as = first_equal(request.items, request.rows)
         distinct = np.unique(same_as)
         lens = np.array([len(request.items[i]) for i in distinct], np.int64)
         # by length, so that those of one length are neighbours and few calls serve all
@@ -211,21 +209,25 @@ class Run:
             if not job.shares:
                 job.release()
 
-    def _by_request(self, order: list[Share], found: RowLogits) -> list[LabelLogits]:
+    def _by_request(self, order: list[Share], found: RowValues) -> list[RequestValues]:
         """Rows of all launches back to the requests and into the order of their items."""
-        logits, normalizer = found
-        rows = {
-            number: np.empty(len(job.request.items), np.int64) for number, job in self._jobs.items()
+        spans = {
+            number: np.empty((len(job.request.items), 2), np.int64)
+            for number, job in self._jobs.items()
         }
         first = 0
         for share in order:
-            rows[share.request][share.index] = np.arange(first, first + len(share.index))
-            first += len(share.index)
+            counts = share.row_counts
+            begins = first + np.cumsum(counts) - counts
+            spans[share.request][share.index] = np.stack([begins, counts], 1)
+            first += int(counts.sum())
         results = []
         for number, job in sorted(self._jobs.items()):
-            at = torch.from_numpy(rows[number][job.same_as]).to(logits.device)
-            usage = job.usage(self._engine.mask_impl)
-            results.append(LabelLogits(logits[at], normalizer[at], usage))
+            begins, counts = spans[number][job.same_as].T
+            # of each item its rows, which lie one behind the other
+            behind = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+            at = np.repeat(begins, counts) + behind
+            results.append(RequestValues(found.at(at), job.usage(self._engine.mask_impl)))
         return results
 
 
@@ -243,5 +245,6 @@ def _shares(
     )
     for part in (order[start:end] for start, end in plan.bounds):
         items = [request.items[i] for i in part]
-        shares.append(Share(number, request.prefix, items, part, held))
+        rows = None if request.rows is None else [request.rows[i] for i in part]
+        shares.append(Share(number, request.prefix, items, part, held, rows))
     return shares

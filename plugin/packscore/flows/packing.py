@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from packscore.encoded import TokenIds
+from packscore.encoded import Rows, TokenIds
 from packscore.flows.page_pool import PrefixLease
 from packscore_kernels.attention.layout import Group, SegmentLayout
 from packscore_kernels.hardware import cdiv
@@ -26,6 +28,7 @@ class Share:
       lease: pages that hold the first `lease.cached_len` prefix tokens and take the others up to
         `len(lease.tokens)`, which are all unless that many are held; None packs the whole prefix
         and keeps nothing.
+      rows: of each item, the tokens that are read; None: its last one, or its prefix's last.
     """
 
     request: int
@@ -33,18 +36,31 @@ class Share:
     items: Sequence[TokenIds]
     index: npt.NDArray[np.int64]
     lease: PrefixLease | None = None
+    rows: Sequence[Rows] | None = None
 
     @property
     def cached_len(self) -> int:
         """Prefix tokens to read from pages now: more once the lease is committed.
 
-        An empty item is scored at the prefix's last token, which then is computed again.
+        Where the prefix's last token is read, it is computed again.
         """
         if self.lease is None:
             return 0
-        has_empty = any(not len(item) for item in self.items)
         is_in_pages = self.lease.cached_len == len(self.prefix)
-        return self.lease.cached_len - int(is_in_pages and has_empty)
+        return self.lease.cached_len - int(is_in_pages and self._reads_prefix)
+
+    @property
+    def _reads_prefix(self) -> bool:
+        if self.rows is None:
+            return any(not len(item) for item in self.items)
+        return any(-1 in rows for rows in self.rows)
+
+    @property
+    def row_counts(self) -> npt.NDArray[np.int64]:
+        """i64[num_items]: how many tokens are read of each item."""
+        if self.rows is None:
+            return np.ones(len(self.items), np.int64)
+        return np.array([len(rows) for rows in self.rows], np.int64)
 
     @property
     def num_tokens(self) -> int:
@@ -70,6 +86,29 @@ class PackedBatch:
     layout: SegmentLayout
     shares: tuple[Share, ...] = ()
 
+    @cached_property
+    def rows(self) -> npt.NDArray[np.int64]:
+        """i64[num_rows]: storage index of every token that is read, item by item."""
+        scored = self.layout.scored_rows.astype(np.int64)
+        if all(share.rows is None for share in self.shares):
+            return scored
+        found, first = [], 0
+        for share, group, start in zip(
+            self.shares, self.layout.groups, self.layout.group_starts.tolist(), strict=False
+        ):
+            own = slice(first, first + len(share.items))
+            first = own.stop
+            if share.rows is None:
+                found.append(scored[own])
+                continue
+            prefix_end = start + group.prefix_len - 1
+            begins = self.layout.item_bounds[own, 0].tolist()
+            found += [
+                np.where(rows < 0, prefix_end, begin + rows)
+                for rows, begin in zip(share.rows, begins, strict=True)
+            ]
+        return np.concatenate(found) if found else scored
+
     @property
     def is_causal(self) -> bool:
         """Whether plain causal attention already shows every token what it may see."""
@@ -87,10 +126,15 @@ def pack(shares: Sequence[Share]) -> PackedBatch:
     return PackedBatch(token_ids, layout, tuple(shares))
 
 
-def first_equal(items: Sequence[TokenIds]) -> npt.NDArray[np.int64]:
-    """i64[num_items]: for each item the index of the first one that has the same tokens."""
-    seen: dict[bytes, int] = {}
-    return np.array([seen.setdefault(item.tobytes(), i) for i, item in enumerate(items)], np.int64)
+def first_equal(
+    items: Sequence[TokenIds], rows: Sequence[Rows] | None = None
+) -> npt.NDArray[np.int64]:
+    """i64[num_items]: for each the index of the first one of the same tokens, read at the same."""
+    seen: dict[Any, int] = {}
+    keys: Iterable[Any] = (item.tobytes() for item in items)
+    if rows is not None:
+        keys = zip(keys, (one.tobytes() for one in rows), strict=True)
+    return np.array([seen.setdefault(key, i) for i, key in enumerate(keys)], np.int64)
 
 
 def split_items(prefix_len: int, item_lens: Sequence[int], max_tokens: int) -> list[list[int]]:

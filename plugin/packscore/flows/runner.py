@@ -15,7 +15,7 @@ from packscore.encoded import EncodedRequest, TokenIds
 from packscore.errors import MaskTooLargeError, OutOfMemoryError, StalePrefixError
 from packscore.flows.costs import measured_cost_model
 from packscore.flows.engine import Engine, Readout
-from packscore.flows.jobs import LabelLogits, Run
+from packscore.flows.jobs import RequestValues, Run
 from packscore.flows.packing import Share, first_equal, pack
 from packscore.flows.page_pool import PAGE_SIZE, PrefixLease
 from packscore.flows.planner import Explanation, Planner, Workload
@@ -30,7 +30,7 @@ WINDOW = 256
 # Why an engine has but one flow.
 ALONE = "something in the model runs as the model's own forward, one item at a time"
 # What is read where the hidden states alone are wanted.
-ANY_READOUT = Readout((0,), over_vocabulary=False)
+ANY_READOUT = Readout((0,))
 
 
 class Runner:
@@ -56,27 +56,27 @@ class Runner:
         flow: Flow | None = None,
         lease: PrefixLease | None = None,
         progress: Callable[[int], object] = lambda _: None,
-    ) -> list[LabelLogits | Exception]:
+    ) -> list[RequestValues | Exception]:
         """Score requests, several in one launch where they fit; equal items are computed once.
 
         Args:
           requests: encoded queries and items.
-          readout: what is read at the end of every item.
+          readout: what is read at the rows of every item.
           flow: the flow of every request; None is the cheapest. "packed" and "plain" by name leave
             the pages alone, so that the launches do not depend on what was scored before.
           lease: of a prefix that all requests start with, held by the caller; it is that of the
             one request, or whole. None takes one for the run.
-          progress: called with the number of items that were scored since.
+          progress: called with the number of requests that were scored since.
 
         Returns:
-          For each request its label logits, or the error that only it met.
+          For each request what was read, or the error that only it met.
         """
         self.engine.refresh()
-        results: list[LabelLogits | Exception] = []
+        results: list[RequestValues | Exception] = []
         for start in range(0, len(requests), WINDOW):
             window = requests[start : start + WINDOW]
             results += self._run_window(window, readout, flow, lease)
-            progress(sum(len(request.items) for request in window))
+            progress(len(window))
         return results
 
     def _run_window(
@@ -85,7 +85,7 @@ class Runner:
         readout: Readout,
         flow: Flow | None,
         lease: PrefixLease | None,
-    ) -> list[LabelLogits | Exception]:
+    ) -> list[RequestValues | Exception]:
         flow = self.engine.only_flow or flow
         try:
             return [*self._results(requests, readout, flow, lease)]
@@ -95,7 +95,7 @@ class Runner:
             if len(requests) == 1 and not is_lost:
                 return [error]
         # one by one, so that the others do not suffer from the one that failed
-        alone: list[LabelLogits | Exception] = []
+        alone: list[RequestValues | Exception] = []
         for request in requests:
             alone += self._run_window([request], readout, flow, lease)
         return alone
@@ -106,14 +106,14 @@ class Runner:
         readout: Readout,
         flow: Flow | None,
         lease: PrefixLease | None,
-    ) -> list[LabelLogits]:
+    ) -> list[RequestValues]:
         """The results of a run; where memory is short of smaller launches, in the end one by one.
 
         Raises:
           OutOfMemoryError: it is short for that too.
         """
 
-        def attempt(flow: Flow | None, planner: Planner) -> list[LabelLogits]:
+        def attempt(flow: Flow | None, planner: Planner) -> list[RequestValues]:
             return Run(self.engine, planner, requests, readout, flow, lease).results()
 
         num_tokens = sum(map(_num_tokens, requests))
@@ -165,7 +165,7 @@ class Runner:
     def predicted(self, request: EncodedRequest) -> Explanation:
         """The same for the model that was seen last."""
         prefix = request.prefix
-        distinct = np.unique(first_equal(request.items))
+        distinct = np.unique(first_equal(request.items, request.rows))
         lens = np.sort(np.array([len(request.items[i]) for i in distinct], np.int64))
         is_kept = self.can_hold(prefix)
         cached = self.cached_len(prefix) if is_kept else 0

@@ -129,22 +129,21 @@ class ClassHead(LinearHead):
                 )
         return replace(request, items=items)
 
-    def to_compute(self, labels: Labels, over_vocabulary: bool) -> tuple[list[int], bool]:
-        """All classes, whose normaliser `chosen` takes: they are few."""
+    def to_compute(self, label_ids: list[int], over_vocabulary: bool) -> tuple[list[int], bool]:
+        """All classes, whose log-sum-exp `normalizer_of` takes: they are few."""
         return self._all, False
 
-    def chosen(
+    def normalizer_of(
         self,
-        logits: torch.Tensor,  # float32[num_items, num_classes]
-        normalizer: torch.Tensor,  # float32[num_items]
-        labels: Labels,
+        chosen: torch.Tensor,  # float32[num_items, num_labels]
+        computed: torch.Tensor,  # float32[num_items, num_classes]
+        normalizer: torch.Tensor | None,
         over_vocabulary: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(logits of the chosen classes, their normaliser), of the logits of all classes."""
-        found = logits[:, labels.token_ids]
+    ) -> torch.Tensor:
+        """float32[num_items]: what the chosen classes' logits are normalised by."""
         if self._is_single:  # its probability is a sigmoid: against a logit of zero
-            return found, torch.logaddexp(found[:, 0], torch.zeros_like(found[:, 0]))
-        return found, normalizer if over_vocabulary else found.logsumexp(-1)
+            return torch.logaddexp(chosen[:, 0], torch.zeros_like(chosen[:, 0]))
+        return (computed if over_vocabulary else chosen).logsumexp(-1)
 
 
 def _of_classes(ids: list[int]) -> Labels:

@@ -99,22 +99,28 @@ class LinearHead:
             return self._capped(self._linear(hidden, chosen))
         return torch.cat([self._capped(logits[:, label_ids]) for logits in self._whole(hidden)])
 
-    def logsumexp(
+    def normalizer(
         self,
         hidden: torch.Tensor,  # [num_rows, hidden_size]
-    ) -> torch.Tensor:
-        """Log-sum-exp of all logits, which never exist all at once.
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of all logits, which never exist all at once, the log-sum-exp and the largest.
 
         Returns:
-          float32[num_rows].
+          float32[num_rows] each.
         """
+
+        def of(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            capped = self._capped(logits)
+            return capped.logsumexp(-1), capped.amax(-1)
+
         if self._is_plain:
-            chunks = [
-                self._capped(self._linear(hidden, slice(start, start + VOCAB_CHUNK))).logsumexp(-1)
-                for start in range(0, self._head.weight.shape[0], VOCAB_CHUNK)
-            ]
-            return torch.stack(chunks).logsumexp(0)
-        return torch.cat([self._capped(logits).logsumexp(-1) for logits in self._whole(hidden)])
+            columns = range(0, self._head.weight.shape[0], VOCAB_CHUNK)
+            parts = [of(self._linear(hidden, slice(at, at + VOCAB_CHUNK))) for at in columns]
+            sums, largest = (torch.stack(found) for found in zip(*parts, strict=True))
+            return sums.logsumexp(0), largest.amax(0)
+        by_rows = [of(logits) for logits in self._whole(hidden)]
+        sums, largest = (torch.cat(found) for found in zip(*by_rows, strict=True))
+        return sums, largest
 
     def _capped(self, logits: torch.Tensor) -> torch.Tensor:
         cap = final_cap(self._model)
@@ -187,16 +193,18 @@ class LabelHead(LinearHead):
         """The request up to where the model reads labels: its last tokens."""
         return request
 
-    def to_compute(self, labels: Labels, over_vocabulary: bool) -> tuple[list[int], bool]:
-        """Ids to compute, and whether their normaliser runs over the vocabulary."""
-        return labels.token_ids, over_vocabulary
+    def to_compute(self, label_ids: list[int], over_vocabulary: bool) -> tuple[list[int], bool]:
+        """Ids to compute, and whether with the log-sum-exp over the vocabulary."""
+        return label_ids, over_vocabulary
 
-    def chosen(
+    def normalizer_of(
         self,
-        logits: torch.Tensor,  # float32[num_items, num_labels]
-        normalizer: torch.Tensor,  # float32[num_items]
-        labels: Labels,
+        chosen: torch.Tensor,  # float32[num_items, num_labels]
+        computed: torch.Tensor,  # float32[num_items, num_computed]
+        normalizer: torch.Tensor | None,  # float32[num_items], over the vocabulary
         over_vocabulary: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(logits of the labels, their normaliser), of what was computed."""
-        return logits, normalizer
+    ) -> torch.Tensor:
+        """float32[num_items]: what the labels' logits are normalised by."""
+        if over_vocabulary and normalizer is not None:
+            return normalizer
+        return chosen.logsumexp(-1)

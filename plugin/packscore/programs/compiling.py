@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from packscore.errors import UnexpectedCompileError
 from packscore.model.masks import MaskKind, final_cap
 from packscore.model.sizes import ModelSizes
-from packscore.programs.head import whole_head
+from packscore.programs.head import label_rows, whole_head
 from packscore.programs.interfaces import RESET_CACHE, USE_MESH
 from packscore.programs.launch_inputs import LaunchInputs, block_sizes_for
 from packscore.programs.pages import pool_struct
@@ -147,7 +147,10 @@ def arguments_of(
       chip: whose tiles attention has; None is this process's.
     """
     if isinstance(key, HeadKey):
-        return (shape_of((key.num_rows, *norm.shape), norm.dtype),)
+        rows = shape_of((key.num_rows, *norm.shape), norm.dtype)
+        if not key.num_labels:
+            return (rows,)
+        return rows, shape_of((key.num_labels,), np.int32), shape_of((), np.int32)
     blocks = block_sizes_for(sizes, norm.dtype, key, chip)
     layout = SegmentLayout.single(1, [], 1)
     inputs = LaunchInputs.of(key, blocks, layout, np.zeros(1, np.int64), [])
@@ -174,7 +177,7 @@ def compile_program(
     Args:
       traced: the model.
       key: which program.
-      arguments: anything with shapes and dtypes: weights and rows of hidden states for a `HeadKey`,
+      arguments: anything with shapes and dtypes: weights and what the head takes for a `HeadKey`,
         else weights, pages (None where the program has none) and `LaunchInputs`.
       device: a jax device, or one of a topology.
       implementation: of the kernels.
@@ -215,8 +218,8 @@ def trace_program(
 ) -> jax.stages.Traced:
     """One program before it is lowered, inside `tracing_on`; see `compile_program`."""
     if isinstance(key, HeadKey):
-        head = functools.partial(whole_head, soft_cap=final_cap(traced.skeleton))
-        return jax.jit(head).trace(*shapes)
+        head = label_rows if key.num_labels else whole_head
+        return jax.jit(functools.partial(head, soft_cap=final_cap(traced.skeleton))).trace(*shapes)
     donated = (1,) if key.num_pages else ()
     jitted = jax.jit(_program(traced, key, implementation), donate_argnums=donated)
     return jitted.trace(*shapes)

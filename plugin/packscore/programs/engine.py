@@ -7,12 +7,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import numpy as np
-import torch
-
 from packscore.errors import MaskTooLargeError, PackscoreError, UnsupportedModelError
 from packscore.flows.costs import CostModel, flops_cost_model, tpu_cost_model
-from packscore.flows.engine import Limits, Readout, RowLogits
+from packscore.flows.engine import Limits, Readout, RowValues
 from packscore.flows.packing import PackedBatch
 from packscore.flows.page_pool import PagePool
 from packscore.model.family import check_supported
@@ -108,12 +105,10 @@ class ProgramEngine:
         with self._recovering():
             return self._program.start(batch, readout, self._pages, self._mask_kind)
 
-    def read(self, launched: Sequence[Launched]) -> RowLogits:
-        """Logits and normaliser of all rows."""
+    def read(self, launched: Sequence[Launched]) -> RowValues:
+        """What is read at all rows."""
         with self._recovering():
-            found = [one.read() for one in launched]
-        logits, normalizer = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        return torch.from_numpy(logits), torch.from_numpy(normalizer)
+            return RowValues.joined([one.read() for one in launched])
 
     @contextmanager
     def _recovering(self) -> Iterator[None]:

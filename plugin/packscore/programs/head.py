@@ -90,8 +90,13 @@ def label_head(
     label_ids: jax.Array,  # i32[num_labels]
     over_vocabulary: jax.Array,  # i32[]: 1, or 0 where no normaliser is wanted
     soft_cap: float | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Label logits and their normaliser, in float32; the logits of the vocabulary never exist."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Label logits, and of the vocabulary's, which never exist, the log-sum-exp and the largest.
+
+    Returns:
+      float32[num_rows, num_labels], float32[num_rows] and float32[num_rows]; the last two -inf
+      where no normaliser is wanted.
+    """
     rows = rows.astype(jnp.float32)
 
     def logits(w: jax.Array) -> jax.Array:
@@ -101,15 +106,28 @@ def label_head(
     chosen = logits(weight[label_ids])
     chunk = min(VOCAB_CHUNK, weight.shape[0])
 
-    def step(i: jax.Array, total: jax.Array) -> jax.Array:
+    def step(i: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        total, largest = found
         # the last chunk starts early enough to be whole; what it repeats is left out
         start = i * chunk
         at = jnp.minimum(start, weight.shape[0] - chunk)
         columns = at + jnp.arange(chunk)
         part = logits(lax.dynamic_slice_in_dim(weight, at, chunk))
         part = jnp.where(columns >= start, part, -jnp.inf)
-        return jnp.logaddexp(total, jax.nn.logsumexp(part, axis=-1))
+        total = jnp.logaddexp(total, jax.nn.logsumexp(part, axis=-1))
+        return total, jnp.maximum(largest, part.max(-1))
 
     nothing = jnp.full(rows.shape[0], -jnp.inf)
     turns = over_vocabulary * cdiv(weight.shape[0], chunk)
-    return chosen, lax.fori_loop(0, turns, step, nothing)
+    return chosen, *lax.fori_loop(0, turns, step, (nothing, nothing))
+
+
+def label_rows(
+    weights: Weights,
+    rows: jax.Array,  # [num_rows, hidden_size]
+    label_ids: jax.Array,  # i32[num_labels]
+    over_vocabulary: jax.Array,  # i32[]
+    soft_cap: float | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`label_head` at hidden states that another program gave."""
+    return label_head(rows, head_weight(weights), label_ids, over_vocabulary, soft_cap)

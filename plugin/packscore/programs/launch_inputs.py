@@ -62,7 +62,7 @@ class LaunchInputs(NamedTuple):
         token_ids: npt.NDArray[np.int64],  # [num_tokens], without padding
         label_ids: Sequence[int],
         *,
-        rows: npt.NDArray[np.integer[Any]] | None = None,  # [num_rows]: None takes the scored ones
+        rows: npt.NDArray[np.integer[Any]] | None = None,  # [num_rows]: None takes items' ends
         leases: Sequence[PrefixLease | None] = (),
         over_vocabulary: bool = False,
     ) -> LaunchInputs:

@@ -2,37 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from packscore.flows.engine import Readout
+from packscore.flows.engine import Readout, RowValues
+from packscore.programs.sizes import HEAD_ROWS, MOST_LABELS
 
 Float32 = npt.NDArray[np.float32]
+# (hidden states, label ids, whether over the vocabulary) to logits, log-sum-exp and largest
+LabelHead = Callable[[npt.NDArray[Any], npt.NDArray[np.int32], npt.NDArray[np.int32]], Any]
+
+
+def stops_before_head(readout: Readout) -> bool:
+    """Whether hidden states are read of the program, which the head then reads by itself."""
+    return readout.hidden or not 0 < len(readout.label_ids) <= MOST_LABELS
 
 
 @dataclass(frozen=True, eq=False)
 class Launched:
-    """A program that is running, and which of its results are real."""
+    """A program that is running, and which of its results are real.
 
-    # (float32[num_rows, at least num_labels], float32[num_rows]) of the first rows and of others
-    parts: tuple[tuple[jax.Array, jax.Array], ...]
-    num_items: int
+    Args:
+      parts: of the first rows and of others: hidden states, or float32 logits of labels with the
+        log-sum-exp and the largest of the vocabulary's.
+      num_rows: how many are real.
+      readout: what is read.
+      head: of hidden states; None where the program itself has it.
+    """
+
+    parts: tuple[Any, ...]
+    num_rows: int
     readout: Readout
+    head: LabelHead | None = None
 
-    def read(self) -> tuple[Float32, Float32]:
-        """Wait for (float32[num_items, num_labels], float32[num_items]): logits and normaliser."""
-        logits, normalizers = zip(*self.parts, strict=True)
-        chosen = fetched(logits, self.num_items)[:, : len(self.readout.label_ids)]
-        if self.readout.over_vocabulary:
-            return chosen, fetched(normalizers, self.num_items)
-        # over the labels it is taken here, without the padding labels
-        peak = chosen.max(-1)
-        return chosen, peak + np.log(np.exp(chosen - peak[:, None]).sum(-1))
+    def read(self) -> RowValues:
+        """Wait for the program, and what was read."""
+        if self.head is not None:
+            return self._of_hidden(fetched(self.parts, self.num_rows), self.head)
+        logits, *of_vocabulary = (
+            torch.tensor(fetched(part, self.num_rows)) for part in self._wanted()
+        )
+        return RowValues(logits[:, : len(self.readout.label_ids)], *of_vocabulary)
+
+    def _wanted(self) -> list[tuple[jax.Array, ...]]:
+        each = list(zip(*self.parts, strict=True))
+        return each if self.readout.over_vocabulary else each[:1]
+
+    def _of_hidden(self, hidden: npt.NDArray[Any], head: LabelHead) -> RowValues:
+        ids = np.array(self.readout.label_ids, np.int32)
+        logits = np.zeros((len(hidden), len(ids)), np.float32)
+        normalizer, largest = np.zeros((2, len(hidden)), np.float32)
+        over = self.readout.over_vocabulary
+        for at, rows in chunks(hidden):
+            for start in range(0, max(len(ids), int(over)), MOST_LABELS):
+                some = ids[start : start + MOST_LABELS]
+                padded = np.zeros(MOST_LABELS, np.int32)
+                padded[: len(some)] = some
+                # of the vocabulary once
+                found = head(rows, padded, np.array(over and not start, np.int32))
+                chosen, total, most = (np.asarray(part)[: at.stop - at.start] for part in found)
+                logits[at, start : start + len(some)] = chosen[:, : len(some)]
+                if over and not start:
+                    normalizer[at], largest[at] = total, most
+        values = RowValues(torch.from_numpy(logits))
+        if over:
+            values = replace(
+                values,
+                normalizer=torch.from_numpy(normalizer),
+                largest=torch.from_numpy(largest),
+            )
+        if self.readout.hidden:
+            values = replace(values, hidden=torch.from_numpy(hidden.astype(np.float32)))
+        return values
+
+
+def chunks(hidden: npt.NDArray[Any]) -> Iterator[tuple[slice, npt.NDArray[Any]]]:
+    """Which rows, and these padded to the rows of a program of the head."""
+    few, many = HEAD_ROWS
+    step = few if len(hidden) <= few else many
+    for start in range(0, len(hidden), step):
+        part = hidden[start : start + step]
+        padded = np.zeros((step, *hidden.shape[1:]), hidden.dtype)
+        padded[: len(part)] = part
+        yield slice(start, start + len(part)), padded
 
 
 def fetched(parts: Sequence[jax.Array], count: int) -> npt.NDArray[Any]:

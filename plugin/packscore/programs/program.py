@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import weakref
@@ -15,7 +16,7 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
-from packscore.flows.engine import Readout
+from packscore.flows.engine import Readout, RowValues
 from packscore.flows.packing import PackedBatch
 from packscore.flows.page_pool import PAGE_SIZE, PREFIX_CACHE_BYTES
 from packscore.inputs import checked
@@ -26,12 +27,13 @@ from packscore.programs.compiling import Executables
 from packscore.programs.dense import check_dense_fits, fitting_tokens
 from packscore.programs.fused_layer import grid_steps
 from packscore.programs.launch_inputs import LaunchInputs, block_sizes_for
-from packscore.programs.launched import Launched, fetched
+from packscore.programs.launched import Launched, chunks, fetched, stops_before_head
 from packscore.programs.pages import DevicePages, pages_within, pool_struct
 from packscore.programs.row_attention import row_arguments
 from packscore.programs.sizes import (
     DEFAULT_MAX_TOKENS,
     HEAD_ROWS,
+    MOST_LABELS,
     DenseKey,
     HeadKey,
     ProgramKey,
@@ -42,15 +44,13 @@ from packscore.programs.sizes import (
 )
 from packscore.programs.traced_model import TracedModel
 from packscore.programs.traced_ops import KernelImplementation
-from packscore.programs.weights import DeviceWeights, to_torch
+from packscore.programs.weights import DeviceWeights, Weights, to_torch
 from packscore.results import MaskChoice
 from packscore.telling import counted, telling
 from packscore_kernels import BlockSizes, SegmentLayout
 from packscore_kernels.hardware import cdiv
 
 logger = logging.getLogger("packscore")
-
-Float32 = npt.NDArray[np.float32]
 
 
 class ModelProgram:
@@ -181,12 +181,8 @@ class ModelProgram:
         self._executables.strict, self._executables.folder = before.strict, before.folder
         self._executables.count, self._executables.seconds = before.count, before.seconds
 
-    def run(self, batch: PackedBatch, readout: Readout) -> tuple[Float32, Float32]:
-        """Label logits of a packed batch without pages.
-
-        Returns:
-          (float32[num_items, num_labels], float32[num_items]): logits and their normaliser, in the
-          order of the batch.
+    def run(self, batch: PackedBatch, readout: Readout) -> RowValues:
+        """What is read of a packed batch without pages, in the order of the batch.
 
         Raises:
           UnexpectedCompileError: the batch needs a program that is not there, and `strict` is on.
@@ -205,7 +201,7 @@ class ModelProgram:
 
         Args:
           batch: whose leases say what is read from pages and written to them.
-          readout: what is read of its scored rows.
+          readout: what is read of its rows.
           pages: that the leases speak of.
           mask_kind: how items are kept apart; None: in segments, unless the model needs a mask.
 
@@ -214,12 +210,14 @@ class ModelProgram:
         """
         weights = self._weights.arrays
         layout = batch.layout
-        num_items, num_labels = len(layout.scored_rows), len(readout.label_ids)
+        rows, of_hidden = batch.rows, stops_before_head(readout)
+        label_ids = () if of_hidden else readout.label_ids
         num_pages = pages.num_pages if pages else 0
-        key = self._key(layout, num_items, num_labels, num_pages, mask_kind)
+        key = self._key(layout, len(rows), len(label_ids), num_pages, mask_kind)
         leases = [share.lease for share in batch.shares]
         inputs = LaunchInputs.of(
-            *(key, self._blocks(key), layout, batch.token_ids, readout.label_ids),
+            *(key, self._blocks(key), layout, batch.token_ids, label_ids),
+            rows=rows,
             leases=leases,
             over_vocabulary=readout.over_vocabulary,
         )
@@ -228,7 +226,11 @@ class ModelProgram:
             parts, _ = run(weights, None, inputs)
         else:
             parts = pages.through(lambda array: run(weights, array, inputs), leases)
-        return Launched(parts, num_items, readout)
+        head = functools.partial(self._label_rows, weights) if of_hidden else None
+        return Launched(parts, len(rows), readout, head)
+
+    def _label_rows(self, weights: Weights, hidden: npt.NDArray[Any], *labels: Any) -> Any:
+        return self._executables.get(HeadKey(len(hidden), MOST_LABELS))(weights, hidden, *labels)
 
     def logits(
         self,
@@ -251,14 +253,9 @@ class ModelProgram:
         )
         parts, _ = self._executables.get(key)(weights, None, inputs)
         hidden = fetched(parts, len(rows))
-        few, many = HEAD_ROWS
-        step = few if len(rows) <= few else many
-        for start in range(0, len(rows), step):
-            chunk = np.zeros((step, hidden.shape[1]), hidden.dtype)
-            part = hidden[start : start + step]
-            chunk[: len(part)] = part
-            logits = self._executables.get(HeadKey(step))(weights, chunk)
-            yield start, to_torch(logits)[: len(part)]
+        for at, chunk in chunks(hidden):
+            logits = self._executables.get(HeadKey(len(chunk)))(weights, chunk)
+            yield at.start, to_torch(logits)[: at.stop - at.start]
 
     def needs_mask(self, longest: int) -> bool:
         """Whether sequences of up to so many tokens are exact under a dense mask alone."""
@@ -317,6 +314,7 @@ class ModelProgram:
         *,
         max_tokens: int | None = None,
         num_labels: int = 2,
+        hidden_states: bool = False,
         plain_calls: bool = False,
         prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
         mask_impl: MaskChoice = "auto",
@@ -327,6 +325,8 @@ class ModelProgram:
         Args:
           max_tokens: of the longest request; None takes the largest program.
           num_labels: how many labels requests read; a classifier's are all of its classes.
+          hidden_states: with the programs that leave the head to others, for `Hidden` readouts and
+            for launches that read over 64 labels.
           plain_calls: with the programs of `model(input_ids=...)`.
           prefix_cache_bytes: of the scorer that will run them.
           mask_impl: of that scorer; under a dense mask a program for every few pages it may read.
@@ -336,7 +336,10 @@ class ModelProgram:
           How many programs were compiled.
         """
         num_pages = self.num_pages(prefix_cache_bytes)
-        kinds = {(self.num_classes or num_labels, num_pages)}
+        labels = self.num_classes or num_labels
+        kinds = {(labels if labels <= MOST_LABELS else 0, num_pages)}
+        if hidden_states:
+            kinds.add((0, num_pages))
         if plain_calls:  # which keep nothing
             kinds.add((self.num_classes, 0))
         longest = max_tokens or self.max_tokens
@@ -350,6 +353,8 @@ class ModelProgram:
 
         keys = keys_of(kinds, by_tiles=self._executables.by_tiles)
         heads = [HeadKey(n) for n in HEAD_ROWS if plain_calls and not self.num_classes]
+        if hidden_states or labels > MOST_LABELS:
+            heads += [HeadKey(n, MOST_LABELS) for n in HEAD_ROWS]
         if mask_impl == "segment":
             check_segment(self.model, longest=1)
         elif mask_impl == "dense" or self.needs_mask(longest):

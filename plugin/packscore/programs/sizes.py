@@ -14,7 +14,8 @@ DEFAULT_MAX_TOKENS = 16_384
 # Where kernels walk over the tiles that hold tokens: the room of a program for tokens, and the most
 # rows of a tile. Short tiles wait for weights, which all of them need; long ones hold more padding.
 CAPACITIES = {512: 256, 4096: 512, 16_384: 1024}
-SMALLEST_LABELS = 64
+# Labels that a program reads; more are read of hidden states, so many at a time.
+MOST_LABELS = 64
 # What a schedule has room for: requests of one launch, pages of the pool, and pages that the
 # requests of one launch name, each for itself where they share some.
 MAX_GROUPS = 32
@@ -97,9 +98,10 @@ class DenseKey(ProgramKey):
 
 @dataclass(frozen=True)
 class HeadKey:
-    """The program from hidden states to the logits of the whole vocabulary."""
+    """The program from hidden states to the logits of the whole vocabulary, or of labels."""
 
     num_rows: int
+    num_labels: int = 0  # 0: the whole vocabulary
 
 
 def program_key(
@@ -110,12 +112,11 @@ def program_key(
     Args:
       num_tokens: packed tokens.
       num_rows: how many of them are read.
-      num_labels: labels that are read of each; 0: hidden states.
+      num_labels: labels that are read of each, at most `MOST_LABELS`; 0: hidden states.
       num_pages: of the pool.
       by_tiles: whether the model's kernels compute the tiles alone that hold tokens.
     """
     room, tile = capacity(num_tokens) if by_tiles else (token_bucket(num_tokens), 0)
     # every item has a token, or shares the row of the prefix's last one with other empty items
     rows = room if num_rows <= room else 1 << (num_rows - 1).bit_length()
-    labels = max(SMALLEST_LABELS, 1 << (num_labels - 1).bit_length()) if num_labels else 0
-    return ProgramKey(room, rows, labels, num_pages, tile)
+    return ProgramKey(room, rows, MOST_LABELS if num_labels else 0, num_pages, tile)

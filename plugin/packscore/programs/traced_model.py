@@ -202,18 +202,18 @@ class TracedModel:
         implementation: KernelImplementation,
         mask_impl: MaskKind = "segment",
         tile: int = 0,
-    ) -> tuple[tuple[tuple[jax.Array, jax.Array], ...], jax.Array | None]:
+    ) -> tuple[tuple[tuple[jax.Array, jax.Array, jax.Array], ...], jax.Array | None]:
         """From token ids to the logits of the labels at the scored rows; see `hidden_rows`.
 
         Returns:
-          ((float32[num_rows, num_labels], float32[num_rows]) in parts, pages): logits, and where
-          they are wanted their log-sum-exp over the vocabulary.
+          ((float32[num_rows, num_labels], float32[num_rows], float32[num_rows]) in parts, pages):
+          logits, and where they are wanted the vocabulary's log-sum-exp and largest.
         """
         given = weights, kv_pages, inputs, implementation, mask_impl, tile
         hidden, kv_pages = self._residual(*given)
         normed, cap = self._reader(weights, hidden), final_cap(self.skeleton)
 
-        def read(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def read(rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             head, labels = head_weight(weights), inputs.label_ids
             return label_head(normed(rows), head, labels, inputs.over_vocabulary, cap)
 

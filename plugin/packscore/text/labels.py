@@ -41,10 +41,27 @@ class Labels:
         return list(dict.fromkeys(i for sequence in self.sequences for i in sequence))
 
     @cached_property
+    def leaves(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+        """The contexts that no other continues, and of each the lengths of those first seen there.
+
+        They run behind an item; at the ends of these lengths all contexts are read once.
+        """
+        beginnings = dict.fromkeys(seq[:-1] for seq in self.sequences)
+        begun = {longer[:end] for longer in beginnings for end in range(len(longer))}
+        seen: set[tuple[int, ...]] = set()
+        found = []
+        for leaf in beginnings:
+            if leaf in begun:
+                continue
+            new = tuple(end for end in range(len(leaf) + 1) if leaf[:end] not in seen)
+            seen |= {leaf[:end] for end in new}
+            found.append((leaf, new))
+        return tuple(found)
+
+    @cached_property
     def contexts(self) -> tuple[tuple[int, ...], ...]:
-        """The distinct proper beginnings of all labels, the empty one first."""
-        beginnings = (seq[:end] for seq in self.sequences for end in range(len(seq)))
-        return tuple(dict.fromkeys(beginnings))
+        """The distinct proper beginnings of all labels, leaf by leaf; the empty one is first."""
+        return tuple(leaf[:end] for leaf, ends in self.leaves for end in ends)
 
     @property
     def are_single(self) -> bool:
@@ -84,8 +101,15 @@ class Labels:
         self,
         logits: torch.Tensor,  # float32[num_items, num_contexts, num_token_ids]
         normalizer: torch.Tensor,  # float32[num_items, num_contexts], over the vocabulary
+        *,
+        is_mean: bool = False,
     ) -> torch.Tensor:
         """Log-probabilities of the labels, of the logits of `token_ids` behind all `contexts`.
+
+        Args:
+          logits: behind every context, of every token.
+          normalizer: behind every context.
+          is_mean: the mean over a label's tokens instead of the sum.
 
         Returns:
           float32[num_items, num_labels].
@@ -97,7 +121,7 @@ class Labels:
             torch.stack([each[:, row[ids[:at]], column[token]] for at, token in enumerate(ids)])
             for ids in self.sequences
         ]
-        return torch.stack([parts.sum(0) for parts in sums], 1)
+        return torch.stack([parts.mean(0) if is_mean else parts.sum(0) for parts in sums], 1)
 
 
 def read_labels(

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from packscore.flows.costs import flops_cost_model
-from packscore.flows.engine import Limits, Readout, RowLogits
+from packscore.flows.engine import Limits, Readout, RowValues
 from packscore.flows.packing import PackedBatch, Share, pack
 from packscore.flows.page_pool import PagePool
 from packscore.interfaces import attention_name
@@ -84,7 +84,7 @@ class DenseEngine:
                 self._model, batch.layout, device, self._model.dtype
             )
             inputs["position_ids"] = positions_of(batch.layout, device)
-        is_alone = len(batch.layout.scored_rows) == 1
+        is_alone = len(batch.layout.item_bounds) == 1
         with changes_by_hooks(() if is_alone else self._hooked) as changed:
             found = scored_rows(self._model, batch, inputs, readout)
         # behind a mask a value still counts, times zero: NaN and infinity reach all items
@@ -93,15 +93,16 @@ class DenseEngine:
             found = replace(found, values=torch.cat(each))
         return found
 
-    def read(self, launched: Sequence[ScoredRows]) -> RowLogits:
-        """Logits and normaliser of all rows."""
+    def read(self, launched: Sequence[ScoredRows]) -> RowValues:
+        """What is read at all rows."""
         return read_rows(self._head, launched)
 
 
 def _alone(batch: PackedBatch) -> Iterator[PackedBatch]:
     for share in batch.shares:
-        for item in share.items:
-            yield pack([Share(0, share.prefix, [item], np.arange(1))])
+        for i, item in enumerate(share.items):
+            rows = None if share.rows is None else [share.rows[i]]
+            yield pack([Share(0, share.prefix, [item], np.arange(1), rows=rows)])
 
 
 def dense_masks(

@@ -13,7 +13,7 @@ from torch import nn
 
 from packscore.errors import StalePrefixError
 from packscore.flows.costs import flops_cost_model
-from packscore.flows.engine import Limits, Readout, RowLogits
+from packscore.flows.engine import Limits, Readout, RowValues
 from packscore.flows.packing import PackedBatch
 from packscore.flows.page_pool import PAGE_SIZE, PagePool
 from packscore.model.family import base_model, check_supported
@@ -163,7 +163,7 @@ class TorchEngine:
             inputs["segment_plan"] = SegmentPlan.build(batch.layout, writes)
             inputs["kv_pages"] = LaunchPages(self._pages) if self._pages else None
             inputs["position_ids"] = positions_of(batch.layout, device)
-        is_alone = not inputs and len(batch.layout.scored_rows) == 1
+        is_alone = not inputs and len(batch.layout.item_bounds) == 1
         with changes_by_hooks(() if is_alone else self._hooked) as changed:
             found = scored_rows(self._model, batch, inputs, readout)
         if changed:
@@ -175,6 +175,6 @@ class TorchEngine:
             )
         return found
 
-    def read(self, launched: Sequence[ScoredRows]) -> RowLogits:
-        """Logits and normaliser of all rows."""
+    def read(self, launched: Sequence[ScoredRows]) -> RowValues:
+        """What is read at all rows."""
         return read_rows(self._head, launched)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from packscore.errors import PackscoreError, StalePrefixError, UnsupportedModelError
-from packscore.flows.engine import Readout, RowLogits
+from packscore.flows.engine import Readout, RowValues
 from packscore.flows.packing import PackedBatch
 from packscore.model.family import base_model, class_count
 from packscore.model.label_head import LinearHead
@@ -76,7 +76,7 @@ def positions_of(layout: SegmentLayout, device: torch.device) -> torch.Tensor:
 class ScoredRows:
     """What a launch in torch leaves to be read: hidden states, or what the model's head made."""
 
-    values: torch.Tensor  # [num_items, hidden_size] after the final norm, or all logits
+    values: torch.Tensor  # [num_rows, hidden_size] after the final norm, or all logits
     readout: Readout
     are_logits: bool = False
 
@@ -84,13 +84,13 @@ class ScoredRows:
 def scored_rows(
     model: PreTrainedModel, batch: PackedBatch, inputs: dict[str, Any], readout: Readout
 ) -> ScoredRows:
-    """The decoder's forward, and of it the rows at the items' last tokens."""
+    """The decoder's forward, and of it the rows that are read."""
     decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]  # untyped in transformers
     token_ids = torch.from_numpy(batch.token_ids)[None].to(device_of(model))
     with torch.inference_mode():
         output = decoder(input_ids=token_ids, use_cache=False, return_dict=True, **inputs)
         hidden = output.last_hidden_state
-        rows = torch.from_numpy(batch.layout.scored_rows.astype(np.int64)).to(hidden.device)
+        rows = torch.from_numpy(batch.rows).to(hidden.device)
         return ScoredRows(hidden[0, rows], readout)
 
 
@@ -98,9 +98,15 @@ def whole_rows(model: nn.Module, batch: PackedBatch, readout: Readout) -> Scored
     """Every item alone, through the model's own whole forward: what one by one means.
 
     Raises:
-      UnsupportedModelError: the forward takes no token ids, or gives no logits of its last token.
+      UnsupportedModelError: the forward takes no token ids, gives no logits of its tokens, or
+        hidden states are asked for, which it does not give.
       StalePrefixError: the batch only puts a prefix into pages, which nothing reads any more.
     """
+    if readout.hidden:
+        raise UnsupportedModelError(
+            "readout=Hidden(...): this model runs as its own forward, which gives logits and no "
+            "hidden states; take away what is foreign in it (hooks, replaced modules)"
+        )
     base = base_model(model)
     num_classes = class_count(base)
     rows: list[torch.Tensor] = []
@@ -108,8 +114,9 @@ def whole_rows(model: nn.Module, batch: PackedBatch, readout: Readout) -> Scored
         raise StalePrefixError(CHANGED)
     with torch.inference_mode():
         for share in batch.shares:
-            for item in share.items:
+            for i, item in enumerate(share.items):
                 ids = torch.from_numpy(np.concatenate([share.prefix, item]))[None]
+                read = slice(-1, None) if share.rows is None else len(share.prefix) + share.rows[i]
                 output = _call(model, ids.to(device_of(base)))
                 logits: Any = output[0] if isinstance(output, tuple) else output.logits
                 expected = (1, num_classes) if num_classes else (1, ids.shape[1])
@@ -119,8 +126,8 @@ def whole_rows(model: nn.Module, batch: PackedBatch, readout: Readout) -> Scored
                         f"{list(logits.shape)} for {ids.shape[1]} tokens; packscore reads one row "
                         "of the vocabulary for each token, or one of the classes"
                     )
-                rows.append(logits[0] if num_classes else logits[0, -1])
-        return ScoredRows(torch.stack(rows), readout, are_logits=True)
+                rows.append(logits if num_classes else logits[0, read])
+        return ScoredRows(torch.cat(rows), readout, are_logits=True)
 
 
 def _call(model: nn.Module, ids: torch.Tensor) -> Any:
@@ -138,7 +145,7 @@ def _call(model: nn.Module, ids: torch.Tensor) -> Any:
         ) from error
 
 
-def read_rows(head: LinearHead, launched: Sequence[ScoredRows]) -> RowLogits:
+def read_rows(head: LinearHead, launched: Sequence[ScoredRows]) -> RowValues:
     """The head on the rows of several launches at once, so that its weight is read once.
 
     Raises:
@@ -151,9 +158,17 @@ def read_rows(head: LinearHead, launched: Sequence[ScoredRows]) -> RowLogits:
     with torch.inference_mode():
         values = torch.cat([one.values for one in launched])
         if launched[0].are_logits:
-            logits = values[:, label_ids].float()
-            return logits, (values.float() if readout.over_vocabulary else logits).logsumexp(-1)
-        logits = head.label_logits(values, label_ids)
+            logits = values.float()
+            chosen = logits[:, label_ids]
+            if readout.over_vocabulary:
+                return RowValues(chosen, logits.logsumexp(-1), logits.amax(-1))
+            return RowValues(chosen)
+        chosen = (
+            head.label_logits(values, label_ids)
+            if label_ids
+            else values.new_zeros(len(values), 0).float()
+        )
+        hidden = values.float() if readout.hidden else None
         if readout.over_vocabulary:
-            return logits, head.logsumexp(values)
-        return logits, logits.logsumexp(-1)
+            return RowValues(chosen, *head.normalizer(values), hidden)
+        return RowValues(chosen, hidden=hidden)
