@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from packscore.patching import unpatch_model as unpatch_model
     from packscore.prefixes import Prefix as Prefix
     from packscore.programs.program import ModelProgram as ModelProgram
+    from packscore.readouts import Content as Content
+    from packscore.readouts import Hidden as Hidden
+    from packscore.readouts import Label as Label
+    from packscore.readouts import ScoreRequest as ScoreRequest
     from packscore.results import Flow as Flow
     from packscore.results import MaskChoice as MaskChoice
     from packscore.results import NonFiniteChoice as NonFiniteChoice
@@ -71,6 +75,7 @@ _HOMES = {
     "patching": ("is_patched", "patch_model", "patched", "unpatch_model"),
     "prefixes": ("Prefix",),
     "programs.program": ("ModelProgram",),
+    "readouts": ("Content", "Hidden", "Label", "ScoreRequest"),
     "results": (
         *("Flow", "MaskChoice", "NonFiniteChoice", "RankedDocument", "ScoreResult", "Usage"),
     ),

@@ -34,7 +34,7 @@ from packscore.model.masks import MaskKind, check_segment, mask_reason
 from packscore.model.place import is_on_torchax
 from packscore.model.plain import random_part
 from packscore.patching import is_patched
-from packscore.results import Flow, MaskChoice, NonFiniteChoice, ScoreResult, Usage
+from packscore.results import Flow, MaskChoice, NonFiniteChoice, Usage
 from packscore.text.encoding import ArgumentNames, Budget, RequestEncoder, request_encoder
 from packscore.text.labels import LabelIds, Labels
 from packscore.text.prompts import PromptSpec, resolve_prompt, template_fields
@@ -170,23 +170,20 @@ class ScoringCore:
         query: Any,
         items: list[Any],
         names: ArgumentNames,
-        labels: Labels | None = None,
+        extra: int = 0,
         *,
         item_first: bool = False,
         is_pooled: bool = True,
     ) -> EncodedRequest:
         """Token ids of a query and its items, with `is_pooled` up to where the head reads them.
 
-        The model has room for the tokens of `labels` behind each.
+        The model has room for `extra` tokens behind each.
         """
         if not items:
             # not up to where a head reads, which may take the item for padding
             some: Any = SOME_ITEM if self.encoder.takes_text else [0]
-            alone = self.encode(
-                query, [some], names, labels, item_first=item_first, is_pooled=False
-            )
+            alone = self.encode(query, [some], names, extra, item_first=item_first, is_pooled=False)
             return EncodedRequest(alone.prefix, [], [], [])
-        extra = labels.num_extra_tokens if labels else 0
         encoded = self.encoder.encode(query, items, names, item_first=item_first, extra=extra)
         self._check_embedded(encoded)
         return self.head.pooled(encoded) if is_pooled else encoded
@@ -322,23 +319,6 @@ class ScoringCore:
             raise InputError(
                 f"model{part} is in train mode, where dropout is random; call model.eval()"
             )
-
-    def scored(
-        self, found: LabelLogits, return_usage: bool, name: Callable[[Any], str]
-    ) -> list[list[float]] | ScoreResult[list[list[float]]]:
-        """The probabilities, with their usage where it is asked for; finite, see `check_finite`."""
-        gaps = found.usage.non_finite_items
-        if gaps:
-            self.check_finite(gaps, self.probabilities(found), name)
-        return self.result(found, return_usage)
-
-    @classmethod
-    def result(
-        cls, found: LabelLogits, return_usage: bool
-    ) -> list[list[float]] | ScoreResult[list[list[float]]]:
-        """The probabilities, with their usage where it is asked for."""
-        scores = cls.probabilities(found)
-        return ScoreResult(scores, found.usage) if return_usage else scores
 
     @staticmethod
     def probabilities(found: LabelLogits) -> list[list[float]]:

@@ -252,7 +252,9 @@ def _check_one_of(*choices: str) -> Callable[[str, Any], None]:
 # What every option of the public calls may be, wherever it stands.
 OPTIONS: dict[str, Callable[[str, Any], None]] = {
     **dict.fromkeys(["apply_softmax", "item_first", "plain_calls", "show"], check_flag),
-    **dict.fromkeys(["return_usage", "return_documents", "return_items"], check_flag),
+    **dict.fromkeys(
+        ["return_usage", "return_documents", "return_items", "return_exceptions"], check_flag
+    ),
     "show_progress_bar": check_flag,
     "split_special_tokens": _or_none(check_flag),
     **dict.fromkeys(["top_k", "max_items", "batch_size", "num_labels"], check_count),

@@ -12,17 +12,19 @@ from typing import Any, Literal, Self, overload
 import numpy as np
 
 from packscore.core import ScoringCore
-from packscore.encoded import TokenIds
+from packscore.encoded import EncodedRequest, TokenIds
 from packscore.errors import InputError, StalePrefixError
 from packscore.flows.engine import Engine
 from packscore.flows.page_pool import PrefixLease
-from packscore.flows.reads import LabelLogits, LabelRead
+from packscore.flows.reads import Read
 from packscore.flows.runner import Runner
 from packscore.inputs import Text, as_list, checked
+from packscore.reading import Reading, reading_of
+from packscore.readouts import Readout
 from packscore.results import ScoreResult
 from packscore.telling import counted, cut, telling
 from packscore.text.encoding import ArgumentNames
-from packscore.text.labels import LabelIds, Labels
+from packscore.text.labels import LabelIds
 
 logger = logging.getLogger("packscore")
 
@@ -87,7 +89,10 @@ class Prefix:
         *,
         labels: Sequence[str] | None = None,
         label_token_ids: LabelIds | None = None,
+        item_labels: Sequence[Sequence[str]] | None = None,
+        item_label_token_ids: Sequence[LabelIds] | None = None,
         apply_softmax: bool = False,
+        readout: Readout | None = None,
         return_usage: Literal[False] = False,
     ) -> list[list[float]]: ...
 
@@ -98,7 +103,10 @@ class Prefix:
         *,
         labels: Sequence[str] | None = None,
         label_token_ids: LabelIds | None = None,
+        item_labels: Sequence[Sequence[str]] | None = None,
+        item_label_token_ids: Sequence[LabelIds] | None = None,
         apply_softmax: bool = False,
+        readout: Readout | None = None,
         return_usage: Literal[True],
     ) -> ScoreResult[list[list[float]]]: ...
 
@@ -109,7 +117,10 @@ class Prefix:
         *,
         labels: Sequence[str] | None = None,
         label_token_ids: LabelIds | None = None,
+        item_labels: Sequence[Sequence[str]] | None = None,
+        item_label_token_ids: Sequence[LabelIds] | None = None,
         apply_softmax: bool = False,
+        readout: Readout | None = None,
         return_usage: bool = False,
     ) -> list[list[float]] | ScoreResult[list[list[float]]]:
         """`MultiItemScorer.score` for the query that is held.
@@ -121,18 +132,30 @@ class Prefix:
         """
         self._core.check_ready()
         self._check_held()
-        over_vocabulary = not apply_softmax
-        chosen = self._core.labels(labels, label_token_ids, over_vocabulary=over_vocabulary)
-        given = as_list("items", items, may_be_empty=True)
-        request = self._core.encode(self._query, given, ArgumentNames(), chosen)
+        given, names = as_list("items", items, may_be_empty=True), ArgumentNames()
+        reading = reading_of(
+            self._core,
+            len(given),
+            labels=labels,
+            label_token_ids=label_token_ids,
+            item_labels=item_labels,
+            item_label_token_ids=item_label_token_ids,
+            apply_softmax=apply_softmax,
+            readout=readout,
+        )
+        request = self._core.encode(self._query, given, names, reading.extra)
+        found = self._run(request, reading.of(request, names))
+        return reading.scored(self._core, found, return_usage)
+
+    def _run(self, request: EncodedRequest, read: Read) -> Any:
+        """What is read of a request that begins with the query that is held."""
         # the encoder may cut query and items elsewhere for these items; then the pool finds what
         # is held by content
         same = np.array_equal(request.prefix, self._tokens)
         lease = self._lease if same else None
         if not same:  # a run with the lease looks at the model itself
             self.check()
-        found = self._core.run_one(request, LabelRead((chosen,), over_vocabulary), lease=lease)
-        return self._core.scored(found, return_usage, "items[{}]".format)
+        return self._core.run_one(request, read, lease=lease)
 
     def check(self) -> None:
         """Refuse to score what is no longer there.
@@ -185,8 +208,7 @@ def stream(
     core: ScoringCore,
     query: Text,
     items: Iterator[Any],
-    labels: Labels,
-    over_vocabulary: bool,
+    reading: Reading,
     max_items: int | None,
 ) -> Iterator[list[float]]:
     """Scores of items as they arrive, a launch at a time; see `MultiItemScorer.score_stream`."""
@@ -196,15 +218,15 @@ def stream(
         while taken := list(islice(items, min(count, max_items or count))):
             core.check_ready()
             lease = _still_held(core.engine, tokens, lease)
-            request = core.encode(query, taken, _names_from(first), labels)
+            names = _names_from(first)
+            request = core.encode(query, taken, names, reading.extra)
             same = lease is not None and np.array_equal(request.prefix, tokens)
-            read = LabelRead((labels,), over_vocabulary)
-            run = functools.partial(core.run_one, request, read)
+            run = functools.partial(core.run_one, request, reading.of(request, names))
             try:
                 found = run(lease=lease if same else None)
             except StalePrefixError:  # the model changed since: it is not the caller's to hold
                 found = run()
-            yield from _numbers_first(core, found, first)
+            yield from _numbers_first(core, reading, found, first)
             first += len(taken)
             # an item of no tokens takes room as well
             if sum(map(len, request.items)) + len(taken) < core.engine.limits.target_tokens:
@@ -214,9 +236,12 @@ def stream(
             lease.release()
 
 
-def _numbers_first(core: ScoringCore, found: LabelLogits, first: int) -> Iterator[list[float]]:
+def _numbers_first(
+    core: ScoringCore, reading: Reading, found: Any, first: int
+) -> Iterator[list[float]]:
     """The scores of a launch of a stream whose items before `first` were scored."""
-    scores, gaps = core.probabilities(found), found.usage.non_finite_items
+    scores, usage = reading.scores(core, found)
+    gaps = usage.non_finite_items
     if gaps and core.on_non_finite == "raise":
         yield from scores[: gaps[0]]
         del scores[: gaps[0]]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, Self, cast, overload
 
 import numpy as np
 import torch
@@ -19,11 +20,13 @@ from packscore.errors import InputError, ScoringError
 from packscore.flows.page_pool import PREFIX_CACHE_BYTES
 from packscore.flows.planner import Explanation
 from packscore.flows.reads import LabelRead
-from packscore.inputs import Text, as_iterator, as_list, as_pairs, as_requests, checked
+from packscore.inputs import Text, as_iterator, as_list, as_pairs, checked
 from packscore.loading import load_model, load_tokenizer, place_of
 from packscore.model.family import model_told
 from packscore.patching import patch_model
 from packscore.prefixes import Prefix, stream
+from packscore.reading import reading_of, score_requests
+from packscore.readouts import Readout, ScoreRequest
 from packscore.results import (
     Flow,
     MaskChoice,
@@ -229,7 +232,10 @@ class MultiItemScorer:
         *,
         labels: Sequence[str] | None = None,
         label_token_ids: LabelIds | None = None,
+        item_labels: Sequence[Sequence[str]] | None = None,
+        item_label_token_ids: Sequence[LabelIds] | None = None,
         apply_softmax: bool = False,
+        readout: Readout | None = None,
         item_first: bool = False,
         flow: Flow | None = None,
         return_usage: Literal[False] = False,
@@ -243,7 +249,10 @@ class MultiItemScorer:
         *,
         labels: Sequence[str] | None = None,
         label_token_ids: LabelIds | None = None,
+        item_labels: Sequence[Sequence[str]] | None = None,
+        item_label_token_ids: Sequence[LabelIds] | None = None,
         apply_softmax: bool = False,
+        readout: Readout | None = None,
         item_first: bool = False,
         flow: Flow | None = None,
         return_usage: Literal[True],
@@ -257,7 +266,10 @@ class MultiItemScorer:
         *,
         labels: Sequence[str] | None = None,
         label_token_ids: LabelIds | None = None,
+        item_labels: Sequence[Sequence[str]] | None = None,
+        item_label_token_ids: Sequence[LabelIds] | None = None,
         apply_softmax: bool = False,
+        readout: Readout | None = None,
         item_first: bool = False,
         flow: Flow | None = None,
         return_usage: bool = False,
@@ -271,8 +283,11 @@ class MultiItemScorer:
           labels: label texts; None takes the scorer's. P of a label of several tokens is the
             product of theirs, each behind the item and the tokens before it.
           label_token_ids: labels as token ids instead, one each or one list each.
+          item_labels: labels that differ from item to item: for each what `labels` is for all.
+          item_label_token_ids: the same as token ids: for each what `label_token_ids` is for all.
           apply_softmax: softmax over the labels alone; False: over the whole vocabulary, or over
             all classes of a classifier. The only class of a classifier gets a sigmoid.
+          readout: `Label()`, `Content(...)` or `Hidden(...)`, see there; None is `Label()`.
           item_first: score `item + query` instead; then nothing is shared between items.
           flow: "packed", "extend", "chunked" or "plain", which all give the same scores; None is
             the cheapest, see `explain`. "packed" and "plain" by name neither read nor keep pages,
@@ -280,7 +295,8 @@ class MultiItemScorer:
           return_usage: return a `ScoreResult` with the tokens it took.
 
         Returns:
-          [[P(label) for each label] for each item], in the order given.
+          [[P(label) for each label] for each item], in the order given; under `Hidden` what its
+          head gives.
 
         Raises:
           InputError, InputTypeError: an argument cannot be scored; raised before the model runs.
@@ -288,12 +304,21 @@ class MultiItemScorer:
           NonFiniteScoreError: logits are NaN or infinite, and `on_non_finite` is "raise".
         """
         self._core.check_ready()
-        over_vocabulary = not apply_softmax
-        chosen = self._core.labels(labels, label_token_ids, over_vocabulary=over_vocabulary)
-        found = as_list("items", items, may_be_empty=True)
-        request = self._core.encode(query, found, ArgumentNames(), chosen, item_first=item_first)
-        result = self._core.run_one(request, LabelRead((chosen,), over_vocabulary), flow=flow)
-        return self._core.scored(result, return_usage, "items[{}]".format)
+        found, names = as_list("items", items, may_be_empty=True), ArgumentNames()
+        reading = reading_of(
+            self._core,
+            len(found),
+            labels=labels,
+            label_token_ids=label_token_ids,
+            item_labels=item_labels,
+            item_label_token_ids=item_label_token_ids,
+            apply_softmax=apply_softmax,
+            readout=readout,
+        )
+        extra = reading.extra
+        request = self._core.encode(query, found, names, extra, item_first=item_first)
+        result = self._core.run_one(request, reading.of(request, names), flow=flow)
+        return reading.scored(self._core, result, return_usage)
 
     @overload
     def rank(
@@ -357,7 +382,7 @@ class MultiItemScorer:
         found = as_list("documents", documents, may_be_empty=True)
         names = ArgumentNames(item="documents[{}]".format)
         labels = self._core.head.for_ranking(self._core.default_labels)
-        request = self._core.encode(query, found, names, labels)
+        request = self._core.encode(query, found, names, labels.num_extra_tokens)
         result = self._core.run_one(request, LabelRead((labels,), False), flow=flow)
         scores, usage = self._core.activated(result, activation_fn), result.usage
         ranked: list[RankedDocument] = []
@@ -454,51 +479,76 @@ class MultiItemScorer:
     @overload
     def score_many(
         self,
-        requests: Iterable[tuple[Text, Iterable[Text]]],
+        requests: Iterable[tuple[Text, Iterable[Text]] | ScoreRequest],
         *,
         labels: Sequence[str] | None = None,
         label_token_ids: LabelIds | None = None,
         apply_softmax: bool = False,
+        readout: Readout | None = None,
         flow: Flow | None = None,
         show_progress_bar: bool = False,
         return_usage: Literal[False] = False,
+        return_exceptions: Literal[False] = False,
     ) -> list[list[list[float]]]: ...
 
     @overload
     def score_many(
         self,
-        requests: Iterable[tuple[Text, Iterable[Text]]],
+        requests: Iterable[tuple[Text, Iterable[Text]] | ScoreRequest],
         *,
         labels: Sequence[str] | None = None,
         label_token_ids: LabelIds | None = None,
         apply_softmax: bool = False,
+        readout: Readout | None = None,
         flow: Flow | None = None,
         show_progress_bar: bool = False,
         return_usage: Literal[True],
+        return_exceptions: Literal[False] = False,
     ) -> list[ScoreResult[list[list[float]]]]: ...
+
+    @overload
+    def score_many(
+        self,
+        requests: Iterable[tuple[Text, Iterable[Text]] | ScoreRequest],
+        *,
+        labels: Sequence[str] | None = None,
+        label_token_ids: LabelIds | None = None,
+        apply_softmax: bool = False,
+        readout: Readout | None = None,
+        flow: Flow | None = None,
+        show_progress_bar: bool = False,
+        return_usage: bool = False,
+        return_exceptions: Literal[True],
+    ) -> list[Any]: ...
 
     @checked
     def score_many(
         self,
-        requests: Iterable[tuple[Text, Iterable[Text]]],
+        requests: Iterable[tuple[Text, Iterable[Text]] | ScoreRequest],
         *,
         labels: Sequence[str] | None = None,
         label_token_ids: LabelIds | None = None,
         apply_softmax: bool = False,
+        readout: Readout | None = None,
         flow: Flow | None = None,
         show_progress_bar: bool = False,
         return_usage: bool = False,
-    ) -> list[list[list[float]]] | list[ScoreResult[list[list[float]]]]:
+        return_exceptions: bool = False,
+    ) -> list[Any]:
         """`score` for many queries, several in one launch; what they share is computed once.
 
         Args:
-          requests: (query, items) each.
-          labels: as in `score`, the same for all.
+          requests: (query, items) each, or a `ScoreRequest` with options of its own; requests of
+            different labels and readouts share launches.
+          labels: as in `score`, of all requests that have none of their own.
           label_token_ids: labels as token ids, instead of `labels`.
           apply_softmax: as in `score`.
+          readout: as in `score`.
           flow: as in `score`.
           show_progress_bar: show one, counting items.
           return_usage: return a `ScoreResult` for each request, with the tokens it took.
+          return_exceptions: return the error of a request in the place of its result, errors of its
+            arguments as well, and raise none of them.
 
         Returns:
           What `score` returns, for each request in the order given.
@@ -510,38 +560,24 @@ class MultiItemScorer:
           NonFiniteScoreError: as `score` raises it.
         """
         self._core.check_ready()
-        over_vocabulary = not apply_softmax
-        chosen = self._core.labels(labels, label_token_ids, over_vocabulary=over_vocabulary)
-        found = as_requests("requests", requests)
-        encoded = [
-            self._core.encode(query, items, _names_of_request(i), chosen)
-            for i, (query, items) in enumerate(found)
-        ]
-        total = sum(len(items) for _, items in found)
-        with tqdm(total=total, unit="item", disable=not show_progress_bar) as bar:
-            results = self._core.run(
-                encoded, LabelRead((chosen,), over_vocabulary), flow=flow, progress=bar.update
+        defaults = ScoreRequest(
+            "",
+            (),
+            labels=labels,
+            label_token_ids=label_token_ids,
+            apply_softmax=apply_softmax,
+            readout=readout,
+        )
+        with tqdm(total=0, unit="item", disable=not show_progress_bar) as bar:
+            return score_requests(
+                self._core,
+                requests,
+                defaults,
+                flow=flow,
+                return_usage=return_usage,
+                return_exceptions=return_exceptions,
+                progress=functools.partial(_advance, bar),
             )
-        scored: list[Any] = [
-            None if isinstance(result, Exception) else self._core.result(result, return_usage)
-            for result in results
-        ]
-        failed = [(i, e) for i, e in enumerate(results) if isinstance(e, Exception)]
-        if failed:
-            first, error = failed[0]
-            raise ScoringError(
-                f"{len(failed)} of {len(found)} requests failed, the first is requests[{first}] "
-                f"({error}); the results of the others are in this error's .scores",
-                scored,
-            ) from error
-        gaps = [
-            (i, k)
-            for i, result in enumerate(results)
-            if not isinstance(result, Exception)
-            for k in result.usage.non_finite_items
-        ]
-        self._core.check_finite(gaps, scored, "requests[{0[0]}][1][{0[1]}]".format)
-        return scored
 
     @checked
     def score_stream(
@@ -552,6 +588,7 @@ class MultiItemScorer:
         labels: Sequence[str] | None = None,
         label_token_ids: LabelIds | None = None,
         apply_softmax: bool = False,
+        readout: Readout | None = None,
         max_items: int | None = None,
     ) -> Iterator[list[float]]:
         """`score` for items that are still arriving: takes a few, yields their scores, takes more.
@@ -564,6 +601,7 @@ class MultiItemScorer:
           labels: as in `score`.
           label_token_ids: labels as token ids, instead of `labels`.
           apply_softmax: as in `score`.
+          readout: as in `score`; the head of a `Hidden` sees the items of a launch.
           max_items: items taken at a time at most; None leaves it to the size of a launch.
 
         Yields:
@@ -575,10 +613,15 @@ class MultiItemScorer:
           NonFiniteScoreError: as `score` raises it; the scores of items before were yielded.
         """
         self._core.check_ready()
-        over_vocabulary = not apply_softmax
-        chosen = self._core.labels(labels, label_token_ids, over_vocabulary=over_vocabulary)
-        iterator = as_iterator("items", items)
-        return stream(self._core, query, iterator, chosen, over_vocabulary, max_items)
+        reading = reading_of(
+            self._core,
+            0,
+            labels=labels,
+            label_token_ids=label_token_ids,
+            apply_softmax=apply_softmax,
+            readout=readout,
+        )
+        return stream(self._core, query, as_iterator("items", items), reading, max_items)
 
     def prefix(self, query: Text) -> Prefix:
         """Compute a query once and hold it on the device, whatever else is scored meanwhile.
@@ -646,13 +689,20 @@ class MultiItemScorer:
           InputError, InputTypeError: the query or an item cannot be scored.
         """
         found = as_list("items", items)
-        return self._core.encode(query, found, ArgumentNames(), self._core.default_labels)
+        return self._core.encode(query, found, ArgumentNames(), _extra(self._core.default_labels))
 
     def _encode_group(self, pairs: list[Any], index: list[int], labels: Labels) -> EncodedRequest:
         names = ArgumentNames(f"pairs[{index[0]}][0]", lambda i: f"pairs[{index[i]}][1]")
         query, documents = pairs[index[0]][0], [pairs[i][1] for i in index]
-        return self._core.encode(query, documents, names, labels)
+        return self._core.encode(query, documents, names, labels.num_extra_tokens)
 
 
-def _names_of_request(number: int) -> ArgumentNames:
-    return ArgumentNames(f"requests[{number}][0]", lambda i: f"requests[{number}][1][{i}]")
+def _extra(labels: Labels | None) -> int:
+    return labels.num_extra_tokens if labels else 0
+
+
+def _advance(bar: Any, total: int) -> Callable[[int], object]:
+    """A bar of so many steps begins."""
+    bar.total = total
+    bar.refresh()
+    return cast(Callable[[int], object], bar.update)
