@@ -14,14 +14,15 @@ MESSAGE = "message \ue001."
 # Messages that a template must leave as they are. Ours begin with a letter and end with a full
 # stop, so that it may strip them.
 PROBES = ("a\n\n  b\n.", "a <b>'\"& {c} {{d}} {% e %} <|im_end|> .", "a " + "9" * 50 + ".")
-# How templates open and close a block of thoughts: <think>, </think>, [THINK], <seed:think>,
-# <|START_THINKING|>, <|end_of_thought|>, ...
+# How templates open and close a block of thoughts: <think> </think>, [THINK] [/THINK],
+# <seed:think>, <|START_THINKING|> <|END_THINKING|>, <|channel>thought <channel|>, ...
+NAMES = r"(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|analysis)"
 THOUGHTS = re.compile(
-    r"[<\[◁]\|?(?P<ends>/|end_(?:of_)?)?(?:(?:start|begin)_(?:of_)?)?(?:\w+:)?"
-    r"(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|analysis)\|?[>\]▷]",
+    rf"(?P<opens>[<\[◁]\|?(?:(?:start|begin)_(?:of_)?)?(?:\w+:)?{NAMES}\|?[>\]▷]|<\|channel>thought)"
+    rf"|[<\[◁]\|?(?:/|end_(?:of_)?)(?:\w+:)?{NAMES}\|?[>\]▷]|<channel\|>",
     re.IGNORECASE,
 )
-OTHERWISE = "use a model whose template can turn thinking off, or a tokenizer without chat_template"
+OTHERWISE = "give the tokenizer a chat_template that does not, or None for a plain frame"
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ def frame_of(tokenizer: Any) -> Frame:
             f"chat_template puts a reply behind {before[-60:]!r} and its generation prompt ends "
             f"with {tail[-60:]!r}, so that an answer is not what follows; {OTHERWISE}"
         )
+    if before.startswith(whole):  # a reply on a line of its own, which the model would begin
+        blanks = before[len(whole) :]
+        tail += blanks[: blanks.rfind("\n") + 1]
     return Frame(head, tail, ending=_first_special(tokenizer, behind), adds_leading=False)
 
 
@@ -105,7 +109,7 @@ def _first_special(tokenizer: Any, text: str) -> str:
 
 def _check_no_thoughts(tail: str) -> None:
     *_, last = [None, *THOUGHTS.finditer(tail)]
-    if last is not None and not last["ends"]:
+    if last is not None and last["opens"]:
         raise UnsupportedModelError(
             f"chat_template leaves {last.group()} open with enable_thinking=False, so that "
             f"thoughts would follow and no answer; {OTHERWISE}"

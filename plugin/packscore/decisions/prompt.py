@@ -141,7 +141,7 @@ class DecisionPrompt:
         Raises:
           InputTypeError, InputError: it is neither, or a text that cannot be encoded.
         """
-        (ids,) = self._encode("state", [self._prefix(state)])
+        (ids,) = self._encode("state", [[(self.frame.head, True), (_before(state), False)]])
         leading = self.tokenizer.leading_ids if self.frame.adds_leading else []
         return np.array([*leading, *ids], np.int64)
 
@@ -166,15 +166,11 @@ class DecisionPrompt:
     def text(self, state: Any, question: Question) -> str:
         """The whole prompt as it is read, in the first order of the options."""
         ((item, _),) = self._rendered("", question, 1)
-        return "".join(text for text, _ in [*self._prefix(state), *item])
-
-    def _prefix(self, state: Any) -> Pieces:
-        text = indented(text_of(checked_json("state", state)))
-        return [(f"{self.frame.head}{INTRODUCTION}", True), (text, False), (PREFIX_END, True)]
+        return f"{self.frame.head}{_before(state)}{item}{self.frame.tail}"
 
     def _rendered(
         self, name: str | int, question: Question, permutations: int
-    ) -> list[tuple[Pieces, RenderedQuestion]]:
+    ) -> list[tuple[str, RenderedQuestion]]:
         where = f"questions[{name!r}]"
         orders = _orders(question, permutations)
         labels = self._labels(question)
@@ -199,32 +195,31 @@ class DecisionPrompt:
     @cached_property
     def _pairs(self) -> list[str]:
         """The pairs of letters that are one token each behind the prompt's end."""
-        end: Pieces = [(f"{LAST_LINES['pairs']}{self.frame.tail}", True)]
-        _, runs = self._behind("the prompt", end, PAIRS)
+        _, runs = self._behind("tokenizer", f"\n\n{LAST_LINES['pairs']}", PAIRS)
         single = {run[0]: pair for pair, run in zip(PAIRS, runs, strict=True) if len(run) == 1}
         return list(single.values())
 
     def _by_label(
         self, where: str, question: Question, order: list[int], labels: list[str]
-    ) -> tuple[Pieces, RenderedQuestion] | None:
+    ) -> tuple[str, RenderedQuestion] | None:
         """None where a label is not one token of its own behind this prompt."""
-        pieces = self._item(question, order, labels)
+        text = _item(question, order, labels)
         place = {option: i for i, option in enumerate(order)}
         is_noul = isinstance(question, Noul)  # its words are its labels, wherever they stand
         answers = [labels[i if is_noul else place[i]] for i in range(len(order))]
-        item, runs = self._behind(where, pieces, answers)
+        item, runs = self._behind(where, text, answers)
         if any(len(run) != 1 for run in runs) or len(set(runs)) < len(runs):
             return None
-        return pieces, RenderedQuestion(item, runs, "label")
+        return text, RenderedQuestion(item, runs, "label")
 
     def _by_content(
         self, where: str, question: Question, order: list[int]
-    ) -> tuple[Pieces, RenderedQuestion]:
-        pieces = self._item(question, order, None)
+    ) -> tuple[str, RenderedQuestion]:
+        text = _item(question, order, None)
         answers = [name for name, _ in _lines(question)]
-        item, runs = self._behind(where, pieces, answers)
+        item, runs = self._behind(where, text, answers)
         if not Labels(tuple(runs)).are_exclusive:  # then each ends as a reply does
-            item, runs = self._behind(where, pieces, answers, self.frame.ending)
+            item, runs = self._behind(where, text, answers, self.frame.ending)
         for name, run in zip(answers, runs, strict=True):
             if not run or runs.count(run) > 1:
                 raise InputError(
@@ -236,40 +231,15 @@ class DecisionPrompt:
                 f"{where}: an option's tokens begin another option's, also with the end of a reply "
                 "behind them; name the options differently"
             )
-        return pieces, RenderedQuestion(item, runs, "content")
-
-    def _item(self, question: Question, order: list[int], labels: list[str] | None) -> Pieces:
-        """A question in one order of its options, marked by labels or by none."""
-        asked = question.instructions
-        asked = UNASKED[question.type] if is_blank(asked) else text_of(asked)
-        lines = _lines(question)
-        pieces: Pieces = [(ITEM_START, True), (indented(asked), False)]
-        heading = f"\n\n{HEADINGS[question.type]}:"
-        for place, (name, description) in enumerate(lines[i] for i in order):
-            text = name if description is None else f"{name}: {description}"
-            mark = "- " if labels is None else f"{labels[place]}. "
-            if isinstance(question, Noul):
-                if description is None:
-                    continue
-                mark, text = f"{name}: ", description
-            pieces += [(f"{heading}\n{mark}", True), (hanging(text), False)]
-            heading = ""
-        if isinstance(question, Noul):
-            names = [lines[i][0] for i in order]
-            last_line = f"Answer {names[0]} or {names[1]} and nothing else."
-        elif labels is None:
-            last_line = LAST_LINES["content"]
-        else:
-            last_line = LAST_LINES["pairs" if len(labels) > len(LETTERS) else question.type]
-        return [*pieces, (f"\n\n{last_line}{self.frame.tail}", True)]
+        return text, RenderedQuestion(item, runs, "content")
 
     def _behind(
-        self, where: str, prompt: Pieces, answers: Sequence[str], ending: str = ""
+        self, where: str, text: str, answers: Sequence[str], ending: str = ""
     ) -> tuple[TokenIds, list[tuple[int, ...]]]:
-        """Ids of the prompt, and what each answer adds to them: () where it changes them."""
-        end: Pieces = [(ending, True)]
-        texts = [prompt, *([*prompt, (answer, False), *end] for answer in answers)]
-        base, *wholes = self._encode(where, texts)
+        """Ids of an item, and what each answer adds to them: () where it changes them."""
+        item: Pieces = [(text, False), (self.frame.tail, True)]
+        replies: list[Pieces] = [[(answer, False), (ending, True)] for answer in answers]
+        base, *wholes = self._encode(where, [item, *(item + reply for reply in replies)])
         n = len(base)
         return base, [
             tuple(ids[n:].tolist()) if np.array_equal(ids[:n], base) else () for ids in wholes
@@ -283,6 +253,37 @@ class DecisionPrompt:
                 f"{where} spells a special token that this tokenizer cannot read as text; take it "
                 "out"
             ) from error
+
+
+def _before(state: Any) -> str:
+    """The message up to where a state's questions differ."""
+    return f"{INTRODUCTION}{indented(text_of(checked_json('state', state)))}{PREFIX_END}"
+
+
+def _item(question: Question, order: list[int], labels: list[str] | None) -> str:
+    """The rest of it: a question in one order of its options, marked by labels or by none."""
+    asked = question.instructions
+    text = ITEM_START + indented(UNASKED[question.type] if is_blank(asked) else text_of(asked))
+    lines = _lines(question)
+    lines = [lines[i] for i in order]
+    is_noul = isinstance(question, Noul)
+    marked = []
+    for place, (name, description) in enumerate(lines):
+        if is_noul:
+            marked += [] if description is None else [f"{name}: {hanging(description)}"]
+        else:
+            mark = "-" if labels is None else f"{labels[place]}."
+            said = name if description is None else f"{name}: {description}"
+            marked.append(f"{mark} {hanging(said)}")
+    if marked:
+        text += "\n".join([f"\n\n{HEADINGS[question.type]}:", *marked])
+    if is_noul:
+        last_line = f"Answer {lines[0][0]} or {lines[1][0]} and nothing else."
+    elif labels is None:
+        last_line = LAST_LINES["content"]
+    else:
+        last_line = LAST_LINES["pairs" if len(labels) > len(LETTERS) else question.type]
+    return f"{text}\n\n{last_line}"
 
 
 def _orders(question: Question, permutations: int) -> list[list[int]]:

@@ -157,8 +157,8 @@ def _read_parts(instructions: Any) -> Json:
     values = []
     for i, part in enumerate(as_list("instructions", instructions)):
         where = f"instructions[{i}]"
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        key = {"input_text": "text", "input_json": "data"}.get(str(kind))
+        kind = str(part.get("type")) if isinstance(part, Mapping) else ""
+        key = {"input_text": "text", "input_json": "data"}.get(kind)
         if kind in PICTURES:
             raise InputError(f"{where} is a picture, and only text can be read; describe it")
         if key is None or set(part) != {"type", key}:

@@ -93,7 +93,8 @@ def indented(text: str) -> str:
     inside a text can be a heading, an option or the last line. Ends of lines stay what they are;
     all that `str.splitlines` knows count as such.
     """
-    return "".join(INDENT + line for line in text.splitlines(keepends=True) or [""])
+    lines = f"{text}.".splitlines(keepends=True)  # the full stop, for an empty last line counts
+    return "".join(INDENT + line for line in lines)[:-1]
 
 
 def hanging(text: str) -> str:
