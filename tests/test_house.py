@@ -25,6 +25,7 @@ ROOMS = """
 errors, telling, results, installed, interfaces, encoded, shipped, files ->
 inputs -> encoded
 text -> inputs, encoded
+decisions -> text
 model -> text
 flows -> model, text
 torch_engine -> flows, model

@@ -53,6 +53,16 @@ class Usage:
     mask_impl: MaskImpl
     non_finite_items: tuple[int, ...] = ()
 
+    @property
+    def input_tokens(self) -> int:
+        """Tokens that ran, what items share once: a prefix that was in pages counts nothing."""
+        return self.computed_tokens
+
+    @property
+    def output_tokens(self) -> int:
+        """0: scores are read where the input ends, and nothing is generated."""
+        return 0
+
     @telling
     def __repr__(self) -> str:
         lists = (

@@ -1,0 +1,1 @@
+"""Typed questions about a state: how they become token ids, and numbers become answers."""
