@@ -10,6 +10,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from packscore.calls import program_of as program_of
+    from packscore.decisions.answers import Answer as Answer
+    from packscore.decisions.answers import ChoiceAnswer as ChoiceAnswer
+    from packscore.decisions.answers import Decision as Decision
+    from packscore.decisions.answers import NoulAnswer as NoulAnswer
+    from packscore.decisions.answers import ScoreAnswer as ScoreAnswer
+    from packscore.decisions.prompt import DecisionPrompt as DecisionPrompt
+    from packscore.decisions.questions import Choice as Choice
+    from packscore.decisions.questions import Noul as Noul
+    from packscore.decisions.questions import Score as Score
     from packscore.encoded import EncodedRequest as EncodedRequest
     from packscore.errors import InputError as InputError
     from packscore.errors import InputTypeError as InputTypeError
@@ -62,6 +71,9 @@ __version__ = "0.2.0"
 # compares the two.
 _HOMES = {
     "calls": ("program_of",),
+    "decisions.answers": ("Answer", "ChoiceAnswer", "Decision", "NoulAnswer", "ScoreAnswer"),
+    "decisions.prompt": ("DecisionPrompt",),
+    "decisions.questions": ("Choice", "Noul", "Score"),
     "encoded": ("EncodedRequest",),
     "errors": (
         *("InputError", "InputTypeError", "LoadError", "MaskTooLargeError", "MissingPackageError"),

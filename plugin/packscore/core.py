@@ -96,7 +96,7 @@ def core_of(
     masks = _masks(model, mask_impl, min(most + extra, model_limit))
     check_patched(model, masks)
     return ScoringCore(
-        model, encoder, head, default_labels, masks, prefix_cache_bytes, on_non_finite
+        model, encoder, head, default_labels, masks, prefix_cache_bytes, on_non_finite, most
     )
 
 
@@ -132,6 +132,7 @@ class ScoringCore:
       mask_impl: how items are kept apart.
       prefix_cache_bytes: what the pages of prefixes may take.
       on_non_finite: what `check_finite` does.
+      max_tokens: budget of a query and one item.
     """
 
     def __init__(
@@ -143,6 +144,7 @@ class ScoringCore:
         mask_impl: MaskKind,
         prefix_cache_bytes: int,
         on_non_finite: NonFiniteChoice,
+        max_tokens: int,
     ) -> None:
         self.model = model
         self.base = base_model(model)
@@ -152,6 +154,7 @@ class ScoringCore:
         self.mask_impl = mask_impl
         self.prefix_cache_bytes = prefix_cache_bytes
         self.on_non_finite = on_non_finite
+        self.max_tokens = max_tokens
         self._engine: tuple[ModelProgram | None, Engine] | None = None
         self._engine_lock = threading.Lock()
 

@@ -257,7 +257,9 @@ OPTIONS: dict[str, Callable[[str, Any], None]] = {
     ),
     "show_progress_bar": check_flag,
     "split_special_tokens": _or_none(check_flag),
-    **dict.fromkeys(["top_k", "max_items", "batch_size", "num_labels"], check_count),
+    **dict.fromkeys(
+        ["top_k", "max_items", "batch_size", "num_labels", "permutations"], check_count
+    ),
     # the type alone: the scorer knows what the model holds, and says it
     "max_tokens": functools.partial(check_count, least=-sys.maxsize),
     "prefix_cache_bytes": functools.partial(check_count, least=0),

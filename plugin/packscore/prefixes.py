@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, Self, TypeVar, cast, overload
 
 import numpy as np
+import torch
 
 from packscore.core import ScoringCore
+from packscore.deciding import Asked, Decider, Questions
+from packscore.decisions.answers import Answer, Decision
+from packscore.decisions.questions import Question
 from packscore.encoded import EncodedRequest, TokenIds
-from packscore.errors import InputError, StalePrefixError
+from packscore.errors import InputError, InputTypeError, StalePrefixError
 from packscore.flows.engine import Engine
 from packscore.flows.page_pool import PrefixLease
 from packscore.flows.reads import Read
 from packscore.flows.runner import Runner
-from packscore.inputs import Text, as_list, checked
+from packscore.inputs import Text, as_list, checked, short
 from packscore.reading import Reading, reading_of
 from packscore.readouts import Readout
 from packscore.results import ScoreResult
 from packscore.telling import counted, cut, telling
 from packscore.text.encoding import ArgumentNames
 from packscore.text.labels import LabelIds
+
+T = TypeVar("T")
 
 logger = logging.getLogger("packscore")
 
@@ -39,48 +45,112 @@ def _tell_that_nothing_is_kept() -> None:
     )
 
 
-class Prefix:
-    """A query whose keys and values stay on the device until `release`; `scorer.prefix(query)`.
+class Held:
+    """Tokens whose keys and values stay on the device until `release`.
 
     Args:
       core: of the scorer.
-      query: text or token ids.
+      tokens: of a query with its prompt.
 
     Raises:
-      InputError: it does not fit into `prefix_cache_bytes` beside what is held.
+      InputError: they do not fit into `prefix_cache_bytes` beside what is held.
     """
 
-    def __init__(self, core: ScoringCore, query: Text) -> None:
+    def __init__(self, core: ScoringCore, tokens: TokenIds) -> None:
         core.check_ready()
-        self._core = core
-        self._query = query
-        self._engine = core.engine
-        self._tokens = prefix_tokens(core, query)
+        self._core, self.tokens, self._engine = core, tokens, core.engine
         self._lease = self._hold()
 
-    @telling
-    def __repr__(self) -> str:
-        state = "kept nowhere"
-        if self._lease is not None:
-            state = "released" if self._lease.is_released else "held"
-            state = "stale" if self._lease.is_stale and state == "held" else state
-        return f"{cut(self._query)}, {counted(len(self._tokens), 'token')}, {state}"
+    @property
+    def told(self) -> str:
+        """Whether it is there, for people."""
+        if self._lease is None:
+            return "kept nowhere"
+        if self._lease.is_released:
+            return "released"
+        return "stale" if self._lease.is_stale else "held"
 
     def _hold(self) -> PrefixLease | None:
-        if not len(self._tokens):
+        if not len(self.tokens):
             return None
-        lease = Runner(self._engine).hold(self._tokens)
+        lease = Runner(self._engine).hold(self.tokens)
         if not self._engine.keeps_pages:
             _tell_that_nothing_is_kept()
         elif lease is None and self._engine.only_flow is None:
             pool = self._engine.pool
             free = (pool.num_pages - pool.num_pinned_pages) * pool.page_size if pool else 0
             raise InputError(
-                f"query has {len(self._tokens)} tokens with its prompt, and "
+                f"query has {len(self.tokens)} tokens with its prompt, and "
                 f"prefix_cache_bytes={self._core.prefix_cache_bytes} has room for {free} that are "
                 "not held; release other prefixes or pass a larger prefix_cache_bytes"
             )
         return lease
+
+    def run(self, request: EncodedRequest, read: Read) -> Any:
+        """What is read of a request that begins with these tokens."""
+        # the encoder may cut query and items elsewhere for these items; then the pool finds what
+        # is held by content
+        same = np.array_equal(request.prefix, self.tokens)
+        if not same:  # a run with the lease looks at the model itself
+            self.check()
+        return self._core.run_one(request, read, lease=self._lease if same else None)
+
+    def check(self) -> None:
+        """Refuse what is no longer there.
+
+        Raises:
+          StalePrefixError: it was released, or the model's weights changed since.
+        """
+        self.check_held()
+        self._engine.refresh()
+        self.check_held()
+
+    def check_held(self) -> None:
+        """The same by what was last seen of the model."""
+        if self._core.engine is not self._engine:
+            raise StalePrefixError(
+                "the prefix was computed before the model was patched anew; open a new one with "
+                "scorer.prefix(query)"
+            )
+        if self._lease is not None:
+            self._lease.check()
+
+    def release(self) -> None:
+        """Let the pages go; they stay until their room is needed. Twice is once."""
+        if self._lease is not None:
+            self._lease.release()
+
+
+class Prefix:
+    """A query whose keys and values stay on the device until `release`; `scorer.prefix(query)`.
+
+    Args:
+      core: of the scorer.
+      query: text or token ids, or JSON: a state for decisions alone.
+      decider: what asks questions about it.
+
+    Raises:
+      InputError: it does not fit into `prefix_cache_bytes` beside what is held.
+    """
+
+    def __init__(self, core: ScoringCore, query: Any, decider: Callable[[], Decider]) -> None:
+        self._core = core
+        self._query = query
+        self._decider = decider
+        self._is_released = False
+        self._state: Held | None = None
+        self._held: Held | None = None
+        if _is_json(query):
+            self._state = Held(core, decider().state(query))
+        else:
+            core.check_ready()
+            self._held = Held(core, prefix_tokens(core, query))
+
+    @telling
+    def __repr__(self) -> str:
+        held = self._held or self._state
+        assert held is not None
+        return f"{cut(self._query)}, {counted(len(held.tokens), 'token')}, {held.told}"
 
     @overload
     def score(
@@ -131,7 +201,12 @@ class Prefix:
           NonFiniteScoreError: as `MultiItemScorer.score` raises it.
         """
         self._core.check_ready()
-        self._check_held()
+        if self._held is None:
+            raise InputTypeError(
+                f"query={short(self._query)} is a state for decide, and score needs text or token "
+                "ids; open another prefix for it"
+            )
+        self._held.check_held()
         given, names = as_list("items", items, may_be_empty=True), ArgumentNames()
         reading = reading_of(
             self._core,
@@ -144,18 +219,32 @@ class Prefix:
             readout=readout,
         )
         request = self._core.encode(self._query, given, names, reading.extra)
-        found = self._run(request, reading.of(request, names))
+        found = self._held.run(request, reading.of(request, names))
         return reading.scored(self._core, found, return_usage)
 
-    def _run(self, request: EncodedRequest, read: Read) -> Any:
-        """What is read of a request that begins with the query that is held."""
-        # the encoder may cut query and items elsewhere for these items; then the pool finds what
-        # is held by content
-        same = np.array_equal(request.prefix, self._tokens)
-        lease = self._lease if same else None
-        if not same:  # a run with the lease looks at the model itself
+    @checked
+    def decide(self, questions: Questions, *, permutations: int = 1) -> Decision:
+        """`MultiItemScorer.decide` for the state that is held.
+
+        A text is held as a query, in the scorer's prompt, and as a state from its first decision
+        on; what holding computes is in no usage.
+
+        Raises:
+          StalePrefixError: it was released, or the model's weights changed since.
+          InputError, InputTypeError: a question is malformed, or too long with the state.
+          NonFiniteScoreError: as `MultiItemScorer.decide` raises it.
+        """
+        self._core.check_ready()
+        decider = self._decider()
+        tokens = self._state.tokens if self._state else decider.state(self._query)
+        asked = decider.ask_about(tokens, questions, permutations)
+        if self._state is None:
+            if self._is_released:
+                raise StalePrefixError("the prefix was released; open a new one")
             self.check()
-        return self._core.run_one(request, read, lease=lease)
+            self._state = Held(self._core, tokens)
+        self._state.check_held()
+        return decider.decision(asked, self._state.run(asked.request, asked.read))
 
     def check(self) -> None:
         """Refuse to score what is no longer there.
@@ -163,24 +252,18 @@ class Prefix:
         Raises:
           StalePrefixError: the query was released, or the model's weights changed since.
         """
-        self._check_held()
-        self._engine.refresh()
-        self._check_held()
+        for held in self._all:
+            held.check()
 
-    def _check_held(self) -> None:
-        """The same by what was last seen of the model."""
-        if self._core.engine is not self._engine:
-            raise StalePrefixError(
-                "the prefix was computed before the model was patched anew; open a new one with "
-                "scorer.prefix(query)"
-            )
-        if self._lease is not None:
-            self._lease.check()
+    @property
+    def _all(self) -> list[Held]:
+        return [held for held in (self._held, self._state) if held is not None]
 
     def release(self) -> None:
         """Let the pages go; they stay until their room is needed. Twice is once."""
-        if self._lease is not None:
-            self._lease.release()
+        self._is_released = True
+        for held in self._all:
+            held.release()
 
     def __enter__(self) -> Self:
         try:
@@ -199,6 +282,14 @@ class Prefix:
         self.release()
 
 
+def _is_json(query: Any) -> bool:
+    """Whether it is a state that is neither text nor token ids."""
+    if isinstance(query, Mapping):
+        return True
+    is_list = isinstance(query, list | tuple)
+    return is_list and not all(isinstance(x, int | np.integer | torch.Tensor) for x in query)
+
+
 def prefix_tokens(core: ScoringCore, query: Text) -> TokenIds:
     """i64[prefix_len]: the tokens of a query with its prompt, before any item."""
     return core.encode(query, [], ArgumentNames()).prefix
@@ -212,21 +303,65 @@ def stream(
     max_items: int | None,
 ) -> Iterator[list[float]]:
     """Scores of items as they arrive, a launch at a time; see `MultiItemScorer.score_stream`."""
-    tokens, first, count = prefix_tokens(core, query), 0, FIRST_ITEMS
+
+    def encoded(taken: list[Any], first: int) -> tuple[EncodedRequest, Read]:
+        names = _names_from(first)
+        request = core.encode(query, taken, names, reading.extra)
+        return request, reading.of(request, names)
+
+    for first, found in launches(core, prefix_tokens(core, query), items, encoded, max_items):
+        yield from _numbers_first(core, reading, found, first)
+
+
+def decide_stream(
+    core: ScoringCore,
+    decider: Decider,
+    state: Any,
+    pairs: Iterator[Any],
+    permutations: int,
+    max_items: int | None,
+) -> Iterator[tuple[str, Answer]]:
+    """Answers as questions arrive, a launch at a time; see `MultiItemScorer.decide_stream`."""
+    tokens = decider.state(state)
+    asked: list[Asked] = []
+
+    def encoded(taken: list[tuple[str, Question]], _: int) -> tuple[EncodedRequest, Read]:
+        asked[:] = [decider.asked(tokens, dict(taken), permutations)]
+        return asked[0].request, asked[0].read
+
+    for _, found in launches(core, tokens, decider.read_pairs(pairs), encoded, max_items):
+        yield from cast("dict[str, Answer]", decider.answers(asked[0], found)).items()
+
+
+def launches(
+    core: ScoringCore,
+    tokens: TokenIds,
+    items: Iterator[T],
+    encoded: Callable[[list[T], int], tuple[EncodedRequest, Read]],
+    max_items: int | None,
+) -> Iterator[tuple[int, Any]]:
+    """(number of the first item, what was read of those of a launch) while items arrive.
+
+    Args:
+      core: of the scorer.
+      tokens: of the prefix, held between launches where there is room.
+      items: read only as far as results are asked for.
+      encoded: of some items and the number of the first.
+      max_items: of a launch.
+    """
+    first, count = 0, FIRST_ITEMS
     lease: PrefixLease | None = None
     try:
         while taken := list(islice(items, min(count, max_items or count))):
             core.check_ready()
             lease = _still_held(core.engine, tokens, lease)
-            names = _names_from(first)
-            request = core.encode(query, taken, names, reading.extra)
+            request, read = encoded(taken, first)
             same = lease is not None and np.array_equal(request.prefix, tokens)
-            run = functools.partial(core.run_one, request, reading.of(request, names))
             try:
-                found = run(lease=lease if same else None)
+                found = core.run_one(request, read, lease=lease if same else None)
             except StalePrefixError:  # the model changed since: it is not the caller's to hold
-                found = run()
-            yield from _numbers_first(core, reading, found, first)
+                found = core.run_one(request, read)
+            yield first, found
             first += len(taken)
             # an item of no tokens takes room as well
             if sum(map(len, request.items)) + len(taken) < core.engine.limits.target_tokens:

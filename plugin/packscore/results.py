@@ -40,6 +40,7 @@ class Usage:
         or "mixed" over queries.
       mask_impl: the attention that ran: "segment", "dense", or "causal" where one sequence alone
         needs no other mask; "mixed" over queries.
+      cached_tokens: prefix tokens that were in pages, and did not run.
     """
 
     prompt_tokens: int
@@ -52,11 +53,12 @@ class Usage:
     flow: Flow | Literal["mixed"]
     mask_impl: MaskImpl
     non_finite_items: tuple[int, ...] = ()
+    cached_tokens: int = 0
 
     @property
     def input_tokens(self) -> int:
-        """Tokens that ran, what items share once: a prefix that was in pages counts nothing."""
-        return self.computed_tokens
+        """Tokens of the input, what items share once: those that ran, and those read from pages."""
+        return self.computed_tokens + self.cached_tokens
 
     @property
     def output_tokens(self) -> int:
@@ -121,4 +123,5 @@ def merge_usages(usages: Sequence[Usage], indices: Sequence[Sequence[int]]) -> U
         non_finite_items=where("non_finite_items"),
         flow=flows.pop() if len(flows) == 1 else "mixed",
         mask_impl=masks.pop() if len(masks) == 1 else "mixed",
+        cached_tokens=total("cached_tokens"),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, cast, overload
 
@@ -15,6 +15,8 @@ from tqdm.auto import tqdm
 
 from packscore.calls import program_of
 from packscore.core import Activation, Scores, core_of
+from packscore.deciding import Decider, Questions
+from packscore.decisions.answers import Answer, Decision
 from packscore.encoded import EncodedRequest
 from packscore.errors import InputError, ScoringError
 from packscore.flows.page_pool import PREFIX_CACHE_BYTES
@@ -24,7 +26,7 @@ from packscore.inputs import Text, as_iterator, as_list, as_pairs, checked
 from packscore.loading import load_model, load_tokenizer, place_of
 from packscore.model.family import model_told
 from packscore.patching import patch_model
-from packscore.prefixes import Prefix, stream
+from packscore.prefixes import Prefix, decide_stream, stream
 from packscore.reading import reading_of, score_requests
 from packscore.readouts import Readout, ScoreRequest
 from packscore.results import (
@@ -99,6 +101,7 @@ class MultiItemScorer:
         on_non_finite: NonFiniteChoice = "raise",
     ) -> None:
         self._tokenizer, self._prompt = tokenizer, prompt
+        self._decider: Decider | None = None
         self._core = core_of(
             model,
             tokenizer,
@@ -623,8 +626,114 @@ class MultiItemScorer:
         )
         return stream(self._core, query, as_iterator("items", items), reading, max_items)
 
-    def prefix(self, query: Text) -> Prefix:
+    @checked
+    def decide(
+        self,
+        state: Any,
+        questions: Questions,
+        *,
+        permutations: int = 1,
+        flow: Flow | None = None,
+    ) -> Decision:
+        """Typed answers to many questions about one state, with a probability for every option.
+
+        The state is computed once; a question sees the state and itself alone, so that its answer
+        does not depend on the others.
+
+        Args:
+          state: text or JSON.
+          questions: by id, `Noul`, `Choice` and `Score`, or dicts in the names of System One
+            (`type`, `instructions`, `criteria`); or a list of dicts in OpenAI's shape.
+          permutations: how many cyclic rotations of its options a question is asked in, each one
+            more item; probabilities are their mean, and `order_spread` says how far they differed.
+          flow: as in `score`.
+
+        Returns:
+          The answers in the order of the questions, by their ids (an unnamed one by its place).
+
+        Raises:
+          InputError, InputTypeError: a question is malformed, or too long with its state.
+          UnsupportedModelError: the model is no language model, or its chat template no frame.
+          NonFiniteScoreError: logits are NaN or infinite; its `scores` has the other answers.
+        """
+        self._core.check_ready()
+        decider = self._ask()
+        asked = decider.ask(state, questions, permutations)
+        return decider.decision(asked, self._core.run_one(asked.request, asked.read, flow=flow))
+
+    @checked
+    def decide_many(
+        self,
+        requests: Iterable[tuple[Any, Questions]],
+        *,
+        permutations: int = 1,
+        flow: Flow | None = None,
+        return_exceptions: bool = False,
+    ) -> list[Any]:
+        """`decide` for many states, several in one launch; what they share is computed once.
+
+        Args:
+          requests: (state, questions) each.
+          permutations: as in `decide`.
+          flow: as in `score`.
+          return_exceptions: return the error of a request in the place of its decision, errors of
+            its arguments as well, and raise none of them.
+
+        Returns:
+          A `Decision` for each request, in the order given.
+
+        Raises:
+          InputError, InputTypeError: a request is malformed; raised before the model runs.
+          ScoringError: the model failed on a request; its `scores` has the decisions of the others,
+            and None for each that failed.
+        """
+        self._core.check_ready()
+        return self._ask().decide_many(
+            requests, permutations=permutations, flow=flow, return_exceptions=return_exceptions
+        )
+
+    @checked
+    def decide_stream(
+        self,
+        state: Any,
+        questions: Mapping[str, Any] | Iterable[tuple[str, Any]],
+        *,
+        permutations: int = 1,
+        max_items: int | None = None,
+    ) -> Iterator[tuple[str, Answer]]:
+        """`decide` for questions that are still arriving: takes a few, yields their answers.
+
+        Args:
+          state: as in `decide`.
+          questions: by id, or (id, question) each of any iterable, which is read only as far as
+            answers are asked for.
+          permutations: as in `decide`.
+          max_items: questions taken at a time at most; None leaves it to the size of a launch.
+
+        Yields:
+          (id, answer), in the order of the questions.
+
+        Raises:
+          InputError, InputTypeError: a question is malformed; the answers of those before it, up to
+            the last full launch, were yielded.
+          NonFiniteScoreError: as `decide` raises it.
+        """
+        self._core.check_ready()
+        if isinstance(questions, Mapping):
+            questions = questions.items()
+        is_view = isinstance(questions, ItemsView)  # which is in order
+        pairs = iter(questions) if is_view else as_iterator("questions", questions)
+        return decide_stream(self._core, self._ask(), state, pairs, permutations, max_items)
+
+    def _ask(self) -> Decider:
+        if self._decider is None:
+            self._decider = Decider(self._core, self._tokenizer)
+        return self._decider
+
+    def prefix(self, query: Any) -> Prefix:
         """Compute a query once and hold it on the device, whatever else is scored meanwhile.
+
+        JSON, and a text that questions are asked about, is held as the state of `decide`.
 
         >>> with scorer.prefix("what is a panda?") as p:   # doctest: +SKIP
         ...     first = p.score(documents)
@@ -634,7 +743,7 @@ class MultiItemScorer:
           InputError: the query cannot be scored, or does not fit into `prefix_cache_bytes` beside
             the ones that are held.
         """
-        return Prefix(self._core, query)
+        return Prefix(self._core, query, self._ask)
 
     def explain(self, query: Text, items: Iterable[Text]) -> Explanation:
         """Print the flows that `score` could take, with their predicted costs, and the choice.

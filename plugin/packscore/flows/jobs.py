@@ -49,6 +49,9 @@ class _Job:
         """What the request took."""
         request = self.request
         prompt_tokens = request.prompt_tokens
+        # what runs again, and what no launch shares, was not read from pages
+        is_shared = self.lease is not None and self.plan.flow != "plain"
+        cached = max(len(request.prefix) - self.computed_prefix_tokens, 0) if is_shared else 0
         flow = flow_taken(
             self.plan.flow,
             num_launches=self.plan.num_launches,
@@ -65,6 +68,7 @@ class _Job:
             special_token_items=tuple(request.special_token_items),
             flow=flow,
             mask_impl="causal" if self.is_causal else mask_impl,
+            cached_tokens=cached,
         )
 
 

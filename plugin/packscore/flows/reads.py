@@ -311,6 +311,7 @@ def _joined(
         prefix_tokens_saved=prompt_tokens - computed,
         truncated_items=tuple(request.truncated_items),
         special_token_items=tuple(request.special_token_items),
+        cached_tokens=len(request.prefix) - missing,
         flow=flow_taken(
             "packed", num_launches=1 + bool(missing), was_whole=was_whole, is_shared=True
         ),
