@@ -208,7 +208,8 @@ class Decider:
 
 def _rotations(asked: Asked, found: LabelLogits) -> list[Rotation]:
     """What every item gave."""
-    log_probs = (found.logits - found.normalizer[:, None]).tolist()
+    # their differences are kept: in float32 a rare label's would be rounded
+    log_probs = (found.logits.double() - found.normalizer.double()[:, None]).tolist()
     logits = found.logits.tolist()
     largest: Sequence[float] = [] if found.largest is None else found.largest.tolist()
     rotations = []
