@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -83,9 +83,7 @@ jsons = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
     max_leaves=6,
 )
-quick = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+quick = settings(max_examples=60, deadline=None)
 
 
 @pytest.fixture(scope="module")
@@ -259,6 +257,30 @@ def test_an_option_that_spells_a_special_token_is_text_as_an_answer(
     for name, run in zip(names, found.labels, strict=True):
         ids = [i for i in run if i != end]
         assert tokenizer.decode(ids) == name
+
+
+@pytest.mark.parametrize(
+    ("names", "written"),
+    [
+        (["a", "b: c"], ["a", "b: c"]),
+        (["a", '"b"'], ['"a"', r'"\"b\""']),
+        (["a", "b\nc"], ['"a"', r'"b\nc"']),
+        (["a", "b\u2028c"], ['"a"', r'"b\u2028c"']),
+        (["a", " a"], ['"a"', '" a"']),
+        (["a", True], ['"a"', "true"]),
+    ],
+    ids=ascii,
+)
+def test_an_answer_is_the_option_as_the_prompt_has_it(
+    tokenizer: Any, prompt: DecisionPrompt, names: list[Any], written: list[str]
+) -> None:
+    many = Choice(None, {**dict.fromkeys(names), **{f"kind {i}": None for i in range(31)}})
+    text = prompt.text("s", many)
+    assert "\n\nOptions:\n- {}\n- {}\n- ".format(*written) in text
+    (found,) = prompt.render("q", many)
+    end = tokenizer.convert_tokens_to_ids(END)
+    answers = [tokenizer.decode([i for i in run if i != end]) for run in found.labels[:2]]
+    assert answers == written
 
 
 def test_labels_that_merge_with_the_prompt_fall_back_to_content() -> None:
