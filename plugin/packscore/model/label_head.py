@@ -96,7 +96,7 @@ class LinearHead:
                     f"{num_rows}; name other labels"
                 )
             chosen = torch.tensor(label_ids, device=self._head.weight.device)
-            return self._capped(self._linear(hidden, chosen))
+            return self._capped(self._linear(hidden, chosen, is_few=True))
         return torch.cat([self._capped(logits[:, label_ids]) for logits in self._whole(hidden)])
 
     def normalizer(
@@ -133,10 +133,15 @@ class LinearHead:
             logits: torch.Tensor = self._head(hidden[start : start + ROW_CHUNK])
             yield logits.float()
 
-    def _linear(self, hidden: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
+    def _linear(
+        self, hidden: torch.Tensor, rows: torch.Tensor | slice, *, is_few: bool = False
+    ) -> torch.Tensor:
         weight, bias = self._head.weight, self._head.bias
-        # float64 stays, which autocast leaves alone
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        # float64 stays, which autocast leaves alone; in it a label's logit does not depend on which
+        # other labels are read, and the few that are read cost next to nothing
+        is_double = is_few and weight.device.type != "mps"
+        is_double |= hidden.dtype == torch.float64
+        dtype = torch.float64 if is_double else torch.float32
         of_rows = weight[rows].to(dtype), None if bias is None else bias[rows].to(dtype)
         return F.linear(hidden.to(weight.device, dtype), *of_rows).float()
 
