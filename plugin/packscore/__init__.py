@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from packscore.results import Usage as Usage
     from packscore.scoring import MultiItemScorer as MultiItemScorer
     from packscore.shipped import shipped_model_path as shipped_model_path
-    from packscore.text.prompts import PROMPTS as PROMPTS
+    from packscore.text.named import PROMPTS as PROMPTS
     from packscore.text.prompts import PromptSpec as PromptSpec
     from packscore.verify import ParityReport as ParityReport
     from packscore.verify import SampleParity as SampleParity
@@ -76,7 +76,8 @@ _HOMES = {
     ),
     "scoring": ("MultiItemScorer",),
     "shipped": ("shipped_model_path",),
-    "text.prompts": ("PROMPTS", "PromptSpec"),
+    "text.named": ("PROMPTS",),
+    "text.prompts": ("PromptSpec",),
     "verify": ("ParityReport", "SampleParity", "Tolerance", "verify_parity"),
 }
 _HOME_OF = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names}

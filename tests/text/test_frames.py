@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers import PANDA, random_qwen3
 from packscore import PROMPTS, InputError, MultiItemScorer, PromptSpec, patch_model
-from packscore.integrations.chat_template import spec_of_chat_template
 from packscore.text.prompts import template_fields
 from packscore.text.tokenizer import PieceTokenizer
 
@@ -140,12 +139,12 @@ def test_words_that_were_added_stay_tokens(tokenizer: Any) -> None:
 
 
 def test_a_chat_template_is_whole_as_it_is(framed: Any) -> None:
-    def render(query: str, document: str) -> str:
-        chat = [{"role": "user", "content": f"{query}\nDocument: {document}"}]
+    def render(*, query: str, item: str) -> str:
+        chat = [{"role": "user", "content": f"{query}\nDocument: {item}"}]
         text: str = framed.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         return text
 
-    scorer = scorer_of(framed, spec_of_chat_template(render), labels=["a"])
+    scorer = scorer_of(framed, PromptSpec.from_render(render), labels=["a"])
     expected = [
         framed.apply_chat_template(
             [{"role": "user", "content": f"{PANDA}\nDocument: {document}"}],

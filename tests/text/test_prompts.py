@@ -265,8 +265,8 @@ def test_the_callers_tokenizer_is_never_changed(tokenizer: Any) -> None:
         (("{query}", "item"), r"item='item' must use \{item\} exactly once"),
         (("{query}", "{item}{item}"), r"must use \{item\} exactly once"),
         (
-            ("{query}", "{item}", "{query}"),
-            r"suffix='\{query\}' uses \{query\}; it may use no field",
+            ("{query}", "{item}", "{item}"),
+            r"suffix='\{item\}' uses \{item\}; it may use \{query\} or \{instruction\} or \{cut\}",
         ),
         (("{query", "{item}"), r"prefix='\{query' is not a template"),
         (("{query!r}", "{item}"), r"'query' has a format, and texts go in as they are"),
