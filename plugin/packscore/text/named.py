@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 from packscore.errors import InputError
@@ -49,7 +50,7 @@ MXBAI_RERANK_V2 = PromptSpec(
         "relevant).\nRelevance:{cut}<|im_end|>\n<|im_start|>assistant\n"
     ),
     labels=("0", "1"),
-    max_tokens=8192 + 80,
+    max_tokens=8192 + 79,
     adds_special_tokens=False,
     instruction_frame="instruction: {instruction}\n",
     scale=None,
@@ -237,9 +238,10 @@ def prompt_for(prompt: str | PromptSpec | None, *names_or_paths: object) -> str 
         return prompt
     told = [str(name).rstrip("/\\") for name in names_or_paths if name]
     for name in told:
-        is_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or "\\" in name
+        # what has one slash is a name on the hub, where there is no such folder
+        is_folder = name.count("/") != 1 or name[:1] in "./~" or os.path.isdir(name)
         last = name.replace("\\", "/").rpartition("/")[2]
-        found = MODELS.get(name) or (_OF_FOLDER.get(last) if is_path or name == last else None)
+        found = MODELS.get(name) or (_OF_FOLDER.get(last) if is_folder else None)
         if found:
             return found
     of = f"models named {', '.join(map(repr, told))}" if told else "a model without a name"
