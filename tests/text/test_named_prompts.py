@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from helpers import PANDA, encode_whole, official
-from packscore import PROMPTS
+from packscore import PROMPTS, InputError
 from packscore.encoded import EncodedRequest
 from packscore.text.encoding import ArgumentNames, Budget, PromptEncoder
 from packscore.text.named import MODELS
@@ -99,12 +99,17 @@ NEWER = set(PROMPTS) - {"plain", "yes-no"}
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_ids_are_those_of_the_whole_text_of_the_source(tokenizer: Any, name: str) -> None:
-    query = BOMB if "guard" in name else PANDA
+    query = "" if "query" not in PROMPTS[name].shared_fields else BOMB
     documents = [*DOCUMENTS, BOMB, REPLY]
     expected = [TEXTS[name](query, document) for document in documents]
     found = wholes(encoder_of(tokenizer, name).encode(query, documents, ArgumentNames()))
     assert found == encode_whole(tokenizer, expected)
     assert [tokenizer.decode(ids) for ids in found] == expected
+
+
+def test_a_query_that_a_prompt_has_no_place_for_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(InputError, match=r"query='.*' has no place in this prompt; pass an e"):
+        encoder_of(tokenizer, "qwen3guard").encode(BOMB, [REPLY], ArgumentNames())
 
 
 def test_an_instruction_has_its_place_where_there_is_one(tokenizer: Any) -> None:

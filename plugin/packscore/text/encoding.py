@@ -230,8 +230,14 @@ class PromptEncoder:
             raise InputTypeError(
                 f"{names.query} and items must be text for this prompt; pass prompt='plain' for ids"
             )
-        if not query.strip() and "query" in self._spec.shared_fields:
+        asks = "query" in self._spec.shared_fields
+        if asks and not query.strip():
             raise InputError(f"{names.query}={query!r} is empty, and the prompt asks about it")
+        if query.strip() and not asks:
+            raise InputError(
+                f"{names.query}={short(query)} has no place in this prompt; pass an empty text, or "
+                "a prompt with {query}"
+            )
         query, items = self._spec.stripped(query, items)
         prefix_pieces, tail_pieces = self._prefix(query), self._tail(query)
         shared = [] if self._cut_is_exact else prefix_pieces
