@@ -184,12 +184,13 @@ class LabelHead(LinearHead):
           InputError: the scorer has another number of labels, or one begins the other.
         """
         if labels is None or len(labels) != spec.num_ranked:
-            wants, names = "compare two, (negative, positive),", "['no', 'yes']"
-            if spec.num_ranked == 1:
-                wants, names = "read one with this prompt,", "['Yes']"
+            have = len(labels or ())
             raise InputError(
-                f"labels: rank and predict {wants} and this scorer has {len(labels or ())}; "
-                f"pass MultiItemScorer(..., labels={names})"
+                f"labels: rank and predict read one with this prompt, and this scorer has {have}; "
+                "pass MultiItemScorer(..., labels=['Yes'])"
+                if spec.num_ranked == 1
+                else "labels: rank and predict compare two, (negative, positive), and this scorer "
+                f"has {have}; pass MultiItemScorer(..., labels=['no', 'yes'])"
             )
         if len(labels) == 1 and not labels.are_single:
             raise InputError(
