@@ -67,11 +67,13 @@ class PromptSpec:
     def __post_init__(self) -> None:
         _check_fields("prefix", self.prefix, (*SHARED_FIELDS, CUT_FIELD))
         _check_fields("suffix", self.suffix, (*SHARED_FIELDS, CUT_FIELD))
-        for name, one in (("item", ITEM_FIELD), ("instruction_frame", "instruction")):
-            template = getattr(self, name)
-            _check_fields(name, template, (one,))
-            if template_fields(template) != [one]:
-                raise InputError(f"{name}={template!r} must use {{{one}}} exactly once")
+        _check_fields("item", self.item, (ITEM_FIELD,))
+        _check_fields("instruction_frame", self.instruction_frame, ("instruction",))
+        if template_fields(self.item) != [ITEM_FIELD]:
+            raise InputError(f"item={self.item!r} must use {{item}} exactly once")
+        frame = self.instruction_frame
+        if template_fields(frame) != ["instruction"]:
+            raise InputError(f"instruction_frame={frame!r} must use {{instruction}} exactly once")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise InputError(f"max_tokens={self.max_tokens} must be at least 1, or None")
         if self.scale is not None and not 0 < self.scale < math.inf:
