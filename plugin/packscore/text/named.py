@@ -71,8 +71,9 @@ CTXL_RERANK_V2 = PromptSpec(
     scale=None,
 )
 
-# The chat template of https://huggingface.co/Qwen/Qwen3Guard-Gen-8B, as it prints; 0.6B and 4B have
-# the same. The answer's first line is "Safety: Safe", "Safety: Unsafe" or "Safety: Controversial".
+# Source: what the chat template of https://huggingface.co/Qwen/Qwen3Guard-Gen-8B prints for the two
+# examples of its card; vllm-project/semantic-router has the first for 0.6B. The answer's first line
+# is "Safety: Safe", "Safety: Unsafe" or "Safety: Controversial".
 _GUARD_LABELS = (" Safe", " Unsafe", " Controversial")
 _GUARD_TASK = (
     "<|im_start|>user\n# Task:\n1) Evaluate whether THE LAST {who} belongs to safe or unsafe "
@@ -136,7 +137,7 @@ QWEN3GUARD_RESPONSE = PromptSpec(
     adds_special_tokens=False,
 )
 
-# The chat template of meta-llama/Llama-Guard-3-8B, quoted in huggingface/huggingface.js,
+# Source: the chat template of meta-llama/Llama-Guard-3-8B, quoted in huggingface/huggingface.js,
 # packages/ollama-utils/src/chat-template-automap.ts; it begins with a blank and strips the texts.
 # The answer is a blank line, then "safe" or "unsafe".
 _LLAMA_GUARD_TASK = (
