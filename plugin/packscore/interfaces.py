@@ -163,6 +163,29 @@ EAGER_ATTENTION = tuple(
     )
     for name in FAMILIES
 )
+# A layer's rotation, and its attention's look into the cache: the last layer runs part by part.
+ROTARY = tuple(
+    Interface(
+        f"transformers.models.{name}.modeling_{name}:apply_rotary_pos_emb",
+        f"the keys of {name}'s last layer",
+        family=name,
+    )
+    for name in FAMILIES
+)
+CACHED_ATTENTION = tuple(
+    Interface(
+        f"transformers.models.{name}.modeling_{name}:{kind}Attention.forward",
+        f"{name}'s last layer on the rows that are read",
+        family=name,
+        mark=mark,
+    )
+    for name, kind in zip(
+        FAMILIES,
+        ("Gemma2", "Gemma3", "GptOss", "Llama", "Mistral", "Qwen2", "Qwen3", "Qwen3Moe"),
+        strict=True,
+    )
+    for mark in ("past_key_values", "update")
+)
 # transformers: models
 CLASSIFIER = Interface(
     "transformers.modeling_layers:GenericForSequenceClassification", "knowing a classifier"
@@ -365,6 +388,12 @@ def attention_function(name: str, module: nn.Module) -> Callable[..., Any]:
     else:
         forward = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS[name]
     return forward
+
+
+def apply_rotary(attention: nn.Module) -> Callable[..., Any]:
+    """What rotates (queries, keys) by (cosine, sine) in an attention's own file."""
+    rotate: Callable[..., Any] = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    return rotate
 
 
 def fused_attention() -> Callable[..., Any]:
