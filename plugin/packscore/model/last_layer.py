@@ -52,10 +52,35 @@ def keys_values(
     return apply_rotary(attention)(keys[:, :0], keys, *rotary)[1], values
 
 
-class OnRows(nn.Module):
-    """A decoder layer that has the keys and values of all tokens, and computes the rest of some.
+def at_rows(
+    layer: nn.Module,
+    rows: torch.Tensor,  # i64[num_rows], which of the tokens
+    found: KeysValues,  # of all tokens
+    hidden: torch.Tensor,  # [1, num_tokens, hidden_size]
+    *,
+    position_embeddings: KeysValues,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    **keywords: Any,
+) -> torch.Tensor:
+    """What a layer gives at some rows, by itself on those rows: [1, num_rows, hidden_size].
 
-    The layer itself runs, on those rows, and finds the keys and values where its cache would be.
+    It finds the keys and values of all tokens where its cache would be.
+    """
+    if attention_mask is not None and attention_mask.numel():
+        attention_mask = attention_mask[:, :, rows]
+    out: torch.Tensor = layer(
+        hidden[:, rows],
+        position_embeddings=tuple(part[:, rows] for part in position_embeddings),
+        attention_mask=attention_mask,
+        position_ids=None if position_ids is None else position_ids[:, rows],
+        **{**keywords, "past_key_values": _Before(found)},
+    )
+    return out
+
+
+class OnRows(nn.Module):
+    """A decoder layer that computes keys and values of all tokens, and the rest of some rows.
 
     Args:
       layer: as the model has it.
@@ -82,31 +107,14 @@ class OnRows(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("layer"), name)
 
-    def forward(
-        self,
-        hidden: torch.Tensor,  # [1, num_tokens, hidden_size]
-        *,
-        position_embeddings: KeysValues,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        **keywords: Any,
-    ) -> torch.Tensor:
-        """[1, num_rows, hidden_size]: what the layer gives at the rows."""
+    def forward(self, hidden: torch.Tensor, **keywords: Any) -> torch.Tensor:
+        """[1, num_rows, hidden_size] of [1, num_tokens, hidden_size]."""
         rows = self._rows.to(hidden.device)
-        found = keys_values(self.layer, hidden, position_embeddings)
+        found = keys_values(self.layer, hidden, keywords["position_embeddings"])
         if not len(rows):
             self._keep(*found)
             return hidden[:, rows]
-        if attention_mask is not None and attention_mask.numel():
-            attention_mask = attention_mask[:, :, rows]
-        out: torch.Tensor = self.layer(
-            hidden[:, rows],
-            position_embeddings=tuple(part[:, rows] for part in position_embeddings),
-            attention_mask=attention_mask,
-            position_ids=None if position_ids is None else position_ids[:, rows],
-            **{**keywords, **self._instead, "past_key_values": _Before(found)},
-        )
-        return out
+        return at_rows(self.layer, rows, found, hidden, **{**keywords, **self._instead})
 
 
 def with_last(decoder: Any, last: nn.Module) -> Any:
