@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -15,6 +16,9 @@ from packscore_kernels.hardware import cdiv
 # Rows of a tile, and keys that it meets at a time.
 TILE_ROWS = 256
 BLOCK_KEYS = 512
+# By which a compiled program's text knows the loops whose turns are data.
+PACKED_BLOCKS, CACHED_BLOCKS = "packed_blocks", "cached_blocks"
+Step = Callable[[jax.Array, State], State]
 
 
 class _Rows(NamedTuple):
@@ -85,11 +89,52 @@ def _fold(
     return new_m, total * keep + p.sum(axis=-1, keepdims=True), acc * keep + out
 
 
-def _blocks_seen(seen: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(i32[num_blocks], i32[]): which blocks a tile needs, these first, and how many."""
-    return jnp.argsort(~seen, stable=True), seen.sum()
+class _Blocks(NamedTuple):
+    """Where the blocks of keys begin that a tile may need: packed ones, and entries of pages."""
+
+    packed: jax.Array  # i32[num_blocks]: storage index
+    block: int
+    entries: jax.Array  # i32[num_blocks]: into page_indices
+    at_once: int  # pages
+    page_size: int
+
+    @classmethod
+    def of(cls, schedule: SegmentSchedule) -> _Blocks:
+        num_tokens, size = schedule.num_tokens, schedule.page_size
+        block, at_once = min(BLOCK_KEYS, num_tokens), max(BLOCK_KEYS // size, 1) if size else 1
+        packed = jnp.arange(cdiv(num_tokens, block)) * block
+        num_entries = len(schedule.page_indices) if size else 0
+        return cls(packed, block, jnp.arange(cdiv(num_entries, at_once)) * at_once, at_once, size)
+
+    def needed(self, about: _Rows) -> tuple[jax.Array, jax.Array]:
+        """bool[num_blocks] each: packed blocks and blocks of pages of which a row sees some."""
+
+        def meets(first: jax.Array, end: jax.Array, begin: jax.Array, size: int) -> jax.Array:
+            return ((first < begin + size) & (end > begin) & (end > first)).any(axis=0)
+
+        prefix_end = jnp.where(about.row < 0, 0, about.prefix_end)
+        packed = meets(about.own, about.row + 1, self.packed, self.block)
+        packed |= meets(about.start, prefix_end, self.packed, self.block)
+        first = about.first_page * self.page_size
+        slots = self.entries * self.page_size, self.at_once * self.page_size
+        return packed, meets(first, first + about.cached, *slots)
 
 
+def blocks_met(schedule: SegmentSchedule, rows: jax.Array) -> tuple[int, int]:
+    """How many packed blocks and blocks of pages all tiles of rows meet."""
+    blocks = _Blocks.of(schedule)
+    tiles = _tiled(jnp.asarray(rows))
+    found = [blocks.needed(_Rows.of(schedule, tile)) for tile in tiles]
+    return sum(int(x.sum()) for x, _ in found), sum(int(x.sum()) for _, x in found)
+
+
+def _tiled(rows: jax.Array) -> jax.Array:
+    """i32[num_tiles, rows of a tile]; the last row fills up the last tile."""
+    tile = min(TILE_ROWS, len(rows))
+    return jnp.pad(rows, (0, -len(rows) % tile), mode="edge").reshape(-1, tile)
+
+
+@jax.named_scope("row_attention")  # by which a profile knows it
 def segment_attention_rows(
     q: jax.Array,  # [num_q_heads, num_rows, head_dim]
     k: jax.Array,  # [num_kv_heads, num_tokens, head_dim]
@@ -115,59 +160,46 @@ def segment_attention_rows(
       [num_q_heads, num_rows, head_dim] in the dtype of q; padding rows are zeros.
     """
     (num_q_heads, num_rows, head_dim), (num_kv_heads, num_tokens, _) = q.shape, k.shape
-    tile = min(TILE_ROWS, num_rows)
-    num_tiles = cdiv(num_rows, tile)
-    room = num_tiles * tile - num_rows
-    rows = jnp.pad(rows, (0, room), mode="edge")
-    grouped = jnp.pad(q, ((0, 0), (0, room), (0, 0)))
-    grouped = grouped.reshape(num_kv_heads, -1, num_tiles, tile, head_dim)
-
-    block = min(BLOCK_KEYS, num_tokens)
-    blocks = jnp.arange(cdiv(num_tokens, block)) * block
+    tiles = _tiled(rows)
+    num_tiles, tile = tiles.shape
+    queries = jnp.pad(q, ((0, 0), (0, num_tiles * tile - num_rows), (0, 0)))
+    queries = queries.reshape(num_kv_heads, -1, num_tiles, tile, head_dim)
+    blocks = _Blocks.of(schedule)
     page_indices = jnp.asarray(schedule.page_indices)
-    size = schedule.page_size
-    at_once = max(BLOCK_KEYS // size, 1) if size else 1
-    first_entries = jnp.arange(cdiv(len(page_indices), at_once)) * at_once
 
     def one_tile(given: tuple[jax.Array, jax.Array]) -> jax.Array:
         queries, own_rows = given
         about = _Rows.of(schedule, own_rows)
 
-        def packed(at: jax.Array, state: State) -> State:
-            first = blocks[order[at]]
-            start = jnp.minimum(first, num_tokens - block)  # the last block begins earlier
-            keys, values = (lax.dynamic_slice_in_dim(x, start, block, axis=1) for x in (k, v))
-            index = start + jnp.arange(block)
+        def packed(first: jax.Array, state: State) -> State:
+            start = jnp.minimum(first, num_tokens - blocks.block)  # the last one begins earlier
+            keys, values = (lax.dynamic_slice_in_dim(x, start, blocks.block, 1) for x in (k, v))
+            index = start + jnp.arange(blocks.block)
             seen = about.sees(index) & (index >= first)
             return _fold(state, queries, keys, values, seen, sm_scale)
 
-        def cached(at: jax.Array, state: State) -> State:
+        def cached(first: jax.Array, state: State) -> State:
             assert kv_pages is not None
-            entries = first_entries[page_order[at]] + jnp.arange(at_once)
+            entries = first + jnp.arange(blocks.at_once)
             pages = kv_pages[page_indices[jnp.minimum(entries, len(page_indices) - 1)]]
             keys, values = pages.transpose(2, 1, 0, 3, 4).reshape(2, num_kv_heads, -1, head_dim)
-            slots = entries[0] * size + jnp.arange(at_once * size)
-            return _fold(state, queries, keys, values, about.sees_cached(slots, size), sm_scale)
+            slots = first * blocks.page_size + jnp.arange(keys.shape[1])
+            seen = about.sees_cached(slots, blocks.page_size)
+            return _fold(state, queries, keys, values, seen, sm_scale)
 
-        def meets(first: jax.Array, last: jax.Array) -> jax.Array:
-            """Blocks that hold some of the keys from `first` to before `last`."""
-            return ((first < blocks + block) & (last > blocks) & (last > first)).any(axis=0)
+        def over(firsts: jax.Array, needed: jax.Array, step: Step, state: State) -> State:
+            order = firsts[jnp.argsort(~needed, stable=True)]
+            return lax.fori_loop(0, needed.sum(), lambda i, state: step(order[i], state), state)
 
-        order, count = _blocks_seen(
-            meets(about.own, about.row + 1)
-            | meets(about.start, jnp.where(about.row < 0, 0, about.prefix_end))
-        )
-        state = lax.fori_loop(0, count, packed, start_of(queries))
-        if size:
-            first = first_entries * size
-            begin = about.first_page * size
-            end = begin + about.cached
-            near = (begin < first + at_once * size) & (end > first) & (end > begin)
-            page_order, page_count = _blocks_seen(near.any(axis=0))
-            state = lax.fori_loop(0, page_count, cached, state)
+        of_packed, of_pages = blocks.needed(about)
+        with jax.named_scope(PACKED_BLOCKS):
+            state = over(blocks.packed, of_packed, packed, start_of(queries))
+        if kv_pages is not None:
+            with jax.named_scope(CACHED_BLOCKS):
+                state = over(blocks.entries, of_pages, cached, state)
         _, total, acc = state
         return jnp.where(about.row < 0, 0.0, acc / total).astype(q.dtype)
 
-    tiles = lax.map(one_tile, (jnp.moveaxis(grouped, 2, 0), rows.reshape(num_tiles, tile)))
-    out: jax.Array = jnp.moveaxis(tiles, 0, 2).reshape(num_q_heads, -1, head_dim)
+    found = lax.map(one_tile, (jnp.moveaxis(queries, 2, 0), tiles))
+    out: jax.Array = jnp.moveaxis(found, 0, 2).reshape(num_q_heads, -1, head_dim)
     return out[:, :num_rows]
