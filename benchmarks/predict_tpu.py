@@ -165,6 +165,7 @@ def predict(
         find(dump),
         costs_of_kernels(config, job, ahead.num_tokens, schedule, writes, facts),
         turns_of_rows(ahead.inputs),
+        config.num_hidden_layers,
     )
     counted = program.summary(found, facts.clock_hz, facts.hbm_bytes_per_s)
     floor = floor_ms(MODELS[model], job, facts.peak_flops)
