@@ -83,7 +83,7 @@ class TorchEngine:
         self.pool: PagePool | None = None
         self._foreign: str | None = None
         self._renew()
-        self.costs = flops_cost_model(self._sizes)
+        self.costs = flops_cost_model(self._sizes, whole_last=bool(self.whole_last))
         self._fitting_tokens = self._fitting()
 
     @property
