@@ -189,7 +189,8 @@ def segment_attention_rows(
 
         def over(firsts: jax.Array, needed: jax.Array, step: Step, state: State) -> State:
             order = firsts[jnp.argsort(~needed, stable=True)]
-            return lax.fori_loop(0, needed.sum(), lambda i, state: step(order[i], state), state)
+            found: State = lax.fori_loop(0, needed.sum(), lambda i, x: step(order[i], x), state)
+            return found
 
         of_packed, of_pages = blocks.needed(about)
         with jax.named_scope(PACKED_BLOCKS):

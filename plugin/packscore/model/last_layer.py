@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from packscore.interfaces import COMPILED_CALL, MODULES, apply_rotary, hooks_of
+from packscore.interfaces import COMPILED_CALL, MODULES, apply_rotary, folder_of, hooks_of
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 # Whose modules act on one token alone, whatever rows come with it.
@@ -142,7 +142,7 @@ def whole_reason(decoder: Any) -> str | None:
         if getattr(config, name, None):
             return f"{name}={getattr(config, name)}"
     behind = [decoder, *decoder.norm.modules(), *last.modules()]
-    family = config.model_type.removesuffix("_text")
+    family = folder_of(config.model_type)
     home = f"transformers.models.{family}.modeling_{family}"
     for module in (decoder, decoder.norm, last, last.self_attn):
         if type(module).__module__ != home:

@@ -303,6 +303,6 @@ class _Bound(nn.Module):
 class _AtRows(_Bound):
     """The same of some rows, between the keys and values of all tokens."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, rows: Any, found: Any, hidden: Any, **kwargs: Any) -> Any:
         """Call `at_rows`."""
-        return at_rows(self.module, *args, **kwargs, **self._keywords)
+        return at_rows(self.module, rows, found, hidden, **kwargs, **self._keywords)

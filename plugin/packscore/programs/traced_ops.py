@@ -125,8 +125,13 @@ class LayerAttention:
         """The attention of some rows, once the pages are written: as q."""
         given = q, k, v, self.kv_pages, self.schedule
         if self.mask_impl == "dense":
-            masked = {"soft_cap": soft_cap, "sliding_window": self.window, "rows": rows}
-            return segment_attention_dense(*given, sm_scale=sm_scale, **masked)
+            return segment_attention_dense(
+                *given,
+                sm_scale=sm_scale,
+                soft_cap=soft_cap,
+                sliding_window=self.window,
+                rows=rows,
+            )
         return segment_attention_rows(*given, rows, sm_scale=sm_scale)
 
 
