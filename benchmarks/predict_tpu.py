@@ -88,7 +88,7 @@ def layout_of(job: Job, flow: str) -> SegmentLayout:
 
 def turns_of_rows(inputs: Any) -> Callable[[str], float]:
     """A loop's line to how many blocks of keys a tile of the last layer's rows meets."""
-    from packscore_kernels.attention.rows import (
+    from packscore_kernels.row_attention import (
         CACHED_BLOCKS,
         PACKED_BLOCKS,
         TILE_ROWS,

@@ -19,7 +19,7 @@ from packscore_kernels import (
     build_schedule,
     segment_paged_attention,
 )
-from packscore_kernels.attention import rows as rows_alone
+from packscore_kernels import row_attention as rows_alone
 from tolerances import assert_close
 
 BLOCKS = BlockSizes(block_q=256, block_kv=128, chunk_kv=256, num_slots=2)

@@ -29,9 +29,9 @@ from packscore_kernels import (
     segment_paged_attention,
     write_kv_pages,
 )
-from packscore_kernels.attention.rows import segment_attention_rows
 from packscore_kernels.attention.xla import segment_attention_dense
 from packscore_kernels.hardware import precision_of
+from packscore_kernels.row_attention import segment_attention_rows
 
 # under which transformers finds both; no name of its own
 NAME = "packscore_program"
