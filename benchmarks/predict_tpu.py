@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -85,6 +86,27 @@ def layout_of(job: Job, flow: str) -> SegmentLayout:
     return SegmentLayout((group,), group.num_tokens)
 
 
+def turns_of_rows(inputs: Any) -> Callable[[str], float]:
+    """A loop's line to how many blocks of keys a tile of the last layer's rows meets."""
+    from packscore_kernels.row_attention import (
+        CACHED_BLOCKS,
+        PACKED_BLOCKS,
+        TILE_ROWS,
+        blocks_met,
+    )
+
+    tiles = cdiv(len(inputs.rows), TILE_ROWS)
+    met = dict(
+        zip((PACKED_BLOCKS, CACHED_BLOCKS), blocks_met(inputs.schedule, inputs.rows), strict=True)
+    )
+
+    def turns(line: str) -> float:
+        (scope,) = (name for name in met if name in line)
+        return met[scope] / tiles
+
+    return turns
+
+
 def floor_ms(shape: dict[str, Any], job: Job, peak_flops: float) -> float:
     """The arithmetic alone, at the chip's published peak."""
     tokens = job.prefix_len + job.num_items * job.item_len
@@ -142,6 +164,8 @@ def predict(
         ahead.compiled.as_text(),
         find(dump),
         costs_of_kernels(config, job, ahead.num_tokens, schedule, writes, facts),
+        turns_of_rows(ahead.inputs),
+        config.num_hidden_layers,
     )
     counted = program.summary(found, facts.clock_hz, facts.hbm_bytes_per_s)
     floor = floor_ms(MODELS[model], job, facts.peak_flops)

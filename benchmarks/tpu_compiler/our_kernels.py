@@ -6,6 +6,7 @@ Each is counted by what its own folder says of how often it runs which piece (`c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -85,9 +86,9 @@ def costs_of_kernels(
         got = layer_cycles(job, read_costs(path, schedule.block_sizes), schedule)
         return got["cycles"], got["hbm_bytes"]
 
-    def projections(path: str) -> Cost:
-        runs = qkv_runs(steps_of(path), job.num_q_heads, job.num_kv_heads)
-        weights = head_bytes * (job.num_q_heads + 2 * job.num_kv_heads)
+    def projections(path: str, num_q_heads: int = job.num_q_heads) -> Cost:
+        runs = qkv_runs(steps_of(path), num_q_heads, job.num_kv_heads)
+        weights = head_bytes * (num_q_heads + 2 * job.num_kv_heads)
         return guarded_cycles(path, runs.tiles, runs.steps) + fetched(weights), None
 
     def projection_back(path: str) -> Cost:
@@ -113,6 +114,7 @@ def costs_of_kernels(
     kernels = {
         KERNEL: attention,
         "project_qkv": projections,
+        "project_kv": functools.partial(projections, num_q_heads=0),
         "project_out": projection_back,
         "gated_mlp": mlp,
         "write_kv_pages": page_writer,

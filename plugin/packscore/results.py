@@ -40,6 +40,8 @@ class Usage:
         or "mixed" over queries.
       mask_impl: the attention that ran: "segment", "dense", or "causal" where one sequence alone
         needs no other mask; "mixed" over queries.
+      last_layer_tokens: those of the computed tokens that ran through the whole last layer: the
+        rows that are read, or all where `explain` says so. Of the others it gave keys and values.
     """
 
     prompt_tokens: int
@@ -52,6 +54,7 @@ class Usage:
     flow: Flow | Literal["mixed"]
     mask_impl: MaskImpl
     non_finite_items: tuple[int, ...] = ()
+    last_layer_tokens: int = 0
 
     @telling
     def __repr__(self) -> str:
@@ -111,4 +114,5 @@ def merge_usages(usages: Sequence[Usage], indices: Sequence[Sequence[int]]) -> U
         non_finite_items=where("non_finite_items"),
         flow=flows.pop() if len(flows) == 1 else "mixed",
         mask_impl=masks.pop() if len(masks) == 1 else "mixed",
+        last_layer_tokens=total("last_layer_tokens"),
     )

@@ -19,6 +19,7 @@ from packscore_kernels import (
     build_schedule,
     segment_paged_attention,
 )
+from packscore_kernels import row_attention as rows_alone
 from tolerances import assert_close
 
 BLOCKS = BlockSizes(block_q=256, block_kv=128, chunk_kv=256, num_slots=2)
@@ -113,6 +114,33 @@ def check(
         count += 1
     assert run._cache_size() == 1  # the layout is data
     return count
+
+
+@pytest.mark.parametrize("page_size", [16, 128])
+def test_rows_alone(page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few rows in any order, those of padding among them, see what they see among all."""
+    monkeypatch.setattr(rows_alone, "TILE_ROWS", 32)
+    monkeypatch.setattr(rows_alone, "BLOCK_KEYS", 128)
+    rng = np.random.default_rng(1)
+    q, k, v, pages = arrays(rng, jnp.float32, 2, 1, D, TOKENS, page_size)
+    run = jax.jit(functools.partial(rows_alone.segment_attention_rows, sm_scale=SCALE))
+    for layout in (drawn(seed, page_size) for seed in range(0, 160, 20)):
+        bad_k, bad_v, bad_pages = poisoned(layout, k, v, pages, page_size)
+        rows = rng.permutation(TOKENS)[:70]
+        schedule = schedule_of(layout, page_size)
+        got = run(q[:, rows], bad_k, bad_v, bad_pages, schedule, jnp.asarray(rows))
+        assert_close(got, attention(q, k, v, layout, SCALE, pages)[:, rows], "float32")
+    assert run._cache_size() == 1  # rows and layout are data
+
+
+def test_rows_meet_the_blocks_that_they_see() -> None:
+    """A prefix of 1 000 tokens and 25 items of 40: two blocks of it, and those of the rows."""
+    layout = SegmentLayout.single(1000, [40] * 25, num_tokens=2048)
+    schedule = build_schedule(layout, block_sizes=BLOCKS, page_size=0)
+    assert rows_alone.blocks_met(schedule, layout.scored_rows) == (4, 0)
+    assert rows_alone.blocks_met(schedule, layout.scored_rows[:5]) == (3, 0)
+    assert rows_alone.blocks_met(schedule, np.array([500])) == (1, 0)
+    assert rows_alone.blocks_met(schedule, np.array([2047])) == (0, 0)  # padding
 
 
 WANT: dict[str, np.ndarray] = {}

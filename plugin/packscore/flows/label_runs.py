@@ -145,7 +145,8 @@ def _run_nested(
         if isinstance(result, Exception):
             return result
         scored.append(result)
-    return _joined(request, contexts, scored, missing)
+    whole = missing if runner.engine.whole_last else 0
+    return _joined(request, contexts, scored, missing, whole)
 
 
 def _joined(
@@ -153,8 +154,12 @@ def _joined(
     contexts: Sequence[TokenIds],
     scored: Sequence[LabelLogits],
     missing: int,
+    whole: int,
 ) -> LabelLogits:
-    """The rows of all groups, and what they and the launch of `missing` query tokens computed."""
+    """The rows of all groups, and what they and the launch of `missing` query tokens computed.
+
+    Of those `whole` ran through all of the last layer.
+    """
     distinct, group_of = np.unique(first_equal(request.items), return_inverse=True)
     own = sum(len(request.items[i]) for i in distinct) + len(distinct) * sum(map(len, contexts))
     usage = merge_usages([one.usage for one in scored], [() for _ in scored])
@@ -167,6 +172,7 @@ def _joined(
         computed_tokens=computed,
         computed_prefix_tokens=computed - own,
         prefix_tokens_saved=prompt_tokens - computed,
+        last_layer_tokens=usage.last_layer_tokens + whole,
         truncated_items=tuple(request.truncated_items),
         special_token_items=tuple(request.special_token_items),
         flow=flow_taken(

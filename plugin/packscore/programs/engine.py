@@ -20,7 +20,13 @@ from packscore.model.plain import foreign_part
 from packscore.programs.interfaces import RUNTIME_ERROR
 from packscore.programs.pages import DevicePages
 from packscore.programs.program import Launched, ModelProgram
-from packscore.programs.sizes import MAX_GROUPS, NAMED_PAGES, token_bucket
+from packscore.programs.sizes import (
+    MAX_GROUPS,
+    NAMED_PAGES,
+    program_key,
+    reads_rows,
+    token_bucket,
+)
 from packscore.results import Flow, MaskImpl
 from packscore_kernels.hardware import chip_of
 
@@ -39,6 +45,7 @@ class ProgramEngine:
 
     only_flow: Flow | None = None
     keeps_pages = True
+    whole_last: str | None = None  # what is foreign in a model is refused
 
     def __init__(self, program: ModelProgram, cache_bytes: int, mask_kind: MaskKind) -> None:
         self.mask_impl: MaskImpl = mask_kind
@@ -100,6 +107,12 @@ class ProgramEngine:
         if isinstance(error, MemoryError):
             return isinstance(error, MaskTooLargeError) or not isinstance(error, PackscoreError)
         return isinstance(error, RUNTIME_ERROR()) and OUT_OF_MEMORY in str(error)
+
+    def reads_rows(self, batch: PackedBatch) -> bool:
+        """Whether the program of a batch runs the last layer for its scored rows alone."""
+        num_tokens, num_rows = len(batch.token_ids), len(batch.layout.scored_rows)
+        key = program_key(num_tokens, num_rows, 1, False)
+        return reads_rows(key.num_items, key.num_tokens)
 
     def launch(self, batch: PackedBatch, readout: Readout) -> Launched:
         """Start a batch; the host goes on while the device computes."""

@@ -21,9 +21,15 @@ from packscore_kernels import (
     can_gate,
     can_project,
     gated_mlp,
+    project_kv,
     project_out,
     project_qkv,
 )
+
+# (module, its weights, its inputs) -> its output, through torchax
+Call = Callable[..., jax.Array]
+Stacks = Mapping[str, jax.Array]  # of all layers, by the names of weights in one
+Layer = int | jax.Array
 
 
 def _is_one(module: nn.Module, classes: Iterable[Interface]) -> bool:
@@ -51,10 +57,10 @@ def can_fuse_mlp(mlp: Any, itemsize: int) -> bool:
 
 
 def fused_layer(
-    call: Callable[..., jax.Array],
+    call: Call,
     layer: Any,
-    weights: Mapping[str, jax.Array],
-    index: jax.Array,  # i32[]
+    weights: Stacks,
+    index: Layer,
     hidden: jax.Array,  # [1, num_tokens, hidden_size]
     rotary: tuple[jax.Array, jax.Array],  # [1, num_tokens, head_dim]
     attend: LayerAttention,
@@ -75,14 +81,66 @@ def fused_layer(
       [1, num_tokens, hidden_size]: the residual stream behind the layer.
     """
     implementation, x = attend.implementation, hidden[0]
+    q, k, v = _projected(layer, weights, index, x, rotary, implementation)
+    attended = attend(q, k, v, sm_scale=math.log(2))
+    return _behind(call, layer, weights, index, x, attended, implementation)
 
+
+def fused_keys_values(
+    layer: Any,
+    weights: Stacks,
+    index: Layer,
+    hidden: jax.Array,  # [1, num_tokens, hidden_size]
+    rotary: tuple[jax.Array, jax.Array],  # [1, num_tokens, head_dim]
+    implementation: KernelImplementation,
+) -> tuple[jax.Array, jax.Array]:
+    """The keys and values of the layer, [num_kv_heads, num_tokens, head_dim] each."""
+    return project_kv(
+        hidden[0],
+        weights["input_layernorm.weight"][index],
+        (weights["self_attn.k_proj.weight"], weights["self_attn.v_proj.weight"]),
+        weights["self_attn.k_norm.weight"][index],
+        (rotary[0][0], rotary[1][0]),
+        index,
+        eps=layer.input_layernorm.variance_epsilon,
+        implementation=implementation,
+    )
+
+
+def fused_rows(
+    call: Call,
+    layer: Any,
+    weights: Stacks,
+    index: Layer,
+    hidden: jax.Array,  # [1, num_rows, hidden_size]
+    rotary: tuple[jax.Array, jax.Array],  # [1, num_rows, head_dim]
+    attend: Callable[..., jax.Array],  # queries [num_q_heads, num_rows, head_dim] -> the same
+) -> jax.Array:
+    """The layer at few rows, whose products XLA computes: no tile of a kernel is as small.
+
+    Returns:
+      [1, num_rows, hidden_size]: the residual stream behind the layer.
+    """
+    q, _, _ = _projected(layer, weights, index, hidden[0], rotary, "xla")
+    attended = attend(q, sm_scale=math.log(2))
+    return _behind(call, layer, weights, index, hidden[0], attended, "xla")
+
+
+def _projected(
+    layer: Any,
+    weights: Stacks,
+    index: Layer,
+    x: jax.Array,
+    rotary: tuple[jax.Array, jax.Array],
+    implementation: KernelImplementation,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     def stack(name: str) -> jax.Array:
         return weights[f"{name}.weight"]
 
     # The attention's exponentials are powers of two: with q scaled by its norm it scales nothing.
     scale = layer.self_attn.scaling / math.log(2)
     q_norm = stack("self_attn.q_norm")[index].astype("float32") * scale
-    q, k, v = project_qkv(
+    return project_qkv(
         x,
         stack("input_layernorm")[index],
         (stack("self_attn.q_proj"), stack("self_attn.k_proj"), stack("self_attn.v_proj")),
@@ -92,7 +150,22 @@ def fused_layer(
         eps=layer.input_layernorm.variance_epsilon,
         implementation=implementation,
     )
-    attended = attend(q, k, v, sm_scale=math.log(2))
+
+
+def _behind(
+    call: Call,
+    layer: Any,
+    weights: Stacks,
+    index: Layer,
+    x: jax.Array,
+    attended: jax.Array,
+    implementation: KernelImplementation,
+) -> jax.Array:
+    """What stands behind attention, on the residual stream [num_tokens, hidden_size]."""
+
+    def stack(name: str) -> jax.Array:
+        return weights[f"{name}.weight"]
+
     x = project_out(attended, stack("self_attn.o_proj"), x, index, implementation=implementation)
     if can_fuse_mlp(layer.mlp, x.dtype.itemsize):
         return gated_mlp(

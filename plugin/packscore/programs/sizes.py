@@ -44,6 +44,14 @@ def token_ladder(max_tokens: int) -> list[int]:
     return [*sizes, size]
 
 
+def reads_rows(num_rows: int, num_tokens: int) -> bool:
+    """Whether the last layer of a program runs for the rows that are read alone.
+
+    It would gain nothing where more than half are, whose keys and values are computed twice.
+    """
+    return 2 * num_rows <= num_tokens
+
+
 @dataclass(frozen=True)
 class ProgramKey:
     """What a program is compiled for; everything else is data."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -30,11 +30,21 @@ from packscore.interfaces import (
     set_experts_name,
 )
 from packscore.model.family import TRACED_MODEL_TYPES
+from packscore.model.last_layer import KeysValues, at_rows, keys_values
 from packscore.model.masks import MaskKind, final_cap, windows_of
-from packscore.programs.fused_layer import can_fuse, fused_layer
+from packscore.programs.fused_layer import (
+    Call,
+    Layer,
+    Stacks,
+    can_fuse,
+    fused_keys_values,
+    fused_layer,
+    fused_rows,
+)
 from packscore.programs.head import head_weight, label_head
 from packscore.programs.interfaces import check_programs
 from packscore.programs.launch_inputs import LaunchInputs
+from packscore.programs.sizes import reads_rows
 from packscore.programs.traced_ops import (
     NAME,
     KernelImplementation,
@@ -138,34 +148,34 @@ class TracedModel:
         hidden = self._call(decoder.embed_tokens, weights["embed_tokens"], tokens)
         positions = inputs.position_ids[None]
         rotary = self._call(decoder.rotary_emb, weights["rotary"], hidden, positions)
-        num_layers, first = len(decoder.layers), decoder.layers[0]
-        fuses = can_fuse(first, implementation, hidden.dtype.itemsize)
-
-        def fused(_: None, index: jax.Array, hidden: jax.Array, attend: LayerAttention) -> Any:
-            layers = weights["layers"]
-            return fused_layer(self._call, first, layers, index, hidden, rotary, attend)
-
-        def traced(own: Any, _: jax.Array, hidden: jax.Array, attend: LayerAttention) -> Any:
-            state = {f"module.{name}": array for name, array in own.items()}
-            keywords = {"position_embeddings": rotary, "position_ids": positions}
-            return self._call(_Bound(first, layer_attention=attend), state, hidden, **keywords)
-
-        layer = fused if fuses else traced
+        num_layers = len(decoder.layers)
+        layer = _Layer(self._call, decoder.layers[0], weights["layers"], rotary, positions)
+        layer.fuses = can_fuse(decoder.layers[0], implementation, hidden.dtype.itemsize)
         windows = _windows(self.skeleton) if mask_impl == "dense" else None
 
-        def step(carry: Any, scanned: tuple[Any, jax.Array]) -> tuple[Any, None]:
-            hidden, kv_pages = carry
-            own_weights, index = scanned
+        def attention_of(index: Layer, kv_pages: jax.Array | None) -> LayerAttention:
             attend = _attention_of(index, num_layers, kv_pages, inputs, implementation)
             attend.mask_impl = mask_impl
             attend.window = None if windows is None else windows[index]
-            hidden = layer(own_weights, index, hidden, attend)
+            return attend
+
+        def step(carry: Any, index: jax.Array) -> tuple[Any, None]:
+            hidden, kv_pages = carry
+            attend = attention_of(index, kv_pages)
+            hidden = layer.whole(index, hidden, attend)
             return (hidden, attend.kv_pages), None
 
-        scanned = None if fuses else weights["layers"], jnp.arange(num_layers)
-        (hidden, kv_pages), _ = jax.lax.scan(step, (hidden, kv_pages), scanned)
-        rows = self._call(decoder.norm, weights["norm"], hidden[0, inputs.rows])
-        return rows, kv_pages
+        # the last layer needs keys and values of all tokens, and all else of the rows alone
+        is_few = reads_rows(len(inputs.rows), len(inputs.token_ids))
+        num_scanned = num_layers - int(is_few)
+        (hidden, kv_pages), _ = jax.lax.scan(step, (hidden, kv_pages), jnp.arange(num_scanned))
+        if is_few:
+            attend = attention_of(num_scanned, kv_pages)
+            rows = layer.at_rows(num_scanned, hidden, attend, inputs.rows)
+            kv_pages = attend.kv_pages
+        else:
+            rows = hidden[0, inputs.rows]
+        return self._call(decoder.norm, weights["norm"], rows), kv_pages
 
     def label_logits(
         self,
@@ -189,6 +199,57 @@ class TracedModel:
         return found, kv_pages
 
 
+@dataclass
+class _Layer:
+    """One of the equal layers: its modules, or kernels in their place, with the stacked weights."""
+
+    call: Call
+    module: nn.Module
+    weights: Stacks
+    rotary: tuple[jax.Array, jax.Array]  # [1, num_tokens, head_dim]
+    positions: jax.Array  # i32[1, num_tokens]
+    fuses: bool = False
+
+    def _own(self, index: Layer) -> dict[str, jax.Array]:
+        return {f"module.{name}": stack[index] for name, stack in self.weights.items()}
+
+    def whole(self, index: Layer, hidden: jax.Array, attend: LayerAttention) -> jax.Array:
+        """[1, num_tokens, hidden_size] behind the layer."""
+        if self.fuses:
+            given = self.weights, index, hidden, self.rotary, attend
+            return fused_layer(self.call, self.module, *given)
+        keywords = {"position_embeddings": self.rotary, "position_ids": self.positions}
+        bound = _Bound(self.module, layer_attention=attend)
+        return self.call(bound, self._own(index), hidden, **keywords)
+
+    def at_rows(
+        self, index: Layer, hidden: jax.Array, attend: LayerAttention, rows: jax.Array
+    ) -> jax.Array:
+        """[num_rows, hidden_size] behind the layer, and the keys and values of all in its pages."""
+        if self.fuses:
+            given = self.weights, index
+            k, v = fused_keys_values(
+                self.module, *given, hidden, self.rotary, attend.implementation
+            )
+        else:
+            module = _KeysValues(self.module)
+            k, v = (x[0] for x in self.call(module, self._own(index), hidden, self.rotary))
+        attend.keep(k, v)
+
+        def attention(q: jax.Array, *_: jax.Array, **options: Any) -> jax.Array:
+            return attend.at_rows(q, k, v, rows, **options)
+
+        if self.fuses:
+            cos, sin = (part[:, rows] for part in self.rotary)
+            return fused_rows(
+                self.call, self.module, *given, hidden[:, rows], (cos, sin), attention
+            )[0]
+        keywords = {"position_embeddings": self.rotary, "position_ids": self.positions}
+        bound = _AtRows(self.module, layer_attention=attention)
+        found = k[None], v[None]
+        return self.call(bound, self._own(index), rows, found, hidden, **keywords)[0]
+
+
 def _windows(model: PreTrainedModel) -> jax.Array | None:
     """i32[num_layers]: how far back each layer sees; None where all see everything."""
     windows = windows_of(model)
@@ -199,7 +260,7 @@ def _windows(model: PreTrainedModel) -> jax.Array | None:
 
 
 def _attention_of(
-    layer: jax.Array,  # i32[]
+    layer: Layer,
     num_layers: int,
     kv_pages: jax.Array | None,
     inputs: LaunchInputs,
@@ -214,6 +275,18 @@ def _attention_of(
     return LayerAttention(moved, implementation, kv_pages, writes.moved(first_page))
 
 
+class _KeysValues(nn.Module):
+    """A layer as what makes its keys and values."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, hidden: torch.Tensor, rotary: KeysValues) -> KeysValues:
+        """Of all tokens."""
+        return keys_values(self.module, hidden, rotary)
+
+
 class _Bound(nn.Module):
     """A layer with the keywords that are jax values, and no torch ones, put in by hand."""
 
@@ -225,3 +298,11 @@ class _Bound(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the layer."""
         return self.module(*args, attention_mask=None, **kwargs, **self._keywords)
+
+
+class _AtRows(_Bound):
+    """The same of some rows, between the keys and values of all tokens."""
+
+    def forward(self, rows: Any, found: Any, hidden: Any, **kwargs: Any) -> Any:
+        """Call `at_rows`."""
+        return at_rows(self.module, rows, found, hidden, **kwargs, **self._keywords)
