@@ -72,9 +72,9 @@ def scorer_that_answers_at_once(model: Qwen3ForCausalLM) -> MultiItemScorer:
     program = engine._program
 
     def answers(key: ProgramKey) -> Any:
-        logits = np.zeros((key.num_items, key.num_labels), np.float32)
-        normalizer = np.zeros(key.num_items, np.float32) if key.over_vocabulary else None
-        return lambda weights, pages, inputs: ((logits, normalizer), pages)
+        logits = np.zeros((key.num_rows, key.num_labels), np.float32)
+        found = logits, np.zeros(key.num_rows, np.float32)
+        return lambda weights, pages, inputs: ((found,), pages)
 
     program._executables.get = answers
     engine.costs = tpu_cost_model(program.sizes, CHIP, 2, token_bucket)
@@ -121,7 +121,7 @@ def parts_ms(args: argparse.Namespace, sizes: Any) -> tuple[int, dict[str, float
     items = items_of(args)
     share = Share(0, np.arange(args.prefix), items, np.arange(args.items))
     packed = pack([share])
-    key: ProgramKey = program_key(len(packed.token_ids), args.items, 2, False)
+    key: ProgramKey = program_key(len(packed.token_ids), args.items, 2)
     blocks = block_sizes_for(sizes, "bfloat16", key, CHIP)
 
     def schedule() -> Any:

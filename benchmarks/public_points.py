@@ -215,11 +215,11 @@ def flash_cycles(path: str, query_tiles: int, steps: int) -> int:
 def counted(text: str, schedules: list[str], sizes: Sequence[Any]) -> dict[str, Any]:
     """What `program.summary` says of a compiled program of arguments of these shapes."""
 
-    def cost_of(name: str, path: str) -> tuple[float, float | None] | None:
+    def cost_of(name: str, path: str) -> program.Cost | None:
         if not name.startswith("flash_attention"):
             return None
         steps, (batch, heads, *_) = steps_of(path), sizes[0].shape
-        return flash_cycles(path, round((steps / batch / heads) ** 0.5), steps), None
+        return program.Cost(flash_cycles(path, round((steps / batch / heads) ** 0.5), steps))
 
     found = program.instructions(text, schedules, cost_of)
     return program.summary(found, CHIP.clock_hz, CHIP.hbm_bytes_per_s)

@@ -65,7 +65,7 @@ def fit(points: list[dict[str, Any]], clock_hz: float, peak_flops: float) -> dic
     tokens = np.array([point["num_tokens"] for point in points], float)
     layers = np.array([shape.layers for shape in shapes], float)
     heads = layers * [shape.heads for shape in shapes]
-    pairs = np.array([pairs_of(point) for point in points], float)
+    causal, others = np.array([pairs_of(point) for point in points]).T
     at_peak = 2 * tokens * layers * [shape.weights for shape in shapes] * clock_hz / peak_flops
     # by part: what the peak does not say of it, and what that is proportional to
     parts = (
@@ -80,7 +80,15 @@ def fit(points: list[dict[str, Any]], clock_hz: float, peak_flops: float) -> dic
             cycles["rest"] + cycles["once"],
             {"rotated": tokens * layers * [shape.q + shape.kv for shape in shapes]},
         ),
-        (cycles["attention"], {"pair": heads * pairs, "row": heads * tokens, "head": heads}),
+        (
+            cycles["attention"],
+            {
+                "pair": heads * others,
+                "causal": heads * causal,
+                "row": heads * tokens,
+                "head": heads,
+            },
+        ),
     )
     weights, best, worst = np.ones(len(points)), {}, np.inf
     for _ in range(100):
@@ -98,10 +106,10 @@ def fit(points: list[dict[str, Any]], clock_hz: float, peak_flops: float) -> dic
     return best
 
 
-def pairs_of(point: dict[str, Any]) -> float:
-    """(row, key) pairs that see each other."""
+def pairs_of(point: dict[str, Any]) -> tuple[float, float]:
+    """(row, key) pairs that see each other: of the query's rows among themselves, and others."""
     prefix, items, length = (point[name] for name in ("prefix_len", "num_items", "item_len"))
-    return float(prefix**2 / 2 + items * (length * prefix + length**2 / 2))
+    return prefix**2 / 2, items * (length * prefix + length**2 / 2)
 
 
 def main() -> None:

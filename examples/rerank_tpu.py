@@ -48,8 +48,7 @@ def main() -> None:
     if program is None:
         print("jax sees no TPU: scored in torch")
     else:
-        # over_vocabulary=(False,): rank and predict compare two labels
-        count = program.warmup(max_tokens=args.max_tokens, over_vocabulary=(False,))
+        count = program.warmup(max_tokens=args.max_tokens)
         print(f"{count} programs on {program.device.device_kind}")
         program.strict = True  # whatever is longer is an error now, and no compile
 

@@ -212,13 +212,15 @@ def read_costs(path: str, blocks: BlockSizes) -> Costs:
     )
 
 
-def layer_cycles(job: Job, costs: Costs, schedule: SegmentSchedule) -> dict[str, float]:
+def layer_cycles(
+    job: Job, costs: Costs, schedule: SegmentSchedule, *, live_tiles_only: bool = False
+) -> dict[str, float]:
     """Cycles of one layer: every piece as often as the work list runs it."""
     import jax.numpy as jnp
 
     from packscore_kernels.attention.counts import count_runs, moved_bytes
 
-    runs = count_runs(schedule)
+    runs = count_runs(schedule, live_tiles_only=live_tiles_only)
     per_head = sum(times * costs.pieces.get(name, 0) for name, times in runs.pieces.items())
     matrix = sum(times * costs.matrix.get(name, 0) for name, times in runs.pieces.items())
     per_head += runs.tiles * costs.step + runs.writes * costs.write
@@ -237,6 +239,7 @@ def layer_cycles(job: Job, costs: Costs, schedule: SegmentSchedule) -> dict[str,
         "cycles": job.num_kv_heads * per_head,
         "matrix_use": matrix / per_head,
         "hbm_bytes": job.num_kv_heads * moved,
+        "grid_steps": job.num_kv_heads * (runs.tiles + runs.padding_tiles),
     }
 
 

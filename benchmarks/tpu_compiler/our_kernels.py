@@ -10,24 +10,24 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from packscore_kernels.hardware import Chip
+from packscore_kernels.hardware import Chip, cdiv
 from tpu_compiler.kernel import Job, layer_cycles, read_costs
-from tpu_compiler.program import KERNEL
+from tpu_compiler.program import KERNEL, Cost
 from tpu_compiler.schedule import pipelined_cycles, regions
 
 if TYPE_CHECKING:
-    from packscore_kernels import PageWrites, SegmentSchedule
+    from packscore.programs.launch_inputs import LaunchInputs
+    from packscore.programs.sizes import ProgramKey
     from packscore_kernels.layer.counts import MlpRuns
+    from packscore_kernels.row_attention.counts import RowRuns
 
 # A piece of a kernel's schedule of so many bundles stands behind a guard; what every step of a grid
 # runs is shorter.
 LONG_PIECE = 180
 
-Cost = tuple[float, float | None]  # cycles, and bytes of HBM where the program's text has others
-
 
 def steps_of(path: str) -> int:
-    """Steps of a kernel's grid: its loop, the last one, is left at that many and two."""
+    """Steps of a static grid: its loop, the last one, is left at that many and two."""
     exits = [region.exits[0] for region in regions(path) if region.exits]
     return int(exits[-1]) - 2 if exits else 1
 
@@ -53,12 +53,32 @@ def mlp_cycles(path: str, runs: MlpRuns) -> int:
     return cycles
 
 
+def row_cycles(path: str, runs: RowRuns, num_kv_heads: int) -> int:
+    """Cycles of the attention of rows.
+
+    Its pieces that multiply, packed blocks before those of pages, under a mask before whole; and
+    its other long ones: what begins, what takes a block of each kind, what ends.
+    """
+    kinds = [runs.packed, runs.cached]
+    products = [times for kind in kinds for times in (kind.masked, kind.whole)]
+    others = [1, runs.packed.blocks, runs.cached.blocks, runs.parts * num_kv_heads]
+    inside = [region for region in regions(path) if region.depth]
+    cycles = 0
+    for region in inside:
+        if region.has("vmatmul"):
+            cycles += region.bundles * products.pop(0)
+        elif region.bundles >= LONG_PIECE and not any("dma" in note for note in region.notes):
+            cycles += region.bundles * others.pop(0)
+        else:
+            cycles += region.bundles * runs.steps
+    return cycles
+
+
 def costs_of_kernels(
     config: Any,
     job: Job,
-    num_tokens: int,
-    schedule: SegmentSchedule,
-    writes: PageWrites | None,
+    key: ProgramKey,
+    inputs: LaunchInputs,
     chip: Chip,
 ) -> Callable[[str, str], Cost | None]:
     """What (instruction, the file of its schedule) takes, None where it is none of our kernels.
@@ -66,16 +86,28 @@ def costs_of_kernels(
     Args:
       config: of the model, in bfloat16.
       job: its attention.
-      num_tokens: of the program.
-      schedule: of the attention, as numpy arrays.
-      writes: to the pages, as numpy arrays.
+      key: of the program.
+      inputs: of the launch, as numpy arrays.
       chip: that runs it.
     """
+    from packscore.programs.head import rows_step
     from packscore_kernels.layer.counts import mlp_runs, qkv_runs
     from packscore_kernels.layer.mlp import mlp_tiles
+    from packscore_kernels.layer.projections import num_passes, out_tile, qkv_tile
+    from packscore_kernels.layer.tiles import LiveTokens
     from packscore_kernels.page_writes import write_runs
+    from packscore_kernels.row_attention.blocks import BLOCK_KEYS
+    from packscore_kernels.row_attention.counts import row_runs
 
     hidden, width = config.hidden_size, config.intermediate_size
+    num_tokens, schedule = key.num_tokens, inputs.schedule
+    count = int(schedule.counts[0])
+    live = LiveTokens(count, key.tile) if key.tile else None
+
+    def tiles(tile: int | None) -> int:
+        """Of the tokens that run, a kernel's."""
+        return cdiv(count if key.tile else num_tokens, tile or num_tokens)
+
     head_bytes = 2 * hidden * job.head_dim  # of a head's weights
 
     def fetched(count: float) -> float:
@@ -83,33 +115,47 @@ def costs_of_kernels(
         return count / chip.hbm_bytes_per_s * chip.clock_hz
 
     def attention(path: str) -> Cost:
-        got = layer_cycles(job, read_costs(path, schedule.block_sizes), schedule)
-        return got["cycles"], got["hbm_bytes"]
+        costs = read_costs(path, schedule.block_sizes)
+        got = layer_cycles(job, costs, schedule, live_tiles_only=bool(key.tile))
+        return Cost(got["cycles"], got["hbm_bytes"], int(got["grid_steps"]))
 
     def projections(path: str, num_q_heads: int = job.num_q_heads) -> Cost:
-        runs = qkv_runs(steps_of(path), num_q_heads, job.num_kv_heads)
+        heads = num_q_heads, job.num_kv_heads
+        steps = tiles(qkv_tile(heads, hidden, 2, num_tokens, live)) * (num_passes(*heads) + 1)
+        runs = qkv_runs(steps, *heads)
         weights = head_bytes * (num_q_heads + 2 * job.num_kv_heads)
-        return guarded_cycles(path, runs.tiles, runs.steps) + fetched(weights), None
+        return Cost(guarded_cycles(path, runs.tiles, steps) + fetched(weights), None, steps)
 
     def projection_back(path: str) -> Cost:
-        return pipelined_cycles(path) + fetched(head_bytes * job.num_q_heads), None
+        steps = tiles(out_tile(job.num_q_heads, hidden, 2, num_tokens, live))
+        weights = fetched(head_bytes * job.num_q_heads)
+        return Cost(pipelined_cycles(path, steps) + weights, None, steps)
 
     def mlp(path: str) -> Cost:
-        chunk = mlp_tiles(num_tokens, hidden, width, 2).width
-        runs = mlp_runs(steps_of(path), width // chunk)
+        tile, chunk = mlp_tiles(num_tokens, hidden, width, 2, live)
+        runs = mlp_runs(tiles(tile) * (width // chunk), width // chunk)
         weights = 2 * 3 * hidden * width
         # the first chunk arrives before anything runs, the others beside the products; each tile of
         # tokens reads all weights
         first = fetched(weights * chunk / width)
-        return max(mlp_cycles(path, runs), fetched(runs.first * weights)) + first, None
+        cycles = max(mlp_cycles(path, runs), fetched(runs.first * weights)) + first
+        return Cost(cycles, None, runs.steps)
 
     def page_writer(path: str) -> Cost:
         # whole pages are copied together; each other one waits for its keys, values and old slots,
         # is merged, and waits for its way back
-        runs = write_runs(writes)
+        runs = write_runs(inputs.page_writes)
         moved = 2 * 2 * job.num_kv_heads * job.head_dim * runs.moved_tokens
         cycles = guarded_cycles(path, runs.merged, runs.whole + runs.merged)
-        return cycles + fetched(moved), moved
+        return Cost(cycles + fetched(moved), moved, 1)
+
+    def rows_read(path: str) -> Cost:
+        rows = inputs.rows[: rows_step(len(inputs.rows))]
+        group = job.num_q_heads // job.num_kv_heads
+        runs = row_runs(schedule, rows, group, has_pages=bool(key.num_pages))
+        blocks = runs.packed.blocks + runs.cached.blocks
+        moved = 2 * job.head_dim * 2 * (job.num_kv_heads * blocks * BLOCK_KEYS)
+        return Cost(row_cycles(path, runs, job.num_kv_heads), moved, runs.steps)
 
     kernels = {
         KERNEL: attention,
@@ -118,6 +164,7 @@ def costs_of_kernels(
         "project_out": projection_back,
         "gated_mlp": mlp,
         "write_kv_pages": page_writer,
+        "row_attention": rows_read,
     }
 
     def cost(name: str, path: str) -> Cost | None:

@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tpu_compiler.schedule import pipelined_cycles, regions
 
@@ -29,6 +30,18 @@ CALLED = re.compile(r", calls=%([\w.\-]+)")
 BOUND = re.compile(r" s32\[\]\S* constant\((\d+)\)")
 
 
+# What a step of a kernel's grid takes beside its schedule: memory's answer, as measured elsewhere.
+GRID_STEP_MS = 90e-6
+
+
+class Cost(NamedTuple):
+    """What an instruction takes."""
+
+    cycles: float
+    hbm_bytes: float | None = None  # None: those of the arrays in the program's text
+    grid_steps: int = 0
+
+
 @dataclass(frozen=True)
 class Instruction:
     """One scheduled instruction of a program."""
@@ -39,6 +52,7 @@ class Instruction:
     hbm_bytes: float  # once
     multiplies: bool  # on the matrix unit
     is_attention: bool
+    grid_steps: int = 0  # once
 
     def milliseconds(self, clock_hz: float, hbm_bytes_per_s: float) -> float:
         """All its runs."""
@@ -81,6 +95,7 @@ def summary(
         "ms": sum(parts.values()),
         "parts_ms": parts,
         "cycles_ms": 1e3 * sum(one.times * one.cycles for one in found) / clock_hz,
+        "grid_step_ms": GRID_STEP_MS * sum(one.times * one.grid_steps for one in found),
         "hbm_ms": 1e3 * sum(one.times * one.hbm_bytes for one in found) / hbm_bytes_per_s,
     }
 
@@ -116,8 +131,8 @@ def twins(bodies: dict[str, tuple[bool, list[str]]]) -> Iterator[tuple[str, str]
 def instructions(
     hlo: str,
     schedules: list[str],
-    cost_of: Callable[[str, str], tuple[float, float | None] | None] = lambda name, path: None,
-    turns_of: Callable[[str], float] = lambda line: math.nan,
+    cost_of: Callable[[str, str], Cost | None] = lambda name, path: None,
+    turns_of: Callable[[str], int] = lambda line: 1,
     layers: int = 1,
 ) -> list[Instruction]:
     """Every scheduled instruction of a program.
@@ -125,9 +140,8 @@ def instructions(
     Args:
       hlo: the compiled program's text.
       schedules: the files that the compiler dumped for it.
-      cost_of: (instruction, its file) to its cycles and bytes, where these cannot be read off.
-      turns_of: a loop's line to how often it turns, where that is data of the program.
-
+      cost_of: (instruction, its file) to what it takes, where that cannot be read off.
+      turns_of: a loop's line to its turns, where these are data.
       layers: over which weights and pages are stacked: one layer reads its own. What stands in no
         loop and gives a stack gives all of it.
 
@@ -148,22 +162,24 @@ def instructions(
             shapes[own] = shape
             if opcode == "while" and (loop := WHILE.search(rest)):
                 bounds = BOUND.findall("\n".join(bodies[loop[1]][1]))
-                own_turns = int(bounds[0]) if bounds else turns_of(line)
-                walk(loop[2], times * own_turns, own_turns)
+                count = int(bounds[0]) if bounds else turns_of(line)
+                walk(loop[2], times * count, count)
             elif own in files:
                 path = files[own]
                 operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
                 arrays = [shape, *(shapes.get(operand, "") for operand in dict.fromkeys(operands))]
                 cost = cost_of(own, path)
-                cycles, moved = cost or (pipelined_cycles(path), None)
+                cycles, moved, steps = cost or Cost(pipelined_cycles(path))
                 if moved is None:
                     given = array_bytes(shape, layers if turns > 1 else 1)
                     moved = given + sum(array_bytes(array, layers) for array in arrays[1:])
                     if "gather" in own:  # reads the rows it gives, not the whole table
                         moved = 2 * given
                 multiplies = any(r.has("vmatmul") for r in regions(path))
-                is_attention = own.startswith(KERNEL) or DENSE_SCOPE in line or ROWS_SCOPE in line
-                found.append(Instruction(own, times, cycles, moved, multiplies, is_attention))
+                is_attention = own.startswith(KERNEL) or DENSE_SCOPE in line
+                found.append(
+                    Instruction(own, times, cycles, moved, multiplies, is_attention, steps)
+                )
 
     (entry,) = (name for name, (is_entry, _) in bodies.items() if is_entry)
     walk(entry, 1, 1)

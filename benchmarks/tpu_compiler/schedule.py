@@ -178,10 +178,16 @@ def outline(path: str, at_least: int = 1) -> None:
             )
 
 
-def pipelined_cycles(path: str) -> int:
-    """Cycles of an instruction with one static pipeline loop: "loop exit at N" is N - 2 turns."""
+def pipelined_cycles(path: str, turns: int | None = None) -> int:
+    """Cycles of an instruction with one pipeline loop.
+
+    Args:
+      path: of its schedule.
+      turns: of the loop; None takes those of a static one, whose "loop exit at N" is N - 2 turns.
+    """
     found = list(regions(path))
-    turns = next((x - 2 for r in found for x in r.exits), 1)
+    if turns is None:
+        turns = next((x - 2 for r in found for x in r.exits), 1)
     return sum(r.bundles * (turns if r.depth else 1) for r in found)
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from packscore_kernels.layer.api import project_kv as project_kv
     from packscore_kernels.layer.api import project_out as project_out
     from packscore_kernels.layer.api import project_qkv as project_qkv
+    from packscore_kernels.layer.tiles import LiveTokens as LiveTokens
     from packscore_kernels.page_writes import PageImplementation as PageImplementation
     from packscore_kernels.page_writes import PageWrites as PageWrites
     from packscore_kernels.page_writes import build_page_writes as build_page_writes
@@ -47,6 +48,7 @@ _HOMES = {
         *("ProjectionImplementation", "can_gate", "can_project"),
         *("gated_mlp", "project_kv", "project_out", "project_qkv"),
     ),
+    "layer.tiles": ("LiveTokens",),
     "page_writes": ("PageImplementation", "PageWrites", "build_page_writes", "write_kv_pages"),
 }
 _HOME_OF = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names}

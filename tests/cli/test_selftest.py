@@ -223,10 +223,10 @@ def test_predicted_parts_are_the_planners_milliseconds(chip: str) -> None:
     sizes = ModelSizes.of(QWEN3)
     items = REFERENCE.num_items * REFERENCE.item_len
     tokens = REFERENCE.query_len + items
-    pairs = REFERENCE.query_len**2 / 2 + items * (REFERENCE.query_len + REFERENCE.item_len / 2)
-    parts = predicted_parts(sizes, chip, tokens, pairs)
+    pairs = items * (REFERENCE.query_len + REFERENCE.item_len / 2), REFERENCE.query_len**2 / 2
+    parts = predicted_parts(sizes, chip, tokens, *pairs)
     assert sum(parts.values()) == pytest.approx(
-        tpu_cost_model(sizes, chip, 2).launch(tokens, pairs)
+        tpu_cost_model(sizes, chip, 2).launch(tokens, *pairs)
     )
-    assert predicted_parts(sizes, "v4", tokens, pairs) == {}
+    assert predicted_parts(sizes, "v4", tokens, *pairs) == {}
     assert "v4" in CHIPS

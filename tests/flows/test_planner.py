@@ -49,9 +49,9 @@ def cost_by_hand(planner: Planner, work: Workload, bounds: list[tuple[int, int]]
         items = work.item_lens[start:end].tolist()
         own = work.prefix_len - cached
         own += int(own == 0 and work.prefix_len > 0 and 0 in items)
-        pairs = own * cached + own * own / 2
+        pairs = own * cached
         pairs += sum(length * work.prefix_len + length * length / 2 for length in items)
-        total += planner.costs.launch(own + sum(items), pairs)
+        total += planner.costs.launch(own + sum(items), pairs, own * own / 2)
         cached = work.prefix_len if work.is_kept else 0
     return total
 
@@ -200,9 +200,10 @@ def test_the_costs_of_a_tpu_are_those_of_its_schedules(chip: str) -> None:
             else ModelSizes(36, 32, 8, 128, 2560, 9728)
         )
         prefix, count, length = point["prefix_len"], point["num_items"], point["item_len"]
-        pairs = prefix**2 / 2 + count * (length * prefix + length**2 / 2)
+        pairs = cycles.causal * prefix**2 / 2
+        pairs += cycles.pair * count * (length * prefix + length**2 / 2)
         fitted = point["num_tokens"] * cycles.of_token(shape, facts.peak_flops / facts.clock_hz)
-        fitted += shape.layers * heads * cycles.pair * pairs + cycles.of_launch(shape)
+        fitted += shape.layers * heads * pairs + cycles.of_launch(shape)
         error = fitted / (1e-3 * facts.clock_hz * sum(point["parts_ms"].values())) - 1
         print(f"{chip} {point['model']} {point['num_tokens']:6} tokens: {error:+.1%}")
         assert abs(error) <= COST_FITTED
@@ -216,7 +217,7 @@ def test_a_tpu_launch_costs_at_least_its_weights() -> None:
     # the reference job, as the whole program's schedule has it
     (reference,) = [p for p in tpu_table("v6e")["points"] if p["num_items"] == 500]
     expected_ms = sum(reference["parts_ms"].values())
-    assert costs.launch(12_000, 22.1e6) == pytest.approx(expected_ms, rel=COST_FITTED)
+    assert costs.launch(12_000, 20.1e6, 2e6) == pytest.approx(expected_ms, rel=COST_FITTED)
     assert costs.launch(24_576, 0) - costs.launch_ms == pytest.approx(
         2 * (costs.launch(12_288, 0) - costs.launch_ms)
     )

@@ -200,7 +200,7 @@ def test_a_program_names_the_pages_of_the_longest_prefix() -> None:
     assert lease is not None
     lease.commit()
     batch = pack([Share(0, prefix, [np.ones(7, np.int64)], np.arange(1), lease)])
-    key = program_key(len(batch.token_ids), 1, 2, False, MAX_PAGES)
+    key = program_key(len(batch.token_ids), 1, 2, MAX_PAGES)
     blocks = block_sizes_for(sizes, "float32", key, "v6e")
     inputs = LaunchInputs.of(key, blocks, batch.layout, batch.token_ids, [1, 2], leases=[lease])
     assert np.count_nonzero(np.diff(inputs.schedule.page_indices[:320]) == 1) == 319

@@ -253,8 +253,8 @@ def test_large_batches_are_split_and_long_rows_run_in_torch(
 def test_warmup_compiles_for_plain_calls_too() -> None:
     model = patch_model(random_qwen3(num_layers=1), device="jax")
     program: Any = program_of(model)
-    compiled = program.warmup(max_tokens=200, over_vocabulary=(), plain_calls=True)
-    assert compiled == program.compile_count == 6  # two buckets, few and all rows, and two heads
+    compiled = program.warmup(max_tokens=200, plain_calls=True)
+    assert compiled == program.compile_count == 6  # of two buckets two, and two heads
     program.strict = True
     for rows, columns in ((1, 1), (1, 128), (3, 50), (2, 100)):
         ids = torch.tensor([random_ids(columns, seed=n) for n in range(rows)])

@@ -34,7 +34,15 @@ from packscore import (
     unpatch_model,
 )
 from packscore.calls import program_of
-from packscore.programs.sizes import program_key, token_bucket, token_ladder
+from packscore.programs.sizes import (
+    ProgramKey,
+    capacity,
+    computed_tokens,
+    program_key,
+    program_sizes,
+    token_bucket,
+    token_ladder,
+)
 from tolerances import (
     PROBABILITY_MAX_BFLOAT16,
     PROBABILITY_MAX_FLOAT32,
@@ -145,9 +153,8 @@ def warm(quick_programs: None, largest: int) -> MultiItemScorer:
     model = random_qwen3(num_layers=1, num_heads=1, num_kv_heads=1)
     scorer = MultiItemScorer(patch_model(model, device="jax"), label_token_ids=LABELS[:2])
     program: Any = program_of(model)
-    compiled = program.warmup(max_tokens=largest, max_items=16, over_vocabulary=(True,))
-    # 16 items fit the program of few items in all buckets but the first
-    assert compiled == program.compile_count == len(token_ladder(largest)) + 1
+    compiled = program.warmup(max_tokens=largest)
+    assert compiled == program.compile_count == len(token_ladder(largest))
     program.strict = True
     return scorer
 
@@ -267,6 +274,18 @@ def test_buckets() -> None:
         assert n <= 1024 or bucket <= 1.125 * n
     ladder = token_ladder(5000)
     assert ladder == sorted({token_bucket(n) for n in range(1, 5001)})
-    key = program_key(12_000, 500, 2, False)
-    assert (key.num_tokens, key.num_items, key.num_labels) == (12_288, 768, 8)
+    assert program_key(12_000, 500, 2) == ProgramKey(12_288, 12_288, 64)
+    # by tiles: the room of a program, and the tokens that run
+    sizes = (1, 256, 257, 513, 4096, 4097, 16_384, 16_385)
+    rooms, tiles = zip(*(capacity(n) for n in sizes), strict=True)
+    assert rooms == (512, 512, 512, 4096, 4096, 16_384, 16_384, 32_768)
+    assert tiles == (256, 256, 256, 512, 512, 1024, 1024, 1024)
+    computed = [computed_tokens(n, by_tiles=True) for n in sizes]
+    assert computed == [256, 256, 512, 1024, 4096, 5120, 16_384, 17_408]
+    assert [program_sizes(n, by_tiles=True) for n in (1, 600, 5000)] == [
+        [512],
+        [512, 4096],
+        [512, 4096, 16_384],
+    ]
+    assert program_key(12_000, 500, 65, by_tiles=True) == ProgramKey(16_384, 16_384, 128, 0, 1024)
     assert max(LABELS) < VOCAB_SIZE

@@ -285,7 +285,7 @@ def test_one_warmup_serves_them() -> None:
     scorer = MultiItemScorer(patch_model(random_qwen3(), device="jax"))
     program: Any = program_of(scorer.model)
     labels = [[i, i + 1] for i in range(0, 20, 2)]
-    program.warmup(max_tokens=256, num_labels=20, over_vocabulary=(True,))
+    program.warmup(max_tokens=256)
     program.strict = True
     result = scorer.score(
         random_ids(90, seed=1), ITEMS[:5], label_token_ids=labels, return_usage=True

@@ -145,7 +145,7 @@ def test_what_is_no_number_in_an_item_reaches_no_other(models: Any) -> None:
 
 def test_nothing_is_compiled_behind_a_warm_up(models: Any) -> None:
     program: Any = program_of(models[0])
-    program.warmup(max_tokens=300, num_labels=len(LABELS), over_vocabulary=(False,))
+    program.warmup(max_tokens=300)
     before, program.strict = program.compile_count, True
     try:
         scorer = scorer_of(models[0])

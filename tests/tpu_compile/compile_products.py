@@ -31,9 +31,7 @@ def main(chip, *names):
 
     layout = SegmentLayout.single(100, [20] * 5)
     for name, dtype in (name.split("=") for name in names):
-        ahead = compile_ahead(
-            MODELS[name].config, layout, chip=chip, dtype=dtype, over_vocabulary=True
-        )
+        ahead = compile_ahead(MODELS[name].config, layout, chip=chip, dtype=dtype)
         found = list(products(ahead.compiled.as_text()))
         wide = [(highest, line) for operands, highest, line in found if "f32" in operands]
         result = {

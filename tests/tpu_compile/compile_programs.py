@@ -1,6 +1,6 @@
 """Compile a whole model for a TPU that is not there, and say what is in the program. One object.
 
-python compile_programs.py v6e 0.6B [--over-vocabulary] [--dense]
+python compile_programs.py v6e 0.6B [--dense]
 """
 
 import json
@@ -26,16 +26,15 @@ def shapes(text):
                 yield [int(size) for size in dims.split(",")], line
 
 
-def main(chip, model, over_vocabulary, mask_impl):
+def main(chip, model, mask_impl):
     configure(CHIPS[chip].topology)
     from packscore.programs.ahead import compile_ahead
     from packscore_kernels import SegmentLayout
 
     items = [REFERENCE.item_len] * NUM_ITEMS[model]
     config, layout = config_of(model), SegmentLayout.single(REFERENCE.prefix_len, items)
-    options = {"over_vocabulary": over_vocabulary, "mask_impl": mask_impl}
-    ahead = compile_ahead(config, layout, chip=chip, **options)
-    text, tokens = ahead.compiled.as_text(), ahead.num_tokens
+    ahead = compile_ahead(config, layout, chip=chip, mask_impl=mask_impl)
+    text, tokens = ahead.compiled.as_text(), ahead.key.num_tokens
     found = {"squares": [], "logits": [], "constants": []}
     layer = next(x for x in text.split("\n\n") if "%project_out" in x)
     for sizes, line in shapes(text):
@@ -60,6 +59,7 @@ def main(chip, model, over_vocabulary, mask_impl):
                 **found,
                 **sizes,
                 "num_tokens": tokens,
+                "tile": ahead.key.tile,
                 "argument_bytes": memory.argument_size_in_bytes,
                 "aliased_bytes": memory.alias_size_in_bytes,
                 "kernels": sorted(set(re.findall(KERNEL, text))),
@@ -71,4 +71,4 @@ def main(chip, model, over_vocabulary, mask_impl):
 
 if __name__ == "__main__":
     mask_impl = "dense" if "--dense" in sys.argv else "segment"
-    main(sys.argv[1], sys.argv[2], "--over-vocabulary" in sys.argv, mask_impl)
+    main(sys.argv[1], sys.argv[2], mask_impl)

@@ -62,6 +62,7 @@ def segment_paged_attention(
     implementation: Implementation | None = None,
     soft_cap: float | None = None,
     sliding_window: int | jax.Array | None = None,
+    live_tiles_only: bool = False,
 ) -> jax.Array:
     """Attention in which every item sees its group's prefix and itself, and nothing else.
 
@@ -94,6 +95,8 @@ def segment_paged_attention(
       soft_cap: scores become `soft_cap * tanh(score / soft_cap)`; "dense" and "reference" only.
       sliding_window: how many tokens back a row sees in its own sequence, prefix and item, itself
         included; "dense" and "reference" only, where it may be data.
+      live_tiles_only: the kernel ends with the last q tile that holds a token: padding rows of
+        later tiles hold anything, and nobody may read them. Others always write all rows.
 
     Returns:
       [num_q_heads, num_tokens, head_dim] in the dtype of q; padding rows are zeros.
@@ -144,6 +147,9 @@ def segment_paged_attention(
     else:
         interpret: Any = pltpu.InterpretParams() if implementation == "pallas_interpret" else False
         out = segment_attention_pallas(
-            q, k, v, kv_pages, schedule, sm_scale=sm_scale, interpret=interpret
+            *(q, k, v, kv_pages, schedule),
+            sm_scale=sm_scale,
+            live_tiles_only=live_tiles_only,
+            interpret=interpret,
         )
     return out[:, : schedule.num_tokens]

@@ -57,7 +57,7 @@ class KernelRuns:
     loaded_blocks: int  # blocks of keys in them
 
 
-def count_runs(schedule: SegmentSchedule) -> KernelRuns:
+def count_runs(schedule: SegmentSchedule, *, live_tiles_only: bool = False) -> KernelRuns:
     """Every piece as often as the kernel runs it for a schedule of numpy arrays."""
     blocks = schedule.block_sizes
     num_tokens, num_loads = (int(n) for n in schedule.counts)
@@ -76,7 +76,7 @@ def count_runs(schedule: SegmentSchedule) -> KernelRuns:
     return KernelRuns(
         pieces=dict(pieces),
         tiles=num_tiles,
-        padding_tiles=schedule.num_q_tiles - num_tiles,
+        padding_tiles=0 if live_tiles_only else schedule.num_q_tiles - num_tiles,
         writes=num_writes,
         uses=num_uses,
         masked_parts=edge_parts(blocks) * num_masked,
@@ -138,7 +138,7 @@ def moved_bytes(
 
     Queries and what attention found, the keys and values of each tile's window, and the chunks.
     """
-    num_tiles, blocks = schedule.num_q_tiles, schedule.block_sizes
+    num_tiles, blocks = runs.tiles + runs.padding_tiles, schedule.block_sizes
     num_tokens = num_tiles * blocks.block_q
     in_windows = num_tokens + num_tiles * LANES
     in_chunks = runs.loaded_blocks * blocks.block_kv

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -27,13 +28,15 @@ def segment_attention_pallas(
     schedule: SegmentSchedule,
     *,
     sm_scale: float,
+    live_tiles_only: bool = False,
     interpret: Any = False,
     count_visits: bool = False,
 ) -> Any:
     """The kernel over arrays whose number of tokens is a multiple of `block_kv`.
 
     Returns:
-      [num_q_heads, num_tokens, head_dim], and with `count_visits` also the blocks each (kv head,
+      [num_q_heads, num_tokens, head_dim], of which with `live_tiles_only` q tiles without a token
+      are not written, and with `count_visits` also the blocks each (kv head,
       q tile) read beyond its window, i32[num_kv_heads, num_q_tiles].
     """
     num_q_heads, _, head_dim = q.shape
@@ -50,7 +53,9 @@ def segment_attention_pallas(
     )
     group, bq = shape.group_size, blocks.block_q
     used = vmem_bytes(group, head_dim, q.dtype.itemsize, blocks)
-    num_tiles = schedule.num_q_tiles
+    num_tiles: Any = schedule.num_q_tiles
+    if live_tiles_only:
+        num_tiles = lax.div(schedule.counts[0] + (bq - 1), bq)
     here = lambda h, t, *_: (h, t, 0)  # noqa: E731
     before = lambda h, t, *_: (h, jnp.maximum(t * (bq // W) - 1, 0), 0)  # noqa: E731
     hbm = pl.BlockSpec(memory_space=pl.ANY)
@@ -68,7 +73,7 @@ def segment_attention_pallas(
     out_shape = [shape_of(q.shape, q.dtype)]
     out_specs = [pl.BlockSpec((group, bq, head_dim), here)]
     if count_visits:
-        out_shape.append(shape_of((num_kv_heads, num_tiles), jnp.int32))
+        out_shape.append(shape_of((num_kv_heads, schedule.num_q_tiles), jnp.int32))
         out_specs.append(pl.BlockSpec(memory_space=pltpu.SMEM))
     slots = blocks.num_slots + 1  # the last is `redo`'s
     scratch = [

@@ -34,7 +34,7 @@ def scores_of(queries: jax.Array, keys: jax.Array, sm_scale: float) -> jax.Array
     return s * sm_scale
 
 
-def _fold(state: State, s: jax.Array, seen: jax.Array, v: jax.Array) -> State:
+def fold(state: State, s: jax.Array, seen: jax.Array, v: jax.Array) -> State:
     """One step of the online softmax; s [kv heads, group, rows, keys], v [kv heads, keys, dim]."""
     m, total, acc = state
     s = jnp.where(seen, s, MASKED)
@@ -117,7 +117,7 @@ def _attend_tile(
     key = first_row - LANES + jnp.arange(bq + LANES)
     k, v = (lax.dynamic_slice_in_dim(x, first_row, bq + LANES, axis=1) for x in (keys.k, keys.v))
     seen = (key >= jnp.maximum(own, window)) & (key <= row)
-    state = _fold(start_of(queries), scores_of(queries, k, sm_scale), seen, v)
+    state = fold(start_of(queries), scores_of(queries, k, sm_scale), seen, v)
 
     def one(i: jax.Array, state: State) -> State:
         use = Use(*uses[i])
@@ -125,7 +125,7 @@ def _attend_tile(
         start, paged = jnp.where(here, use.base, load.start), jnp.where(here, 0, load.paged)
         k, v = _read_chunk(keys, load._replace(start=start, paged=paged), chunk)
         seen = _seen_in_chunk(use, row, window, far, chunk)
-        return _fold(state, scores_of(queries, k, sm_scale), seen, v)
+        return fold(state, scores_of(queries, k, sm_scale), seen, v)
 
     starts = jnp.asarray(schedule.use_starts)
     _, total, acc = lax.fori_loop(starts[t], starts[t + 1], one, state)
@@ -258,6 +258,6 @@ def segment_attention_dense(
     scores = scores_of(grouped, k, sm_scale)
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
-    _, total, acc = _fold(start_of(grouped), scores, mask, v)
+    _, total, acc = fold(start_of(grouped), scores, mask, v)
     out = jnp.where(real, acc / jnp.where(real, total, 1.0), 0.0)
     return out.reshape(num_q_heads, num_rows, head_dim).astype(q.dtype)

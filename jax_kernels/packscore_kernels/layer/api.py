@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -14,12 +13,12 @@ from packscore_kernels.errors import ArgumentError
 from packscore_kernels.layer.mlp import COLUMNS, gated_mlp_pallas, mlp_tiles
 from packscore_kernels.layer.projections import (
     HEAD_DIM,
-    out_vmem_bytes,
+    out_tile,
     project_out_pallas,
     project_qkv_pallas,
-    qkv_vmem_bytes,
+    qkv_tile,
 )
-from packscore_kernels.layer.tiles import product, rms_norm, tile_tokens
+from packscore_kernels.layer.tiles import LiveTokens, product, rms_norm
 
 ProjectionImplementation = Literal["pallas", "pallas_interpret", "xla"]
 Weights3 = tuple[jax.Array, jax.Array, jax.Array]
@@ -32,12 +31,10 @@ def can_project(
     """Whether the kernels take these heads, and the chip that is traced for holds their weights."""
     if head_dim != HEAD_DIM or hidden_size % HEAD_DIM:
         return False
-    into = functools.partial(qkv_vmem_bytes, num_q_heads, num_kv_heads, hidden_size, itemsize)
-    back = functools.partial(out_vmem_bytes, num_q_heads, hidden_size, itemsize)
-    head = hidden_size * HEAD_DIM * itemsize
+    heads = num_q_heads, num_kv_heads
     return bool(
-        tile_tokens(1, head * (num_q_heads + 2 * num_kv_heads), into)
-        and tile_tokens(1, head * num_q_heads, back)
+        qkv_tile(heads, hidden_size, itemsize, 1)
+        and out_tile(num_q_heads, hidden_size, itemsize, 1)
     )
 
 
@@ -52,6 +49,7 @@ def project_qkv(
     *,
     eps: float,
     implementation: ProjectionImplementation = "pallas",
+    live: LiveTokens | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """From the residual stream to what attention reads, in one pass over the tokens.
 
@@ -64,6 +62,7 @@ def project_qkv(
       layer: whose weights; the kernel fetches them from the stack, which is not copied.
       eps: of all three norms.
       implementation: "pallas" (TPU), "pallas_interpret" or "xla".
+      live: how many rows are tokens; None computes all rows, and so does "xla".
 
     Returns:
       (q [num_q_heads, num_tokens, head_dim], k and v [num_kv_heads, num_tokens, head_dim]): q and
@@ -72,9 +71,8 @@ def project_qkv(
     Raises:
       ArgumentError: heads that the kernel does not take.
     """
-    q, k, v = _projected(
-        x, x_norm, weights, norms, rotary, layer, eps=eps, implementation=implementation
-    )
+    options: dict[str, Any] = {"eps": eps, "implementation": implementation, "live": live}
+    q, k, v = _projected(x, x_norm, weights, norms, rotary, layer, **options)
     return q, k, v
 
 
@@ -89,6 +87,7 @@ def project_kv(
     *,
     eps: float,
     implementation: ProjectionImplementation = "pallas",
+    live: LiveTokens | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The keys and values of `project_qkv`, bit by bit, where few tokens have queries.
 
@@ -101,6 +100,7 @@ def project_kv(
       layer: whose weights.
       eps: of both norms.
       implementation: "pallas" (TPU), "pallas_interpret" or "xla".
+      live: how many rows are tokens; None computes all rows, and so does "xla".
 
     Returns:
       (k, v), [num_kv_heads, num_tokens, head_dim] each.
@@ -108,9 +108,8 @@ def project_kv(
     Raises:
       ArgumentError: heads that the kernel does not take.
     """
-    k, v = _projected(
-        x, x_norm, weights, (norm,), rotary, layer, eps=eps, implementation=implementation
-    )
+    options: dict[str, Any] = {"eps": eps, "implementation": implementation, "live": live}
+    k, v = _projected(x, x_norm, weights, (norm,), rotary, layer, **options)
     return k, v
 
 
@@ -124,6 +123,7 @@ def _projected(
     *,
     eps: float,
     implementation: ProjectionImplementation,
+    live: LiveTokens | None,
 ) -> Sequence[jax.Array]:
     head_dim, hidden_size = norms[0].shape[0], x.shape[1]
     if implementation == "xla":
@@ -153,6 +153,7 @@ def _projected(
         rotary,
         _as_array(layer),
         eps=eps,
+        live=live,
         interpret=_interpret(implementation),
     )
 
@@ -165,6 +166,7 @@ def project_out(
     layer: Layer,
     *,
     implementation: ProjectionImplementation = "pallas",
+    live: LiveTokens | None = None,
 ) -> jax.Array:
     """What attention found, back into the residual stream.
 
@@ -174,6 +176,7 @@ def project_out(
       x: the residual stream, which is added.
       layer: whose weight.
       implementation: "pallas" (TPU), "pallas_interpret" or "xla".
+      live: how many rows are tokens; None computes all rows, and so does "xla".
 
     Returns:
       [num_tokens, hidden_size] in the dtype of x.
@@ -182,7 +185,8 @@ def project_out(
         rows = attended.transpose(1, 0, 2).reshape(len(x), -1)
         return (x.astype(jnp.float32) + product(rows, weight[layer])).astype(x.dtype)
     interpret = _interpret(implementation)
-    return project_out_pallas(attended, weight, x, _as_array(layer), interpret=interpret)
+    layer = _as_array(layer)
+    return project_out_pallas(attended, weight, x, layer, live=live, interpret=interpret)
 
 
 def can_gate(hidden_size: int, intermediate_size: int, itemsize: int) -> bool:
@@ -199,6 +203,7 @@ def gated_mlp(
     *,
     eps: float,
     implementation: ProjectionImplementation = "pallas",
+    live: LiveTokens | None = None,
 ) -> jax.Array:
     """The second half of a decoder layer: x + down(silu(gate(norm(x))) * up(norm(x))).
 
@@ -210,6 +215,7 @@ def gated_mlp(
       layer: whose weights.
       eps: of the norm.
       implementation: "pallas" (TPU), "pallas_interpret" or "xla".
+      live: how many rows are tokens; None computes all rows, and so does "xla".
 
     Returns:
       [num_tokens, hidden_size] in the dtype of x.
@@ -223,7 +229,7 @@ def gated_mlp(
         gated = (jax.nn.silu(gate) * up).astype(x.dtype)
         return (x.astype(jnp.float32) + product(gated, weights[2][layer])).astype(x.dtype)
     (num_tokens, hidden_size), intermediate_size = x.shape, weights[0].shape[1]
-    tiles = mlp_tiles(num_tokens, hidden_size, intermediate_size, x.dtype.itemsize)
+    tiles = mlp_tiles(num_tokens, hidden_size, intermediate_size, x.dtype.itemsize, live)
     if tiles is None:
         raise ArgumentError(
             f"{hidden_size=} must be a multiple of 128 and {intermediate_size=} of "
@@ -231,7 +237,7 @@ def gated_mlp(
         )
     interpret = _interpret(implementation)
     return gated_mlp_pallas(
-        x, x_norm, weights, _as_array(layer), tiles, eps=eps, interpret=interpret
+        x, x_norm, weights, _as_array(layer), tiles, eps=eps, live=live, interpret=interpret
     )
 
 

@@ -15,11 +15,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from packscore_kernels.hardware import LANES, cdiv, shape_of, vmem_limit
+from packscore_kernels.hardware import LANES, shape_of, vmem_limit
 from packscore_kernels.layer.tiles import (
     TILE_TOKENS,
+    LiveTokens,
     Ref,
-    even_tile,
+    num_tiles,
+    of_tiles,
+    one_tile,
     product,
     rms_norm,
     suits,
@@ -47,7 +50,11 @@ def mlp_vmem_bytes(hidden_size: int, width: int, itemsize: int, tokens: int) -> 
 
 
 def mlp_tiles(
-    num_tokens: int, hidden_size: int, intermediate_size: int, itemsize: int
+    num_tokens: int,
+    hidden_size: int,
+    intermediate_size: int,
+    itemsize: int,
+    live: LiveTokens | None = None,
 ) -> MlpTiles | None:
     """Tiles for an MLP, or None where its sizes do not suit the kernel."""
     if hidden_size % LANES or intermediate_size % COLUMNS:
@@ -59,7 +66,7 @@ def mlp_tiles(
             chunk_bytes = 3 * hidden_size * width * itemsize
             held = mlp_vmem_bytes(hidden_size, width, itemsize, most)
             if steps % chunks == 0 and suits(most, chunk_bytes, held, SHARE):
-                return MlpTiles(even_tile(num_tokens, most), width)
+                return MlpTiles(one_tile(num_tokens, most, live), width)
     return None
 
 
@@ -120,6 +127,7 @@ def gated_mlp_pallas(
     tiles: MlpTiles,
     *,
     eps: float,
+    live: LiveTokens | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """The kernel behind `gated_mlp`."""
@@ -134,7 +142,7 @@ def gated_mlp_pallas(
         functools.partial(_mlp_kernel, chunks=chunks, eps=eps),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(cdiv(num_tokens, tokens), chunks),
+            grid=(num_tiles(num_tokens, tokens, live), chunks),
             in_specs=[tile, whole(x_norm), across, across, back],
             out_specs=tile,
             scratch_shapes=[
@@ -146,7 +154,8 @@ def gated_mlp_pallas(
         ),
         out_shape=shape_of(x.shape, x.dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit(held)
+            dimension_semantics=(of_tiles(live, interpret), "arbitrary"),
+            vmem_limit_bytes=vmem_limit(held),
         ),
         interpret=interpret,
         name="gated_mlp",

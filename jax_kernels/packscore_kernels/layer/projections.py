@@ -18,7 +18,17 @@ from jax.experimental.pallas import tpu as pltpu
 
 from packscore_kernels.errors import ArgumentError
 from packscore_kernels.hardware import LANES, cdiv, shape_of, vmem_limit
-from packscore_kernels.layer.tiles import Ref, of_layer, product, rms_norm, tile_tokens, whole
+from packscore_kernels.layer.tiles import (
+    LiveTokens,
+    Ref,
+    num_tiles,
+    of_layer,
+    of_tiles,
+    product,
+    rms_norm,
+    tile_tokens,
+    whole,
+)
 
 HEAD_DIM = LANES  # the width of a vector register, within which a head is turned
 # Heads that one pass multiplies. Few leave the matrix unit idle at each pass's ends; all at once
@@ -135,6 +145,32 @@ def out_vmem_bytes(num_q_heads: int, hidden_size: int, itemsize: int, tokens: in
     return arrays * itemsize + 4 * tokens * hidden_size
 
 
+def qkv_tile(
+    heads: tuple[int, int],
+    hidden_size: int,
+    itemsize: int,
+    num_tokens: int,
+    live: LiveTokens | None = None,
+) -> int | None:
+    """Tokens of a tile of `project_qkv`; None where no tile suits its (q, kv) heads."""
+    held = functools.partial(qkv_vmem_bytes, *heads, hidden_size, itemsize)
+    weight_bytes = HEAD_DIM * (heads[0] + 2 * heads[1]) * hidden_size * itemsize
+    return tile_tokens(num_tokens, weight_bytes, held, live)
+
+
+def out_tile(
+    num_q_heads: int,
+    hidden_size: int,
+    itemsize: int,
+    num_tokens: int,
+    live: LiveTokens | None = None,
+) -> int | None:
+    """Tokens of a tile of `project_out`; None where no tile suits its heads."""
+    held = functools.partial(out_vmem_bytes, num_q_heads, hidden_size, itemsize)
+    weight_bytes = HEAD_DIM * num_q_heads * hidden_size * itemsize
+    return tile_tokens(num_tokens, weight_bytes, held, live)
+
+
 def project_qkv_pallas(
     x: jax.Array,  # [num_tokens, hidden_size]
     x_norm: jax.Array,  # [hidden_size]
@@ -144,16 +180,15 @@ def project_qkv_pallas(
     layer: jax.Array,  # i32[1]
     *,
     eps: float,
+    live: LiveTokens | None = None,
     interpret: Any = False,
 ) -> list[jax.Array]:
     """The kernel behind `project_qkv` and `project_kv`."""
     (num_tokens, hidden_size), head_dim = x.shape, norms[0].shape[0]
     heads = [w.shape[1] // head_dim for w in weights]
     num_q_heads, num_kv_heads = sum(heads[:-2]), heads[-1]
-    held = functools.partial(
-        qkv_vmem_bytes, num_q_heads, num_kv_heads, hidden_size, x.dtype.itemsize
-    )
-    tokens = tile_tokens(num_tokens, sum(w[0].nbytes for w in weights), held)
+    itemsize = x.dtype.itemsize
+    tokens = qkv_tile((num_q_heads, num_kv_heads), hidden_size, itemsize, num_tokens, live)
     if tokens is None:
         raise too_large(hidden_size, num_q_heads)
     x_norm, *norms = (norm[None] for norm in (x_norm, *norms))
@@ -165,7 +200,10 @@ def project_qkv_pallas(
         functools.partial(_qkv_kernel if num_q_heads else _kv_kernel, eps=eps),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(cdiv(num_tokens, tokens), num_passes(num_q_heads, num_kv_heads) + 1),
+            grid=(
+                num_tiles(num_tokens, tokens, live),
+                num_passes(num_q_heads, num_kv_heads) + 1,
+            ),
             in_specs=[
                 tile(hidden_size),
                 whole(x_norm),
@@ -183,8 +221,10 @@ def project_qkv_pallas(
         ),
         out_shape=[shape_of((n, num_tokens, head_dim), x.dtype) for n in heads],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=vmem_limit(held(tokens)),
+            dimension_semantics=(of_tiles(live, interpret), "arbitrary"),
+            vmem_limit_bytes=vmem_limit(
+                qkv_vmem_bytes(num_q_heads, num_kv_heads, hidden_size, itemsize, tokens)
+            ),
         ),
         interpret=interpret,
         name="project_qkv" if num_q_heads else "project_kv",
@@ -213,28 +253,30 @@ def project_out_pallas(
     x: jax.Array,  # [num_tokens, hidden_size]
     layer: jax.Array,  # i32[1]
     *,
+    live: LiveTokens | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """The kernel behind `project_out`."""
     num_heads, num_tokens, head_dim = attended.shape
     hidden_size, itemsize = weight.shape[1], x.dtype.itemsize
-    held = functools.partial(out_vmem_bytes, num_heads, hidden_size, itemsize)
-    tokens = tile_tokens(num_tokens, weight[0].nbytes, held)
+    tokens = out_tile(num_heads, hidden_size, itemsize, num_tokens, live)
     if tokens is None:
         raise too_large(hidden_size, num_heads)
+    held = out_vmem_bytes(num_heads, hidden_size, itemsize, tokens)
     tile = pl.BlockSpec((tokens, hidden_size), lambda t, _: (t, 0))
     heads = pl.BlockSpec((num_heads, tokens, head_dim), lambda t, _: (0, t, 0))
     out: jax.Array = pl.pallas_call(
         _out_kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(cdiv(num_tokens, tokens),),
+            grid=(num_tiles(num_tokens, tokens, live),),
             in_specs=[heads, of_layer(weight), tile],
             out_specs=tile,
         ),
         out_shape=shape_of(x.shape, x.dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=vmem_limit(held(tokens))
+            dimension_semantics=(of_tiles(live, interpret),),
+            vmem_limit_bytes=vmem_limit(held),
         ),
         interpret=interpret,
         name="project_out",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,18 @@ TILE_TOKENS = (1024, 512, 256)
 # Tokens x bytes of weights of one tile, whose products are unrolled: a kernel of this length
 # compiles in 12 to 20 s.
 LONGEST_PRODUCTS = 18_000_000_000
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["count"], meta_fields=["tile"])
+@dataclass(frozen=True)
+class LiveTokens:
+    """How many rows of a launch are tokens, as data: kernels walk over the tiles that hold them.
+
+    Rows of later tiles are not written: they hold anything, and nobody may read them.
+    """
+
+    count: Any  # i32[]
+    tile: int  # most rows of a tile
 
 
 def vmem_room() -> int:
@@ -42,17 +56,35 @@ def suits(tokens: int, weight_bytes: int, held: int, share: float = 1.0) -> bool
     return held <= vmem_room() and tokens * weight_bytes <= share * LONGEST_PRODUCTS
 
 
-def tile_tokens(num_tokens: int, weight_bytes: int, held: Callable[[int], int]) -> int | None:
+def tile_tokens(
+    num_tokens: int, weight_bytes: int, held: Callable[[int], int], live: LiveTokens | None = None
+) -> int | None:
     """Tokens of a tile; None where no tile suits.
 
     Args:
       num_tokens: of all tiles.
       weight_bytes: of all weights that each of them is multiplied with.
       held: tokens of a tile to the bytes of VMEM it takes.
+      live: where the number of tiles is data, which none is evened for.
     """
     suiting = (most for most in TILE_TOKENS if suits(most, weight_bytes, held(most)))
     most = next(suiting, None)
-    return most and even_tile(num_tokens, most)
+    return most and one_tile(num_tokens, most, live)
+
+
+def one_tile(num_tokens: int, most: int, live: LiveTokens | None) -> int:
+    """Tokens of a tile of at most so many."""
+    return min(most, live.tile, num_tokens) if live else even_tile(num_tokens, most)
+
+
+def num_tiles(num_tokens: int, tile: int, live: LiveTokens | None) -> Any:
+    """Tiles of all tokens, or of those that are there: then i32[], and data of the program."""
+    return lax.div(live.count + (tile - 1), tile) if live else cdiv(num_tokens, tile)
+
+
+def of_tiles(live: LiveTokens | None, interpret: Any) -> Literal["parallel", "arbitrary"]:
+    """What a grid's dimension of tiles may do: interpreters shuffle none whose size is data."""
+    return "arbitrary" if live and interpret else "parallel"
 
 
 def whole(array: jax.Array) -> pl.BlockSpec:

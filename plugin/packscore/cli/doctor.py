@@ -248,6 +248,10 @@ def device_problems(jax_platforms: set[str]) -> Iterator[str]:
 
 
 def _notes(found: Findings) -> Iterator[str]:
+    yield (
+        "programs on a TPU: 3 serve all lengths where every part of a layer is a kernel (Qwen3); "
+        "other families, dense masks and jax's CPU have one a bucket, 36 up to 16 384 tokens"
+    )
     if version_of("packscore") is None:
         yield "packscore runs from its sources: versions were not compared with what it needs"
     if found.versions["pyarrow"] is None:

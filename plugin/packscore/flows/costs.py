@@ -20,8 +20,15 @@ LAYER_LAUNCH_MS = 0.25
 # Launches that a calibration times, in tokens, and the items they consist of.
 CALIBRATION_TOKENS = (32, 256, 1024, 4096)
 CALIBRATION_ITEM = 32
+# A step of a kernel's grid on a TPU: memory's answer, which no schedule shows (90 ns, from public
+# measurements of kernels with many short steps).
+GRID_STEP_MS = 90e-6
 # The chip whose schedule speaks for those that have no table.
 REFERENCE_CHIP = "v6e"
+
+
+def _no_steps(num_tokens: int) -> int:
+    return 0
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,9 @@ class CostModel:
       tokens_ms: that cost; between the sizes it is interpolated, beyond the last extrapolated.
       pair_ms: one query row that sees one key, all layers and heads.
       padded: the tokens that a launch of so many runs with.
+      causal_pair_ms: one such pair among the rows of one prefix, which see ever more of it; None
+        is what others cost.
+      steps: of kernels' grids, in a launch of so many tokens.
       known_error: how far such costs were off where others measured; empty where nobody did.
     """
 
@@ -44,23 +54,29 @@ class CostModel:
     tokens_ms: tuple[float, ...]
     pair_ms: float
     padded: Callable[[int], int] = int
+    causal_pair_ms: float | None = None
+    steps: Callable[[int], int] = _no_steps
     known_error: str = ""
 
-    def launch(self, num_tokens: int, num_pairs: float) -> float:
+    def launch(self, num_tokens: int, num_pairs: float, causal_pairs: float = 0.0) -> float:
         """Milliseconds of a launch.
 
         Args:
           num_tokens: tokens it computes.
-          num_pairs: (row, key) pairs that see each other.
+          num_pairs: (row, key) pairs that see each other, but for
+          causal_pairs: those of rows and keys of one prefix, both computed here.
         """
         size = self.padded(num_tokens)
         last, ms = self.tokens[-1], self.tokens_ms[-1]
         grown = max(size - last, 0) * ms / last
+        causal_ms = self.pair_ms if self.causal_pair_ms is None else self.causal_pair_ms
         return (
             self.launch_ms
             + float(np.interp(size, self.tokens, self.tokens_ms))
             + grown
-            + (num_pairs * self.pair_ms)
+            + num_pairs * self.pair_ms
+            + causal_pairs * causal_ms
+            + GRID_STEP_MS * self.steps(num_tokens)
         )
 
 
@@ -118,6 +134,8 @@ def measured_cost_model(
         tokens=tuple(sizes),
         tokens_ms=tuple(max(ms - launch, 1e-6) for ms in found),
         pair_ms=max(both - alone, 0.0) / pairs,
+        causal_pair_ms=None,
+        steps=_no_steps,  # they are in what was timed
         known_error="",
     )
 
@@ -130,6 +148,7 @@ class TpuCycles:
       column: of products, beyond the peak: a token and column.
       rotated: of norms, rotations and the like: a token and column of queries and keys.
       pair: of attention: a (row, key) pair and head, of head_dim 128.
+      causal: the same of the rows of one prefix among themselves.
       row: of attention: a token and head.
       head: of attention: a launch, layer and head.
       weight: of the waiting for weights that nothing hides: a launch and weight.
@@ -138,12 +157,18 @@ class TpuCycles:
     column: float
     rotated: float
     pair: float
+    causal: float
     row: float
     head: float
     weight: float
 
     def parts(
-        self, sizes: ModelSizes, flops_per_cycle: float, num_tokens: int, num_pairs: float
+        self,
+        sizes: ModelSizes,
+        flops_per_cycle: float,
+        num_tokens: int,
+        num_pairs: float,
+        causal_pairs: float,
     ) -> dict[str, float]:
         """Cycles of one launch, by part; together what the methods below give."""
         heads, qkv = sizes.layers * sizes.q / 128, sizes.q + 2 * sizes.kv
@@ -158,7 +183,8 @@ class TpuCycles:
         }
         rotated = self.rotated * (sizes.q + sizes.kv)
         found["project_qkv"] += sizes.layers * num_tokens * rotated
-        found["attention"] = heads * (self.pair * num_pairs + self.row * num_tokens + self.head)
+        pairs = self.pair * num_pairs + self.causal * causal_pairs
+        found["attention"] = heads * (pairs + self.row * num_tokens + self.head)
         return {**found, "rest": self.weight * sizes.all_weights}
 
     def of_token(self, sizes: ModelSizes, flops_per_cycle: float) -> float:
@@ -181,7 +207,7 @@ def tpu_table(chip: str) -> dict[str, Any]:
 
 
 def predicted_parts(
-    sizes: ModelSizes, chip: str, num_tokens: int, num_pairs: float
+    sizes: ModelSizes, chip: str, num_tokens: int, num_pairs: float, causal_pairs: float = 0.0
 ) -> dict[str, float]:
     """Milliseconds of one launch on a chip, by part; empty where there is no table of it."""
     table = tpu_table(chip)
@@ -189,12 +215,17 @@ def predicted_parts(
         return {}
     facts = CHIPS[chip]
     cycles = TpuCycles(**table["cycles"])
-    found = cycles.parts(sizes, facts.peak_flops / facts.clock_hz, num_tokens, num_pairs)
+    pairs = num_pairs, causal_pairs
+    found = cycles.parts(sizes, facts.peak_flops / facts.clock_hz, num_tokens, *pairs)
     return {part: 1e3 * count / facts.clock_hz for part, count in found.items()}
 
 
 def tpu_cost_model(
-    sizes: ModelSizes, chip: str, itemsize: int, padded: Callable[[int], int] = int
+    sizes: ModelSizes,
+    chip: str,
+    itemsize: int,
+    padded: Callable[[int], int] = int,
+    steps: Callable[[int], int] | None = None,
 ) -> CostModel:
     """A TPU's costs as its compiler schedules Qwen3's programs, scaled by arithmetic.
 
@@ -206,6 +237,7 @@ def tpu_cost_model(
       chip: a name in `hardware.CHIPS`; one without a table gets the v6e's, by its peak.
       itemsize: bytes of a weight.
       padded: the tokens that a launch of so many runs with.
+      steps: of kernels' grids, in such a launch.
     """
     known = bool(tpu_table(chip))
     table = tpu_table(chip if known else REFERENCE_CHIP)
@@ -226,5 +258,7 @@ def tpu_cost_model(
         tokens_ms=(hidden_tokens * token_ms, hidden_tokens * token_ms),
         pair_ms=cycles.pair * heads * cycle_ms,
         padded=padded,
+        causal_pair_ms=cycles.causal * heads * cycle_ms,
+        steps=steps or _no_steps,
         known_error=KNOWN_ERROR,
     )

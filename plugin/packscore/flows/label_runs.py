@@ -88,8 +88,8 @@ def _nesting_pays(
     nested_ms = _groups_ms(runner, request, contexts)
     if len(request.prefix) and lease is None:
         missing = len(request.prefix) - runner.cached_len(request.prefix)
-        pairs = missing * (len(request.prefix) - missing / 2)
-        nested_ms += runner.engine.costs.launch(missing, pairs) if missing else 0.0
+        pairs = missing * (len(request.prefix) - missing), missing**2 / 2
+        nested_ms += runner.engine.costs.launch(missing, *pairs) if missing else 0.0
     return nested_ms < runner.predicted(copied).chosen.cost_ms
 
 

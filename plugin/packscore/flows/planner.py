@@ -235,7 +235,7 @@ class Planner:
         starts = [cached, *ends[:-1]]
         sizes = [end - start for start, end in zip(starts, ends, strict=True)]
         cost = sum(
-            self.costs.launch(size, size * (start + size / 2))
+            self.costs.launch(size, size * start, size**2 / 2)
             for start, size in zip(starts, sizes, strict=True)
         )
         return cost, sum(sizes)
@@ -256,7 +256,7 @@ class Planner:
         cost = 0.0
         for length, count in zip(lens.tolist(), counts.tolist(), strict=True):
             size = work.prefix_len + length
-            cost += count * self.costs.launch(size, size**2 / 2)
+            cost += count * self.costs.launch(size, 0.0, size**2 / 2)
         bounds = tuple((i, i + 1) for i in range(len(work.item_lens)))
         computed = work.prefix_len * len(work.item_lens) + int(work.item_lens.sum())
         return Plan("plain", bounds, cost, computed)
@@ -328,8 +328,8 @@ class Planner:
             own, items = work.prefix_len - cached, int(lens.sum())
             # an empty item is scored at the prefix's last token, which then is computed again
             own += int(not own and work.prefix_len > 0 and bool((lens == 0).any()))
-            pairs = own * (cached + own / 2) + items * work.prefix_len + float((lens**2).sum()) / 2
-            cost += self.costs.launch(own + items, pairs)
+            pairs = own * cached + items * work.prefix_len + float((lens**2).sum()) / 2
+            cost += self.costs.launch(own + items, pairs, own**2 / 2)
             computed += own + items
             cached = work.prefix_len if work.is_kept else cached
         return Plan(flow, tuple(bounds), cost, computed)

@@ -18,11 +18,11 @@ from packscore.flows.page_pool import PREFIX_CACHE_BYTES, PrefixLease
 from packscore.interfaces import MODEL_CLASSES
 from packscore.model.masks import MaskKind
 from packscore.model.sizes import ModelSizes
-from packscore.programs.compiling import compile_program
+from packscore.programs.compiling import can_skip_tiles, compile_program
 from packscore.programs.interfaces import TOPOLOGY
 from packscore.programs.launch_inputs import LaunchInputs, block_sizes_for
 from packscore.programs.pages import pages_within, pool_struct
-from packscore.programs.sizes import DenseKey, program_key
+from packscore.programs.sizes import DenseKey, ProgramKey, program_key
 from packscore.programs.traced_model import TracedModel
 from packscore.programs.traced_ops import KernelImplementation
 from packscore.programs.weights import weight_shapes
@@ -41,7 +41,7 @@ class AheadOfTime:
 
     compiled: jax.stages.Compiled
     block_sizes: BlockSizes
-    num_tokens: int  # the bucket
+    key: ProgramKey
     compile_cpu_seconds: float  # of all threads
     code_bytes: int
     weight_bytes: int
@@ -56,7 +56,6 @@ def compile_ahead(
     *,
     chip: str,
     num_labels: int = 2,
-    over_vocabulary: bool = False,
     dtype: Any = jnp.bfloat16,
     prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
     leases: Sequence[PrefixLease | None] = (),
@@ -72,10 +71,9 @@ def compile_ahead(
 
     Args:
       config: of a Qwen3, Qwen2 or Llama causal model.
-      layout: the packed request; it is data, and any other that fits its bucket runs too.
+      layout: the packed request; it is data, and any other that fits its program runs too.
       chip: "v4", "v5e", "v5p", "v6e" or "tpu7x".
       num_labels: how many labels are read.
-      over_vocabulary: with the log-sum-exp over the whole vocabulary.
       dtype: of the weights.
       prefix_cache_bytes: what the pages of prefixes may take, as in `MultiItemScorer`; 0: none.
       leases: of the pages that the request's prefixes go to; data too.
@@ -97,10 +95,11 @@ def compile_ahead(
     traced = TracedModel(model_class, config)
     sizes = ModelSizes.of(config)
     num_pages = pages_within(sizes, dtype, prefix_cache_bytes)
-    key = program_key(
-        layout.num_real_tokens, len(layout.scored_rows), num_labels, over_vocabulary, num_pages
-    )
-    if mask_impl == "dense":
+    itemsize, is_dense = jnp.dtype(dtype).itemsize, mask_impl == "dense"
+    by_tiles = not is_dense and can_skip_tiles(traced, implementation, itemsize, device)
+    needed = layout.num_real_tokens, len(layout.scored_rows), num_labels, num_pages
+    key = program_key(*needed, by_tiles=by_tiles)
+    if is_dense:
         key = DenseKey.of(key, sum(len(group.page_indices) for group in layout.groups))
     blocks = block_sizes_for(sizes, dtype, key, chip)
     token_ids = np.zeros(layout.num_real_tokens, np.int64)
@@ -114,7 +113,7 @@ def compile_ahead(
     return AheadOfTime(
         compiled,
         blocks,
-        key.num_tokens,
+        key,
         seconds,
         memory.generated_code_size_in_bytes,
         bytes_of(weights),

@@ -69,6 +69,7 @@ class Executables:
         self._sizes = sizes
         self._device = device
         self._weights: Weights = {}  # as shapes
+        self._by_tiles: dict[tuple[KernelImplementation, int], bool] = {}
         self._lock = threading.Lock()
 
     def adapt(self, weights: Weights) -> None:
@@ -78,6 +79,15 @@ class Executables:
             if shapes != self._weights:
                 self.by_key.clear()
             self._weights = shapes
+
+    @property
+    def by_tiles(self) -> bool:
+        """Whether kernels compute the tiles alone that hold tokens: few programs serve all."""
+        norm = self._weights["norm"]["weight"]
+        asked = self.implementation, norm.dtype.itemsize
+        if asked not in self._by_tiles:
+            self._by_tiles[asked] = can_skip_tiles(self._traced, *asked, self._device)
+        return self._by_tiles[asked]
 
     def get(self, key: ProgramKey | HeadKey, *, expected: bool = False) -> Callable[..., Any]:
         """A program; see `compile_program` for what it takes and returns.
@@ -142,6 +152,14 @@ def arguments_of(
     layout = SegmentLayout.single(1, [], 1)
     inputs = LaunchInputs.of(key, blocks, layout, np.zeros(1, np.int64), [])
     return pool_struct(sizes, norm.dtype, key.num_pages) if key.num_pages else None, inputs
+
+
+def can_skip_tiles(
+    traced: TracedModel, implementation: KernelImplementation, itemsize: int, device: Any
+) -> bool:
+    """Whether a model's programs can have the number of token tiles as data, on this device."""
+    with tracing_on(jax.sharding.Mesh([device], ("x",)).abstract_mesh):
+        return traced.can_skip_tiles(implementation, itemsize)
 
 
 def compile_program(
@@ -210,10 +228,8 @@ def _program(
     mask_impl: MaskKind = "dense" if isinstance(key, DenseKey) else "segment"
 
     def program(weights: Weights, kv_pages: jax.Array | None, inputs: LaunchInputs) -> Any:
-        given = weights, kv_pages, inputs, implementation, mask_impl
-        if not key.num_labels:
-            return traced.hidden_rows(*given)
-        return traced.label_logits(*given, over_vocabulary=key.over_vocabulary)
+        run = traced.label_logits if key.num_labels else traced.hidden_rows
+        return run(weights, kv_pages, inputs, implementation, mask_impl, key.tile)
 
     return program
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,15 +19,10 @@ from packscore.model.family import check_supported
 from packscore.model.masks import MaskKind, check_segment
 from packscore.model.plain import foreign_part
 from packscore.programs.interfaces import RUNTIME_ERROR
+from packscore.programs.launched import Launched
 from packscore.programs.pages import DevicePages
-from packscore.programs.program import Launched, ModelProgram
-from packscore.programs.sizes import (
-    MAX_GROUPS,
-    NAMED_PAGES,
-    program_key,
-    reads_rows,
-    token_bucket,
-)
+from packscore.programs.program import ModelProgram
+from packscore.programs.sizes import MAX_GROUPS, NAMED_PAGES
 from packscore.results import Flow, MaskImpl
 from packscore_kernels.hardware import chip_of
 
@@ -57,7 +53,7 @@ class ProgramEngine:
         self._pages: DevicePages | None = None
         self._most_tokens = program.max_tokens
         self._follow()
-        self.costs = _costs(program)
+        self.costs = _costs(program, mask_kind)
 
     @property
     def limits(self) -> Limits:
@@ -109,10 +105,8 @@ class ProgramEngine:
         return isinstance(error, RUNTIME_ERROR()) and OUT_OF_MEMORY in str(error)
 
     def reads_rows(self, batch: PackedBatch) -> bool:
-        """Whether the program of a batch runs the last layer for its scored rows alone."""
-        num_tokens, num_rows = len(batch.token_ids), len(batch.layout.scored_rows)
-        key = program_key(num_tokens, num_rows, 1, False)
-        return reads_rows(key.num_items, key.num_tokens)
+        """Whether the last layer runs for the scored rows of a batch alone: always."""
+        return True
 
     def launch(self, batch: PackedBatch, readout: Readout) -> Launched:
         """Start a batch; the host goes on while the device computes."""
@@ -137,9 +131,10 @@ class ProgramEngine:
             raise
 
 
-def _costs(program: ModelProgram) -> CostModel:
+def _costs(program: ModelProgram, mask_kind: MaskKind) -> CostModel:
     chip = chip_of(program.device)
+    padded = functools.partial(program.computed_tokens, mask_kind=mask_kind)
     if chip is None:
-        return flops_cost_model(program.sizes, token_bucket)
-    itemsize = program.model.dtype.itemsize
-    return tpu_cost_model(program.sizes, chip, itemsize, token_bucket)
+        return flops_cost_model(program.sizes, padded)
+    steps = program.grid_steps if mask_kind == "segment" else None
+    return tpu_cost_model(program.sizes, chip, program.model.dtype.itemsize, padded, steps)

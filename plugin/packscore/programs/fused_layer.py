@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -16,8 +17,10 @@ from torch import nn
 
 from packscore.interfaces import FUSED_LAYERS, FUSED_MLPS, Interface
 from packscore.model.sizes import ModelSizes
+from packscore.programs.sizes import ProgramKey
 from packscore.programs.traced_ops import KernelImplementation, LayerAttention
 from packscore_kernels import (
+    LiveTokens,
     can_gate,
     can_project,
     gated_mlp,
@@ -25,6 +28,9 @@ from packscore_kernels import (
     project_out,
     project_qkv,
 )
+from packscore_kernels.hardware import cdiv
+from packscore_kernels.layer.mlp import mlp_tiles
+from packscore_kernels.layer.projections import num_passes, out_tile, qkv_tile
 
 # (module, its weights, its inputs) -> its output, through torchax
 Call = Callable[..., jax.Array]
@@ -56,6 +62,37 @@ def can_fuse_mlp(mlp: Any, itemsize: int) -> bool:
     )
 
 
+def can_skip_tiles(layer: nn.Module, implementation: KernelImplementation, itemsize: int) -> bool:
+    """Whether all of a layer runs through kernels, which can leave out tiles without a token."""
+    mlp = getattr(layer, "mlp", None)
+    return can_fuse(layer, implementation, itemsize) and can_fuse_mlp(mlp, itemsize)
+
+
+def grid_steps(
+    sizes: ModelSizes, itemsize: int, key: ProgramKey, block_q: int, num_tokens: int
+) -> int:
+    """Steps of all grids in a launch of so many tokens, of a program that walks over tiles.
+
+    Args:
+      sizes: of the model.
+      itemsize: bytes of a weight.
+      key: of the program.
+      block_q: rows of attention's tiles.
+      num_tokens: of the launch.
+    """
+    live, room = LiveTokens(num_tokens, key.tile), key.num_tokens
+    heads = sizes.heads, sizes.kv_heads
+    into = qkv_tile(heads, sizes.hidden, itemsize, room, live)
+    back = out_tile(sizes.heads, sizes.hidden, itemsize, room, live)
+    mlp = mlp_tiles(room, sizes.hidden, sizes.inner, itemsize, live)
+    if into is None or back is None or mlp is None:
+        raise ValueError(f"{key} is of no model whose layers are kernels")
+    steps = cdiv(num_tokens, into) * (num_passes(*heads) + 1) + cdiv(num_tokens, back)
+    steps += cdiv(num_tokens, mlp.tokens) * (sizes.inner // mlp.width)
+    steps += sizes.kv_heads * cdiv(num_tokens, block_q) + bool(key.num_pages)
+    return sizes.layers * steps
+
+
 def fused_layer(
     call: Call,
     layer: Any,
@@ -80,31 +117,9 @@ def fused_layer(
     Returns:
       [1, num_tokens, hidden_size]: the residual stream behind the layer.
     """
-    implementation, x = attend.implementation, hidden[0]
-    q, k, v = _projected(layer, weights, index, x, rotary, implementation)
+    q, k, v = _projected(layer, weights, index, hidden[0], rotary, attend)
     attended = attend(q, k, v, sm_scale=math.log(2))
-    return _behind(call, layer, weights, index, x, attended, implementation)
-
-
-def fused_keys_values(
-    layer: Any,
-    weights: Stacks,
-    index: Layer,
-    hidden: jax.Array,  # [1, num_tokens, hidden_size]
-    rotary: tuple[jax.Array, jax.Array],  # [1, num_tokens, head_dim]
-    implementation: KernelImplementation,
-) -> tuple[jax.Array, jax.Array]:
-    """The keys and values of the layer, [num_kv_heads, num_tokens, head_dim] each."""
-    return project_kv(
-        hidden[0],
-        weights["input_layernorm.weight"][index],
-        (weights["self_attn.k_proj.weight"], weights["self_attn.v_proj.weight"]),
-        weights["self_attn.k_norm.weight"][index],
-        (rotary[0][0], rotary[1][0]),
-        index,
-        eps=layer.input_layernorm.variance_epsilon,
-        implementation=implementation,
-    )
+    return _behind(call, layer, weights, index, hidden[0], attended, attend)
 
 
 def fused_rows(
@@ -112,18 +127,40 @@ def fused_rows(
     layer: Any,
     weights: Stacks,
     index: Layer,
-    hidden: jax.Array,  # [1, num_rows, hidden_size]
-    rotary: tuple[jax.Array, jax.Array],  # [1, num_rows, head_dim]
-    attend: Callable[..., jax.Array],  # queries [num_q_heads, num_rows, head_dim] -> the same
-) -> jax.Array:
-    """The layer at few rows, whose products XLA computes: no tile of a kernel is as small.
+    hidden: jax.Array,  # [1, num_tokens, hidden_size]
+    rotary: tuple[jax.Array, jax.Array],  # [1, num_tokens, head_dim]
+    attend: LayerAttention,
+) -> Callable[[jax.Array], jax.Array]:
+    """The layer at few rows, and the keys and values of all tokens in the pages of its attention.
+
+    XLA computes the products of the rows: another copy of the kernels would be as long as the
+    first, and so few rows wait for weights in either.
 
     Returns:
-      [1, num_rows, hidden_size]: the residual stream behind the layer.
+      i32[num_rows] to [num_rows, hidden_size]: the residual stream behind the layer at those rows.
     """
-    q, _, _ = _projected(layer, weights, index, hidden[0], rotary, "xla")
-    attended = attend(q, sm_scale=math.log(2))
-    return _behind(call, layer, weights, index, hidden[0], attended, "xla")
+    k, v = project_kv(
+        hidden[0],
+        weights["input_layernorm.weight"][index],
+        (weights["self_attn.k_proj.weight"], weights["self_attn.v_proj.weight"]),
+        weights["self_attn.k_norm.weight"][index],
+        (rotary[0][0], rotary[1][0]),
+        index,
+        eps=layer.input_layernorm.variance_epsilon,
+        implementation=attend.implementation,
+        live=attend.live,
+    )
+    attend.keep(k, v)
+    by_xla = replace(attend, implementation="xla")
+
+    def at(rows: jax.Array) -> jax.Array:
+        cos, sin = (part[:, rows] for part in rotary)
+        x = hidden[0, rows]
+        q, _, _ = _projected(layer, weights, index, x, (cos, sin), by_xla)
+        attended = attend.at_rows(q, k, v, rows, sm_scale=math.log(2))
+        return _behind(call, layer, weights, index, x, attended, by_xla)[0]
+
+    return at
 
 
 def _projected(
@@ -132,8 +169,10 @@ def _projected(
     index: Layer,
     x: jax.Array,
     rotary: tuple[jax.Array, jax.Array],
-    implementation: KernelImplementation,
+    attend: LayerAttention,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values of [num_tokens, hidden_size]."""
+
     def stack(name: str) -> jax.Array:
         return weights[f"{name}.weight"]
 
@@ -148,7 +187,8 @@ def _projected(
         (rotary[0][0], rotary[1][0]),
         index,
         eps=layer.input_layernorm.variance_epsilon,
-        implementation=implementation,
+        implementation=attend.implementation,
+        live=attend.live,
     )
 
 
@@ -159,14 +199,16 @@ def _behind(
     index: Layer,
     x: jax.Array,
     attended: jax.Array,
-    implementation: KernelImplementation,
+    attend: LayerAttention,
 ) -> jax.Array:
     """What stands behind attention, on the residual stream [num_tokens, hidden_size]."""
+    implementation, live = attend.implementation, attend.live
 
     def stack(name: str) -> jax.Array:
         return weights[f"{name}.weight"]
 
-    x = project_out(attended, stack("self_attn.o_proj"), x, index, implementation=implementation)
+    back = stack("self_attn.o_proj")
+    x = project_out(attended, back, x, index, implementation=implementation, live=live)
     if can_fuse_mlp(layer.mlp, x.dtype.itemsize):
         return gated_mlp(
             x,
@@ -175,6 +217,7 @@ def _behind(
             index,
             eps=layer.post_attention_layernorm.variance_epsilon,
             implementation=implementation,
+            live=live,
         )[None]
     hidden = x[None]
 

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax import lax
 
 from packscore.programs.weights import Weights
+from packscore_kernels.hardware import cdiv
 
+# Rows that are read at a time: of a program's rows a share, and at most so many. Fewer would fetch
+# the last layer's weights more often, more would compute rows that nobody reads.
+ROWS_SHARE, MOST_ROWS = 16, 512
+# Rows that meet the head at a time, each of which may meet all of the vocabulary.
+HEAD_STEP = 128
+# What is read of the first rows is an array of its own, which is all that most launches fetch.
+FIRST_ROWS = 1024
 # Vocabulary rows of one step of the log-sum-exp: bounds the logits in memory.
 VOCAB_CHUNK = 8192
 
@@ -39,14 +51,66 @@ def _capped(logits: jax.Array, soft_cap: float | None) -> jax.Array:
     return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
 
 
+def rows_step(num_rows: int) -> int:
+    """Rows that a program with room for so many reads at a time."""
+    return max(min(num_rows // ROWS_SHARE, MOST_ROWS), 1)
+
+
+def in_steps(
+    read: Callable[[jax.Array, jax.Array], Any],
+    rows: jax.Array,  # [num_rows, ...]
+    count: jax.Array,  # i32[]
+    step: int,
+) -> Any:
+    """What `read` gives of the first `count` rows, `step` at a time: how many turns is data.
+
+    Args:
+      read: some rows, and how many of them count, to arrays with a row for each.
+      rows: what is read.
+      count: of the rows; behind those there are zeros, or anything.
+      step: rows of a turn. Where it is no divisor, the last turn begins earlier.
+    """
+    step = min(step, len(rows))
+
+    def turn(i: jax.Array, found: Any) -> Any:
+        part = read(lax.dynamic_slice_in_dim(rows, i * step, step), count - i * step)
+        return jax.tree.map(
+            lambda whole, own: lax.dynamic_update_slice_in_dim(whole, own, i * step, 0), found, part
+        )
+
+    one = jax.eval_shape(read, rows[:step], count)
+    nothing = jax.tree.map(lambda x: jnp.zeros((len(rows), *x.shape[1:]), x.dtype), one)
+    turns = lax.div(jnp.minimum(count, len(rows)) + (step - 1), step)
+    return lax.fori_loop(0, turns, turn, nothing)
+
+
+@jax.named_scope("read_rows")  # by which a profile knows it
+def by_rows(
+    read: Callable[[jax.Array, jax.Array], Any],
+    rows: jax.Array,  # i32[num_rows]
+    count: jax.Array,  # i32[]
+) -> tuple[Any, ...]:
+    """What `read` gives at the first `count` rows, see `in_steps`.
+
+    Returns:
+      What `read` gives, of the first rows and, where there may be more, of the others.
+    """
+    found = in_steps(read, rows, count, rows_step(len(rows)))
+    cuts = [0, FIRST_ROWS, len(rows)] if len(rows) > FIRST_ROWS else [0, len(rows)]
+    return tuple(
+        jax.tree.map(lambda x, first=first, end=end: x[first:end], found)
+        for first, end in itertools.pairwise(cuts)
+    )
+
+
 @jax.named_scope("label_head")  # by which a profile knows it
 def label_head(
-    rows: jax.Array,  # [num_items, hidden_size]
+    rows: jax.Array,  # [num_rows, hidden_size]
     weight: jax.Array,  # [vocab_size, hidden_size]
     label_ids: jax.Array,  # i32[num_labels]
-    over_vocabulary: bool,
+    over_vocabulary: jax.Array,  # i32[]: 1, or 0 where no normaliser is wanted
     soft_cap: float | None = None,
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[jax.Array, jax.Array]:
     """Label logits and their normaliser, in float32; the logits of the vocabulary never exist."""
     rows = rows.astype(jnp.float32)
 
@@ -55,19 +119,17 @@ def label_head(
         return _capped(found, soft_cap)
 
     chosen = logits(weight[label_ids])
-    if not over_vocabulary:
-        return chosen, None
     chunk = min(VOCAB_CHUNK, weight.shape[0])
-    starts = np.arange(0, weight.shape[0], chunk)
 
-    def step(total: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
+    def step(i: jax.Array, total: jax.Array) -> jax.Array:
         # the last chunk starts early enough to be whole; what it repeats is left out
+        start = i * chunk
         at = jnp.minimum(start, weight.shape[0] - chunk)
         columns = at + jnp.arange(chunk)
-        part = logits(jax.lax.dynamic_slice_in_dim(weight, at, chunk))
+        part = logits(lax.dynamic_slice_in_dim(weight, at, chunk))
         part = jnp.where(columns >= start, part, -jnp.inf)
-        return jnp.logaddexp(total, jax.nn.logsumexp(part, axis=-1)), None
+        return jnp.logaddexp(total, jax.nn.logsumexp(part, axis=-1))
 
     nothing = jnp.full(rows.shape[0], -jnp.inf)
-    normalizer, _ = jax.lax.scan(step, nothing, jnp.asarray(starts))
-    return chosen, normalizer
+    turns = over_vocabulary * cdiv(weight.shape[0], chunk)
+    return chosen, lax.fori_loop(0, turns, step, nothing)

@@ -28,7 +28,7 @@ def block_sizes_for(
     sizes: ModelSizes, dtype: Any, key: ProgramKey, chip: str | None = None
 ) -> BlockSizes:
     """The attention's tiles in a program of a model."""
-    return resolve_block_sizes(
+    blocks = resolve_block_sizes(
         num_q_heads=sizes.heads,
         num_kv_heads=sizes.kv_heads,
         head_dim=sizes.head_dim,
@@ -37,6 +37,8 @@ def block_sizes_for(
         page_size=PAGE_SIZE if key.num_pages else 0,
         chip=chip,
     )
+    # of short tiles two at most: what attention computes of padding is keys of few rows
+    return replace(blocks, block_q=min(blocks.block_q, 2 * key.tile)) if key.tile else blocks
 
 
 class LaunchInputs(NamedTuple):
@@ -45,8 +47,10 @@ class LaunchInputs(NamedTuple):
     token_ids: Any  # i32[num_tokens]
     position_ids: Any  # i32[num_tokens], rotary positions
     schedule: SegmentSchedule  # who sees whom
-    rows: Any  # i32[num_items], indices into the packed tokens: what the head reads
+    rows: Any  # i32[num_rows], indices into the packed tokens: what the head reads
+    num_rows: Any  # i32[]: of which so many
     label_ids: Any  # i32[num_labels]
+    over_vocabulary: Any  # i32[]: 1 where the vocabulary's log-sum-exp is wanted
     page_writes: PageWrites | None  # None in a program without pages
 
     @classmethod
@@ -60,9 +64,11 @@ class LaunchInputs(NamedTuple):
         *,
         rows: npt.NDArray[np.integer[Any]] | None = None,  # [num_rows]: None takes the scored ones
         leases: Sequence[PrefixLease | None] = (),
+        over_vocabulary: bool = False,
     ) -> LaunchInputs:
         """A request padded to a program's sizes; `leases` say what its prefixes leave in pages."""
         padded = replace(layout, num_tokens=key.num_tokens)
+        rows = layout.scored_rows if rows is None else rows
         schedule = build_schedule(
             padded,
             block_sizes=block_sizes,
@@ -75,8 +81,10 @@ class LaunchInputs(NamedTuple):
             _padded(token_ids, key.num_tokens),
             padded.position_ids,
             schedule,
-            _padded(layout.scored_rows if rows is None else rows, key.num_items),
+            _padded(rows, key.num_rows),
+            np.array(len(rows), np.int32),
             _padded(label_ids, key.num_labels),
+            np.array(over_vocabulary, np.int32),
             _page_writes(key, padded, leases) if key.num_pages else None,
         )
 

@@ -25,7 +25,7 @@ KERNELS = ("project_qkv", "project_out", "gated_mlp")
 SCOPES = {
     "attention": ("segment_paged_attention",),
     "pages": ("write_kv_pages",),
-    "head": ("label_head", "whole_head"),
+    "head": ("read_rows", "whole_head"),
     **{name: (name,) for name in KERNELS},
     "products": ("dot_general",),  # of layers that are not these kernels
 }

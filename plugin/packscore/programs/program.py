@@ -1,4 +1,4 @@
-"""The model as compiled programs on the JAX path: one compile a bucket, one call a request."""
+"""The model as compiled programs on the JAX path: one compile a size, one call a request."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import threading
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,9 @@ from packscore.model.masks import MaskKind, check_segment, mask_reason
 from packscore.model.sizes import ModelSizes
 from packscore.programs.compiling import Executables
 from packscore.programs.dense import check_dense_fits, fitting_tokens
+from packscore.programs.fused_layer import grid_steps
 from packscore.programs.launch_inputs import LaunchInputs, block_sizes_for
+from packscore.programs.launched import Launched, fetched
 from packscore.programs.pages import DevicePages, pages_within, pool_struct
 from packscore.programs.row_attention import row_arguments
 from packscore.programs.sizes import (
@@ -34,9 +35,10 @@ from packscore.programs.sizes import (
     DenseKey,
     HeadKey,
     ProgramKey,
+    computed_tokens,
     program_key,
+    program_sizes,
     token_bucket,
-    token_ladder,
 )
 from packscore.programs.traced_model import TracedModel
 from packscore.programs.traced_ops import KernelImplementation
@@ -49,25 +51,6 @@ from packscore_kernels.hardware import cdiv
 logger = logging.getLogger("packscore")
 
 Float32 = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, eq=False)
-class Launched:
-    """A program that is running, and which of its results are real."""
-
-    logits: jax.Array  # float32[at least num_items, at least num_labels]
-    normalizer: jax.Array | None  # float32[at least num_items]
-    num_items: int
-    num_labels: int
-
-    def read(self) -> tuple[Float32, Float32]:
-        """Wait for (float32[num_items, num_labels], float32[num_items]): logits and normaliser."""
-        # over the labels it is taken here, without the padding labels
-        chosen = np.asarray(self.logits)[: self.num_items, : self.num_labels]
-        if self.normalizer is not None:
-            return chosen, np.asarray(self.normalizer)[: self.num_items]
-        peak = chosen.max(-1)
-        return chosen, peak + np.log(np.exp(chosen - peak[:, None]).sum(-1))
 
 
 class ModelProgram:
@@ -233,19 +216,19 @@ class ModelProgram:
         layout = batch.layout
         num_items, num_labels = len(layout.scored_rows), len(readout.label_ids)
         num_pages = pages.num_pages if pages else 0
-        over_vocabulary = readout.over_vocabulary
-        key = program_key(len(batch.token_ids), num_items, num_labels, over_vocabulary, num_pages)
-        key = self._masked(key, layout, mask_kind)
+        key = self._key(layout, num_items, num_labels, num_pages, mask_kind)
         leases = [share.lease for share in batch.shares]
         inputs = LaunchInputs.of(
-            key, self._blocks(key), layout, batch.token_ids, readout.label_ids, leases=leases
+            *(key, self._blocks(key), layout, batch.token_ids, readout.label_ids),
+            leases=leases,
+            over_vocabulary=readout.over_vocabulary,
         )
         run = self._executables.get(key)
         if pages is None:
-            (logits, normalizer), _ = run(weights, None, inputs)
+            parts, _ = run(weights, None, inputs)
         else:
-            logits, normalizer = pages.through(lambda array: run(weights, array, inputs), leases)
-        return Launched(logits, normalizer, num_items, num_labels)
+            parts = pages.through(lambda array: run(weights, array, inputs), leases)
+        return Launched(parts, num_items, readout)
 
     def logits(
         self,
@@ -262,12 +245,12 @@ class ModelProgram:
           UnsupportedModelError: the model was changed in a way that programs cannot follow.
         """
         weights = self._weights.arrays
-        key = self._masked(program_key(len(batch.token_ids), len(rows), 0, False), batch.layout)
+        key = self._key(batch.layout, len(rows), 0)
         inputs = LaunchInputs.of(
             key, self._blocks(key), batch.layout, batch.token_ids, (), rows=rows
         )
-        found, _ = self._executables.get(key)(weights, None, inputs)
-        hidden = np.asarray(found)[: len(rows)]
+        parts, _ = self._executables.get(key)(weights, None, inputs)
+        hidden = fetched(parts, len(rows))
         few, many = HEAD_ROWS
         step = few if len(rows) <= few else many
         for start in range(0, len(rows), step):
@@ -286,10 +269,28 @@ class ModelProgram:
         itemsize = self._weights.dtype.itemsize
         return fitting_tokens(self.sizes, itemsize, self.device, self.max_tokens)
 
-    def _masked(
-        self, key: ProgramKey, layout: SegmentLayout, mask_kind: MaskKind | None = None
+    def computed_tokens(self, num_tokens: int, mask_kind: MaskKind = "segment") -> int:
+        """Tokens that a launch of so many runs with."""
+        by_tiles = mask_kind == "segment" and self._executables.by_tiles
+        return computed_tokens(num_tokens, by_tiles=by_tiles)
+
+    def grid_steps(self, num_tokens: int) -> int:
+        """Steps of the kernels' grids in a launch of so many tokens, where these are counted."""
+        if not self._executables.by_tiles:
+            return 0
+        key = program_key(num_tokens, 1, 1, 1, by_tiles=True)
+        itemsize, block_q = self._weights.dtype.itemsize, self._blocks(key).block_q
+        return grid_steps(self.sizes, itemsize, key, block_q, num_tokens)
+
+    def _key(
+        self,
+        layout: SegmentLayout,
+        num_rows: int,
+        num_labels: int,
+        num_pages: int = 0,
+        mask_kind: MaskKind | None = None,
     ) -> ProgramKey:
-        """The program that keeps items apart in this way.
+        """The program that serves a layout and keeps items apart in this way.
 
         Raises:
           MaskTooLargeError: its mask does not fit.
@@ -297,10 +298,11 @@ class ModelProgram:
         """
         if mask_kind == "segment":
             check_segment(self.model, layout.longest)
+        needed = layout.num_real_tokens, num_rows, num_labels, num_pages
         if mask_kind == "segment" or not (mask_kind or self.needs_mask(layout.longest)):
-            return key
+            return program_key(*needed, by_tiles=self._executables.by_tiles)
         named = sum(len(group.page_indices) for group in layout.groups)
-        dense = DenseKey.of(key, named)
+        dense = DenseKey.of(program_key(*needed), named)
         itemsize = self._weights.dtype.itemsize
         check_dense_fits(self.model, self.sizes, itemsize, self.device, dense, layout.longest)
         return dense
@@ -314,9 +316,7 @@ class ModelProgram:
         self,
         *,
         max_tokens: int | None = None,
-        max_items: int | None = None,
         num_labels: int = 2,
-        over_vocabulary: tuple[bool, ...] = (False, True),
         plain_calls: bool = False,
         prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
         mask_impl: MaskChoice = "auto",
@@ -326,9 +326,7 @@ class ModelProgram:
 
         Args:
           max_tokens: of the longest request; None takes the largest program.
-          max_items: of one request; None: one for every token, which takes two programs a bucket.
           num_labels: how many labels requests read; a classifier's are all of its classes.
-          over_vocabulary: which programs: over the labels (False), over the vocabulary (True).
           plain_calls: with the programs of `model(input_ids=...)`.
           prefix_cache_bytes: of the scorer that will run them.
           mask_impl: of that scorer; under a dense mask a program for every few pages it may read.
@@ -338,20 +336,20 @@ class ModelProgram:
           How many programs were compiled.
         """
         num_pages = self.num_pages(prefix_cache_bytes)
-        if self.num_classes:
-            kinds = {(self.num_classes, False, num_pages)}
-        else:
-            kinds = {(num_labels, over, num_pages) for over in over_vocabulary}
+        kinds = {(self.num_classes or num_labels, num_pages)}
         if plain_calls:  # which keep nothing
-            kinds.add((self.num_classes, False, 0))
-        keys = {
-            program_key(tokens, items, labels, over, pages)
-            for tokens in token_ladder(max_tokens or self.max_tokens)
-            for items in (1, min(tokens, max_items or tokens))
-            for labels, over, pages in kinds
-        }
-        heads = [HeadKey(n) for n in HEAD_ROWS if plain_calls and not self.num_classes]
+            kinds.add((self.num_classes, 0))
         longest = max_tokens or self.max_tokens
+
+        def keys_of(kinds: set[tuple[int, int]], *, by_tiles: bool) -> set[ProgramKey]:
+            return {
+                program_key(tokens, 1, labels, pages, by_tiles=by_tiles)
+                for tokens in program_sizes(longest, by_tiles=by_tiles)
+                for labels, pages in kinds
+            }
+
+        keys = keys_of(kinds, by_tiles=self._executables.by_tiles)
+        heads = [HeadKey(n) for n in HEAD_ROWS if plain_calls and not self.num_classes]
         if mask_impl == "segment":
             check_segment(self.model, longest=1)
         elif mask_impl == "dense" or self.needs_mask(longest):
@@ -359,10 +357,10 @@ class ModelProgram:
             plain = {key for key in keys if plain_calls and not key.num_pages}
             keys = {
                 DenseKey.of(key, n)
-                for key in keys
+                for key in keys_of(kinds, by_tiles=False)
                 for n in range(min(cdiv(longest, PAGE_SIZE), key.num_pages) + 1)
             } | (plain if not self.needs_mask(1) else set())
-        ordered = sorted(keys, key=lambda key: (key.num_tokens, key.num_items, key.over_vocabulary))
+        ordered = sorted(keys, key=lambda key: (key.num_tokens, key.num_labels))
         return self._executables.warm_up([*ordered, *heads], show_progress_bar)
 
     def num_pages(self, cache_bytes: int) -> int:

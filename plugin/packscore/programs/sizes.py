@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from packscore.flows.page_pool import PAGE_SIZE
-from packscore_kernels.hardware import cdiv
+from packscore_kernels.hardware import align_to, cdiv
 
 SMALLEST_BUCKET = 128
 # Programs up to here double; above, eight sizes an octave waste at most 12.5 %.
 LARGEST_DOUBLING = 1024
 DEFAULT_MAX_TOKENS = 16_384
-# A program scores up to one item for so many tokens, or one for every token.
-TOKENS_PER_ITEM = 16
-SMALLEST_LABELS = 8
+# Where kernels walk over the tiles that hold tokens: the room of a program for tokens, and the most
+# rows of a tile. Short tiles wait for weights, which all of them need; long ones hold more padding.
+CAPACITIES = {512: 256, 4096: 512, 16_384: 1024}
+SMALLEST_LABELS = 64
 # What a schedule has room for: requests of one launch, pages of the pool, and pages that the
 # requests of one launch name, each for itself where they share some.
 MAX_GROUPS = 32
@@ -44,23 +45,36 @@ def token_ladder(max_tokens: int) -> list[int]:
     return [*sizes, size]
 
 
-def reads_rows(num_rows: int, num_tokens: int) -> bool:
-    """Whether the last layer of a program runs for the rows that are read alone.
+def capacity(num_tokens: int) -> tuple[int, int]:
+    """Of the program that serves `num_tokens` by tiles: its room, and the most rows of a tile."""
+    for room, tile in CAPACITIES.items():
+        if num_tokens <= room:
+            return room, tile
+    return 1 << (num_tokens - 1).bit_length(), tile
 
-    It would gain nothing where more than half are, whose keys and values are computed twice.
-    """
-    return 2 * num_rows <= num_tokens
+
+def program_sizes(max_tokens: int, *, by_tiles: bool) -> list[int]:
+    """Room for tokens of every program that serves up to `max_tokens`."""
+    if not by_tiles:
+        return token_ladder(max_tokens)
+    largest, _ = capacity(max_tokens)
+    return [*(room for room in CAPACITIES if room < largest), largest]
+
+
+def computed_tokens(num_tokens: int, *, by_tiles: bool) -> int:
+    """Tokens that a launch of so many runs with: in whole tiles, or all of its bucket."""
+    return align_to(num_tokens, capacity(num_tokens)[1]) if by_tiles else token_bucket(num_tokens)
 
 
 @dataclass(frozen=True)
 class ProgramKey:
     """What a program is compiled for; everything else is data."""
 
-    num_tokens: int
-    num_items: int
+    num_tokens: int  # that there is room for
+    num_rows: int  # of those that are read
     num_labels: int  # 0: the program stops before the head and gives hidden states
-    over_vocabulary: bool
     num_pages: int = 0  # of the pool that the program reads and writes; 0: it has none
+    tile: int = 0  # most rows of a tile, where those that hold tokens are computed; 0: all rows are
 
 
 @dataclass(frozen=True)
@@ -89,12 +103,19 @@ class HeadKey:
 
 
 def program_key(
-    num_tokens: int, num_items: int, num_labels: int, over_vocabulary: bool, num_pages: int = 0
+    num_tokens: int, num_rows: int, num_labels: int, num_pages: int = 0, *, by_tiles: bool = False
 ) -> ProgramKey:
-    """The program that serves a request of these sizes."""
-    tokens = token_bucket(num_tokens)
-    few = max(tokens // TOKENS_PER_ITEM, 1)
+    """The program that serves a launch of these sizes.
+
+    Args:
+      num_tokens: packed tokens.
+      num_rows: how many of them are read.
+      num_labels: labels that are read of each; 0: hidden states.
+      num_pages: of the pool.
+      by_tiles: whether the model's kernels compute the tiles alone that hold tokens.
+    """
+    room, tile = capacity(num_tokens) if by_tiles else (token_bucket(num_tokens), 0)
     # every item has a token, or shares the row of the prefix's last one with other empty items
-    items = few if num_items <= few else 1 << max(num_items - 1, tokens - 1).bit_length()
+    rows = room if num_rows <= room else 1 << (num_rows - 1).bit_length()
     labels = max(SMALLEST_LABELS, 1 << (num_labels - 1).bit_length()) if num_labels else 0
-    return ProgramKey(tokens, items, labels, over_vocabulary, num_pages)
+    return ProgramKey(room, rows, labels, num_pages, tile)

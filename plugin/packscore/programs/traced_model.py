@@ -8,7 +8,7 @@ weights are stacked, so that one layer is compiled and scanned.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,14 +37,13 @@ from packscore.programs.fused_layer import (
     Layer,
     Stacks,
     can_fuse,
-    fused_keys_values,
+    can_skip_tiles,
     fused_layer,
     fused_rows,
 )
-from packscore.programs.head import head_weight, label_head
+from packscore.programs.head import HEAD_STEP, by_rows, head_weight, in_steps, label_head
 from packscore.programs.interfaces import check_programs
 from packscore.programs.launch_inputs import LaunchInputs
-from packscore.programs.sizes import reads_rows
 from packscore.programs.traced_ops import (
     NAME,
     KernelImplementation,
@@ -56,6 +55,7 @@ from packscore.programs.traced_ops import (
     torchax_environment,
 )
 from packscore.programs.weights import Weights
+from packscore_kernels import LiveTokens
 
 
 def _check_equal_layers(model: Any) -> None:
@@ -122,26 +122,30 @@ class TracedModel:
             out = functional_call(module, state, env.j2t_iso(args), env.j2t_iso(kwargs))
             return env.t2j_iso(out)
 
-    def hidden_rows(
+    def can_skip_tiles(self, implementation: KernelImplementation, itemsize: int) -> bool:
+        """Whether the number of token tiles can be data, on the chip that is traced for."""
+        return can_skip_tiles(self.skeleton.get_decoder().layers[0], implementation, itemsize)
+
+    def _reader(
         self,
         weights: Weights,
         kv_pages: jax.Array | None,  # as `pool_struct` has it; None where nothing is cached
         inputs: LaunchInputs,
         implementation: KernelImplementation,
-        mask_impl: MaskKind = "segment",
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """From token ids to the hidden states that the head reads, at some tokens.
+        mask_impl: MaskKind,
+        tile: int,
+        *,
+        whole: bool,
+    ) -> tuple[Callable[[jax.Array], jax.Array], jax.Array | None]:
+        """From token ids to what the head reads at rows; see `hidden_rows`.
 
         Args:
-          weights: from `weights_of`.
-          kv_pages: the pool of all layers.
-          inputs: the packed tokens, who sees whom, and at which rows to read.
-          implementation: of the kernels.
-          mask_impl: how items are kept apart; only under a dense mask do windows have a place.
+          whole: whether the last layer runs for all tokens; else it does for the rows that are
+            read, and of the others it needs keys and values alone.
 
         Returns:
-          [num_rows, hidden_size] after the final norm, in the model's dtype, and the pages with
-          what was written to them.
+          i32[num_rows] to [num_rows, hidden_size] behind the final norm, for rows of tokens, and
+          the pages with what was written to them.
         """
         decoder = self.skeleton.get_decoder()
         tokens = inputs.token_ids[None]
@@ -152,10 +156,12 @@ class TracedModel:
         layer = _Layer(self._call, decoder.layers[0], weights["layers"], rotary, positions)
         layer.fuses = can_fuse(decoder.layers[0], implementation, hidden.dtype.itemsize)
         windows = _windows(self.skeleton) if mask_impl == "dense" else None
+        live = LiveTokens(inputs.schedule.counts[0], tile) if tile else None
 
         def attention_of(index: Layer, kv_pages: jax.Array | None) -> LayerAttention:
             attend = _attention_of(index, num_layers, kv_pages, inputs, implementation)
             attend.mask_impl = mask_impl
+            attend.live = live
             attend.window = None if windows is None else windows[index]
             return attend
 
@@ -165,17 +171,41 @@ class TracedModel:
             hidden = layer.whole(index, hidden, attend)
             return (hidden, attend.kv_pages), None
 
-        # the last layer needs keys and values of all tokens, and all else of the rows alone
-        is_few = reads_rows(len(inputs.rows), len(inputs.token_ids))
-        num_scanned = num_layers - int(is_few)
-        (hidden, kv_pages), _ = jax.lax.scan(step, (hidden, kv_pages), jnp.arange(num_scanned))
-        if is_few:
-            attend = attention_of(num_scanned, kv_pages)
-            rows = layer.at_rows(num_scanned, hidden, attend, inputs.rows)
+        scanned = jnp.arange(num_layers if whole else num_layers - 1)
+        (hidden, kv_pages), _ = jax.lax.scan(step, (hidden, kv_pages), scanned)
+        behind: Callable[[jax.Array], jax.Array] = lambda rows: hidden[0, rows]  # noqa: E731
+        if not whole:
+            attend = attention_of(num_layers - 1, kv_pages)
+            behind = layer.at_rows(num_layers - 1, hidden, attend)
             kv_pages = attend.kv_pages
-        else:
-            rows = hidden[0, inputs.rows]
-        return self._call(decoder.norm, weights["norm"], rows), kv_pages
+        return lambda rows: self._call(decoder.norm, weights["norm"], behind(rows)), kv_pages
+
+    def hidden_rows(
+        self,
+        weights: Weights,
+        kv_pages: jax.Array | None,
+        inputs: LaunchInputs,
+        implementation: KernelImplementation,
+        mask_impl: MaskKind = "segment",
+        tile: int = 0,
+    ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
+        """From token ids to the hidden states behind the final norm, at most or all tokens.
+
+        Args:
+          weights: from `weights_of`.
+          kv_pages: the pool of all layers.
+          inputs: the packed tokens, who sees whom, and at which rows to read.
+          implementation: of the kernels.
+          mask_impl: how items are kept apart; only under a dense mask do windows have a place.
+          tile: most rows of a tile, where only those that hold tokens are computed; 0: all are.
+
+        Returns:
+          [num_rows, hidden_size] after the final norm, in the model's dtype and in the parts that
+          `by_rows` makes, and the pages with what was written to them.
+        """
+        given = weights, kv_pages, inputs, implementation, mask_impl, tile
+        read, kv_pages = self._reader(*given, whole=True)
+        return by_rows(lambda rows, _: read(rows), inputs.rows, inputs.num_rows), kv_pages
 
     def label_logits(
         self,
@@ -184,19 +214,26 @@ class TracedModel:
         inputs: LaunchInputs,
         implementation: KernelImplementation,
         mask_impl: MaskKind = "segment",
-        *,
-        over_vocabulary: bool,
-    ) -> tuple[tuple[jax.Array, jax.Array | None], jax.Array | None]:
+        tile: int = 0,
+    ) -> tuple[tuple[tuple[jax.Array, jax.Array], ...], jax.Array | None]:
         """From token ids to the logits of the labels at the scored rows; see `hidden_rows`.
 
         Returns:
-          ((float32[num_items, num_labels], float32[num_items] or None), pages): logits, and with
-          `over_vocabulary` their log-sum-exp over the vocabulary.
+          ((float32[num_rows, num_labels], float32[num_rows]) in parts, pages): logits, and where
+          they are wanted their log-sum-exp over the vocabulary.
         """
-        rows, kv_pages = self.hidden_rows(weights, kv_pages, inputs, implementation, mask_impl)
+        given = weights, kv_pages, inputs, implementation, mask_impl, tile
+        hidden, kv_pages = self._reader(*given, whole=False)
         cap = final_cap(self.skeleton)
-        found = label_head(rows, head_weight(weights), inputs.label_ids, over_vocabulary, cap)
-        return found, kv_pages
+
+        def logits(rows: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
+            head, labels = head_weight(weights), inputs.label_ids
+            return label_head(rows, head, labels, inputs.over_vocabulary, cap)
+
+        def read(rows: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return in_steps(logits, hidden(rows), count, HEAD_STEP)
+
+        return by_rows(read, inputs.rows, inputs.num_rows), kv_pages
 
 
 @dataclass
@@ -223,31 +260,30 @@ class _Layer:
         return self.call(bound, self._own(index), hidden, **keywords)
 
     def at_rows(
-        self, index: Layer, hidden: jax.Array, attend: LayerAttention, rows: jax.Array
-    ) -> jax.Array:
-        """[num_rows, hidden_size] behind the layer, and the keys and values of all in its pages."""
+        self, index: Layer, hidden: jax.Array, attend: LayerAttention
+    ) -> Callable[[jax.Array], jax.Array]:
+        """Put the keys and values of all tokens into the layer's pages.
+
+        Returns:
+          i32[num_rows] to [num_rows, hidden_size] behind the layer at those rows.
+        """
         if self.fuses:
-            given = self.weights, index
-            k, v = fused_keys_values(
-                self.module, *given, hidden, self.rotary, attend.implementation
-            )
-        else:
-            module = _KeysValues(self.module)
-            k, v = (x[0] for x in self.call(module, self._own(index), hidden, self.rotary))
+            given = self.call, self.module, self.weights, index, hidden, self.rotary, attend
+            return fused_rows(*given)
+        own = self._own(index)
+        found = self.call(_KeysValues(self.module), own, hidden, self.rotary)
+        k, v = (x[0] for x in found)
         attend.keep(k, v)
-
-        def attention(q: jax.Array, *_: jax.Array, **options: Any) -> jax.Array:
-            return attend.at_rows(q, k, v, rows, **options)
-
-        if self.fuses:
-            cos, sin = (part[:, rows] for part in self.rotary)
-            return fused_rows(
-                self.call, self.module, *given, hidden[:, rows], (cos, sin), attention
-            )[0]
         keywords = {"position_embeddings": self.rotary, "position_ids": self.positions}
-        bound = _AtRows(self.module, layer_attention=attention)
-        found = k[None], v[None]
-        return self.call(bound, self._own(index), rows, found, hidden, **keywords)[0]
+
+        def at(rows: jax.Array) -> jax.Array:
+            def attention(q: jax.Array, *_: jax.Array, **options: Any) -> jax.Array:
+                return attend.at_rows(q, k, v, rows, **options)
+
+            bound = _AtRows(self.module, layer_attention=attention)
+            return self.call(bound, own, rows, found, hidden, **keywords)[0]
+
+        return at
 
 
 def _windows(model: PreTrainedModel) -> jax.Array | None:

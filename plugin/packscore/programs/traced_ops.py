@@ -23,6 +23,7 @@ from packscore.programs.interfaces import (
     imported,
 )
 from packscore_kernels import (
+    LiveTokens,
     PageWrites,
     ProjectionImplementation,
     SegmentSchedule,
@@ -31,7 +32,7 @@ from packscore_kernels import (
 )
 from packscore_kernels.attention.xla import segment_attention_dense
 from packscore_kernels.hardware import precision_of
-from packscore_kernels.row_attention import segment_attention_rows
+from packscore_kernels.row_attention.api import segment_attention_rows
 
 # under which transformers finds both; no name of its own
 NAME = "packscore_program"
@@ -76,6 +77,7 @@ class LayerAttention:
     writes: PageWrites | None = None
     mask_impl: Literal["segment", "dense"] = "segment"
     window: jax.Array | None = None  # i32[]: how far back a row sees, under a dense mask
+    live: LiveTokens | None = None  # None: all rows are computed
 
     def __call__(
         self,
@@ -103,6 +105,7 @@ class LayerAttention:
             implementation="dense" if self.mask_impl == "dense" else implementation,
             soft_cap=soft_cap,
             sliding_window=self.window,
+            live_tiles_only=self.live is not None,
         )
 
     def keep(self, k: jax.Array, v: jax.Array) -> None:
@@ -132,7 +135,9 @@ class LayerAttention:
                 sliding_window=self.window,
                 rows=rows,
             )
-        return segment_attention_rows(*given, rows, sm_scale=sm_scale)
+        given_rows = *given, rows
+        implementation = self.implementation
+        return segment_attention_rows(*given_rows, sm_scale=sm_scale, implementation=implementation)
 
 
 @contextmanager

@@ -55,8 +55,8 @@ def parts(way: Way, request: Request) -> list[Part]:
 
 def _predicted(sizes: ModelSizes, request: Request, chip: str) -> dict[str, float]:
     items = request.num_items * request.item_len
-    pairs = request.query_len**2 / 2 + items * (request.query_len + request.item_len / 2)
-    return predicted_parts(sizes, chip, request.query_len + items, pairs)
+    pairs = items * (request.query_len + request.item_len / 2), request.query_len**2 / 2
+    return predicted_parts(sizes, chip, request.query_len + items, *pairs)
 
 
 def _of_torch(call: Callable[[], object], device: torch.device) -> Iterator[tuple[str, float]]:
