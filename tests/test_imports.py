@@ -57,8 +57,8 @@ def test_every_module_leaves_the_process_as_it_was() -> None:
         # programs are for patch_model(..., device=...); the others extend classes of packages that
         # change warnings and the environment when imported
         programs = "packscore.programs"
-        adapters = ("cross_encoder", "langchain", "llama_index", "rerankers")
-        extending = {"packscore.plot", *(f"packscore.integrations.{name}" for name in adapters)}
+        own = ("cross_encoder", "cross_encoder_base", "langchain", "llama_index", "rerankers")
+        extending = {"packscore.plot", *(f"packscore.integrations.{name}" for name in own)}
         folder = pathlib.Path(packscore.__file__).parent
         files = (path.relative_to(folder.parent).with_suffix("") for path in folder.rglob("*.py"))
         found = {".".join(file.parts).removesuffix(".__init__") for file in files} - {"packscore"}

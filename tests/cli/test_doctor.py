@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from cli_helpers import Cli
 from packscore.cli import doctor
 from selection import HAS_JAX
+
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 
 
 def test_doctor_tells_people_and_programs(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,6 +41,19 @@ def test_doctor_tells_people_and_programs(cli: Cli, monkeypatch: pytest.MonkeyPa
         assert "  jax, torchax         missing: jax.core.Tracer; see problems" in text
         assert "  jax 1.0 has it not" in text
     assert "TorchTPU" not in text
-    for what in found["runs"].values():
-        assert what in text
+    for name, what in found["runs"].items():
+        assert what in text or not (HAS_JAX or name in ("cpu", "cuda", "mps"))
     assert text.splitlines()[0] == "versions"
+
+
+def test_a_machine_without_jax_has_no_problem(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = doctor.version_of
+    monkeypatch.setattr(
+        doctor, "version_of", lambda name: None if name == "jax" else installed(name)
+    )
+    monkeypatch.setattr(doctor, "ask_jax", lambda: pytest.fail("jax was asked"))
+    core = [Requirement(line) for line in PROJECT["dependencies"]]
+    monkeypatch.setattr(doctor, "metadata_requirements", lambda: core)
+    found = json.loads(cli("doctor", "--json").out)
+    assert not any("jax" in problem for problem in found["problems"])
+    assert found["runs"]["jax"].startswith("refused: jax is not installed; pip install ")

@@ -17,11 +17,11 @@ import shlex
 import sys
 import tempfile
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import packscore
 from packscore.cli.exits import tell
+from packscore.installed import version_of
 from packscore.telling import counted
 
 NONE = "none"
@@ -109,10 +109,8 @@ def _made_by() -> str:
     """A name for what programs depend on beside themselves: versions, and the processor."""
     versions = [f"packscore-{packscore.__version__}"]
     for package in ("jax", "jaxlib", "libtpu"):
-        try:
-            versions.append(f"{package}-{metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            continue
+        if found := version_of(package):
+            versions.append(f"{package}-{found}")
     return "_".join([*versions, hashlib.sha256(_processor().encode()).hexdigest()[:8]])
 
 

@@ -93,7 +93,13 @@ class Findings:
 
 def examine() -> Findings:
     """Look at everything; nothing is changed and no device is held afterwards."""
-    jax_devices, jax_failure = ask_jax()
+    has_jax = version_of("jax") is not None
+    # what nobody installed is no problem: torch scores without it
+    absent_jax: tuple[list[dict[str, str]], str] = (
+        [],
+        f"is not installed; {install_command('jax')}",
+    )
+    jax_devices, jax_failure = ask_jax() if has_jax else absent_jax
     versions = {"packscore": packscore.__version__, "python": platform.python_version()}
     found = Findings(
         versions={**versions, **{name: version_of(name) for name in PACKAGES + OPTIONAL_PACKAGES}},
@@ -103,7 +109,7 @@ def examine() -> Findings:
         runs=what_runs({device["platform"] for device in jax_devices}, jax_failure),
     )
     found.problems += version_problems(metadata_requirements())
-    if jax_failure:
+    if jax_failure and has_jax:
         found.problems.append(f"jax: {jax_failure}")
     asked = {"torch, transformers": {str(x.missing): str(x) for x in absent(TABLE)}}
     if version_of("jax") is not None and not torchtpu_is_loaded():
