@@ -56,21 +56,20 @@ def mlp_cycles(path: str, runs: MlpRuns) -> int:
 def row_cycles(path: str, runs: RowRuns, num_kv_heads: int) -> int:
     """Cycles of the attention of rows.
 
-    Its pieces that multiply, packed blocks before those of pages, under a mask before whole; and
-    its other long ones: what begins, what takes a block of each kind, what ends.
+    Its pieces that multiply, packed blocks before those of pages, under a mask before whole; those
+    that turn arrays: what takes a block of each kind, and what ends; and what begins, once.
     """
     kinds = [runs.packed, runs.cached]
     products = [times for kind in kinds for times in (kind.masked, kind.whole)]
-    others = [1, runs.packed.blocks, runs.cached.blocks, runs.parts * num_kv_heads]
-    inside = [region for region in regions(path) if region.depth]
+    turned = [runs.packed.blocks, runs.cached.blocks, runs.parts * num_kv_heads]
     cycles = 0
-    for region in inside:
+    for region in (region for region in regions(path) if region.depth):
         if region.has("vmatmul"):
             cycles += region.bundles * products.pop(0)
-        elif region.bundles >= LONG_PIECE and not any("dma" in note for note in region.notes):
-            cycles += region.bundles * others.pop(0)
-        else:
+        elif region.bundles < LONG_PIECE or any("dma" in note for note in region.notes):
             cycles += region.bundles * runs.steps
+        else:
+            cycles += region.bundles * (turned.pop(0) if region.use.get("XLU") else 1)
     return cycles
 
 

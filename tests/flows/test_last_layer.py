@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -138,6 +139,10 @@ def pages_of(scorer: MultiItemScorer) -> np.ndarray:
         return own[:, :, :, : len(PREFIX)]
 
 
+def whole_reader(self: Any, read: Any, *args: Any, **_: Any) -> Any:
+    return read(self, *args, whole=True)
+
+
 @pytest.mark.parametrize("path", ["torch", "xla", "kernels"])
 def test_pages_are_those_of_the_whole_layer_bit_by_bit(
     path: str, monkeypatch: pytest.MonkeyPatch
@@ -156,7 +161,9 @@ def test_pages_are_those_of_the_whole_layer_bit_by_bit(
             kind = "pallas_interpret" if path == "kernels" else "xla"
             program._executables.implementation = kind
             if is_whole:
-                monkeypatch.setattr(traced_model, "reads_rows", lambda *_: False)
+                read = traced_model.TracedModel._reader
+                whole = functools.partialmethod(whole_reader, read)
+                monkeypatch.setattr(traced_model.TracedModel, "_reader", whole)
         scores = scorer.score(PREFIX, ITEMS)
         found.append((pages_of(scorer), np.array(scores)))
     (few, few_scores), (whole, whole_scores) = found
