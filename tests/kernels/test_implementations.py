@@ -20,7 +20,6 @@ from packscore_kernels import (
     build_schedule,
     segment_paged_attention,
 )
-from packscore_kernels.row_attention import blocks as row_blocks
 from packscore_kernels.row_attention.api import segment_attention_rows
 from packscore_kernels.row_attention.blocks import Blocks, Seen
 from tolerances import assert_close
@@ -124,7 +123,9 @@ def check(
 )
 def test_rows_alone(implementation: Any, page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few rows in any order, those of padding among them, see what they see among all."""
-    monkeypatch.setattr(row_blocks, "BLOCK_KEYS", 128)
+    own = Blocks.of
+    # small ones, so that there are many
+    monkeypatch.setattr(Blocks, "of", lambda *sizes: own(*sizes[:2], 128))
     rng = np.random.default_rng(1)
     q, k, v, pages = arrays(rng, jnp.float32, 4, 2, D, TOKENS, page_size)
     run = jax.jit(
@@ -147,9 +148,10 @@ def test_rows_that_see_a_value_that_is_not_finite_are_nan_alone(implementation: 
     schedule = build_schedule(layout, block_sizes=BLOCKS)
     rows = jnp.asarray([36, 45, 41, 53])  # ends of the items, and the middle of the second
     values = v.at[0, 43, 5].set(jnp.inf)
-    got = segment_attention_rows(
-        q[:, rows], k, values, None, schedule, rows, sm_scale=SCALE, implementation=implementation
+    run = jax.jit(
+        functools.partial(segment_attention_rows, sm_scale=SCALE, implementation=implementation)
     )
+    got = run(q[:, rows], k, values, None, schedule, rows)
     assert np.isnan(got).any(axis=(0, 2)).tolist() == [False, True, False, False]
     assert_close(got[:, ::2], attention(q, k, v, layout, SCALE)[:, rows[::2]], "float32")
 
@@ -160,8 +162,12 @@ def test_rows_meet_the_blocks_that_they_see() -> None:
     schedule = build_schedule(layout, block_sizes=BLOCKS, page_size=0)
     blocks = Blocks.of(schedule, has_pages=False)
 
+    @jax.jit
+    def of(rows: jax.Array) -> jax.Array:
+        return blocks.met(Seen.of(schedule, rows))
+
     def met(rows: Any) -> list[int]:
-        found: list[int] = blocks.met(Seen.of(schedule, jnp.asarray(rows))).tolist()
+        found: list[int] = of(jnp.asarray(np.resize(rows, 25))).tolist()
         return found
 
     assert met(layout.scored_rows) == [2, 1, 1, 1]

@@ -52,16 +52,16 @@ class Blocks(NamedTuple):
     cached_keys: int  # of a block of pages
 
     @classmethod
-    def of(cls, schedule: SegmentSchedule, has_pages: bool) -> Blocks:
-        """Of a schedule's tokens and pages."""
+    def of(cls, schedule: SegmentSchedule, has_pages: bool, keys: int = BLOCK_KEYS) -> Blocks:
+        """Of a schedule's tokens and pages, so many keys at a time."""
         num_tokens, size = schedule.num_tokens, schedule.page_size
-        block = min(BLOCK_KEYS, num_tokens)
-        pages = max(BLOCK_KEYS // size, 1) if has_pages else 0
+        block = min(keys, num_tokens)
+        pages = max(keys // size, 1) if has_pages else 0
         num_cached = cdiv(len(schedule.page_indices), pages) if has_pages else 0
         return cls(num_cached, cdiv(num_tokens, block), block, pages, pages * size)
 
     def met(self, seen: Seen) -> jax.Array:
-        """i32[num_cached + num_packed]: 0 where no row sees a key, 2 where all rows see all keys."""
+        """i32[num_cached + num_packed]: 0 where no row sees a key, 2 where every row sees all."""
 
         def meets(run: tuple[jax.Array, jax.Array], begin: jax.Array, keys: int) -> jax.Array:
             first, end = (x[:, None] for x in (run[0], run[0] + run[1]))

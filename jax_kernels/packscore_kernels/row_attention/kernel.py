@@ -30,8 +30,15 @@ from packscore_kernels.attention.pieces import (
     within,
 )
 from packscore_kernels.attention.types import SegmentSchedule
-from packscore_kernels.hardware import LANES, align_to, shape_of, vmem_limit
-from packscore_kernels.row_attention.blocks import Blocks, Seen, listed
+from packscore_kernels.hardware import (
+    CHIPS,
+    LANES,
+    align_to,
+    shape_of,
+    vmem_capacity,
+    vmem_limit,
+)
+from packscore_kernels.row_attention.blocks import BLOCK_KEYS, Blocks, Seen, listed
 
 LOG2E = 1.4426950408889634  # the kernel's exponentials are powers of two
 ROWS, MIN_ROWS = LANES, 16  # of all q heads of a group in a part; of one
@@ -167,6 +174,27 @@ def _kernel(
         lax.fori_loop(0, num_kv_heads * num_parts, one, None)
 
 
+def block_keys(page_size: int) -> list[int]:
+    """Keys of a block, the most first: whole pages, and whole registers of packed keys."""
+    sizes = [BLOCK_KEYS]
+    while sizes[-1] // 2 >= max(LANES, page_size):
+        sizes.append(sizes[-1] // 2)
+    return sizes
+
+
+def vmem_bytes(
+    heads: tuple[int, int], head_dim: int, itemsize: int, num_rows: int, blocks: Blocks
+) -> int:
+    """What the kernel holds: queries and outputs, blocks of keys and values, and the softmax."""
+    num_q_heads, num_kv_heads = heads
+    rows = align_to(num_rows, part_rows(num_q_heads // num_kv_heads))
+    arriving = 4 * (blocks.packed_keys + blocks.cached_keys)
+    taken = 2 * max(blocks.packed_keys, blocks.cached_keys)
+    arrays = 2 * num_q_heads * rows + num_kv_heads * (arriving + taken)
+    state = 4 * num_q_heads * rows * (head_dim + 2 * SUBLANES)
+    return arrays * align_to(head_dim, LANES) * itemsize + state
+
+
 def attend_rows_pallas(
     q: jax.Array,  # [num_q_heads, num_rows, head_dim]
     k: jax.Array,  # [num_kv_heads, num_tokens, head_dim]
@@ -180,11 +208,28 @@ def attend_rows_pallas(
 ) -> jax.Array:
     """See `segment_attention_rows`."""
     (num_q_heads, num_rows, head_dim), num_kv_heads = q.shape, k.shape[0]
-    group, blocks = num_q_heads // num_kv_heads, Blocks.of(schedule, kv_pages is not None)
+    group, has_pages = num_q_heads // num_kv_heads, kv_pages is not None
+    held = functools.partial(vmem_bytes, (num_q_heads, num_kv_heads), head_dim, q.dtype.itemsize)
+    room = (vmem_capacity() or CHIPS["v5e"].vmem_bytes) * 3 // 4
+    sizes = (Blocks.of(schedule, has_pages, keys) for keys in block_keys(schedule.page_size))
+    for blocks in sizes:
+        if held(num_rows, blocks) <= room:
+            break
+    else:
+        half = align_to(num_rows // 2, part_rows(group))
+        if half < num_rows:
+            both = [
+                attend_rows_pallas(
+                    *(q[:, own], k, v, kv_pages, schedule, Seen(*(x[own] for x in seen)), sm_scale),
+                    interpret=interpret,
+                )
+                for own in (slice(half), slice(half, None))
+            ]
+            return jnp.concatenate(both, axis=1)
     parts = parts_of(seen, group)
     num_parts, rows = parts.own.shape
-    room, lanes = num_parts * rows, rows * group
-    q = jnp.pad(q, ((0, 0), (0, room - num_rows), (0, 0)))
+    lanes = rows * group
+    q = jnp.pad(q, ((0, 0), (0, num_parts * rows - num_rows), (0, 0)))
     met = jax.vmap(blocks.met)(parts)
     order, count = listed((met > 0).any(axis=0))
     about = jnp.tile(jnp.stack(parts, axis=1), (1, 1, group))
@@ -205,13 +250,7 @@ def attend_rows_pallas(
 
     packed = pl.BlockSpec((num_kv_heads, blocks.packed_keys, head_dim), of_packed)
     page_shape = (None, num_kv_heads, 2, schedule.page_size, head_dim)
-    most_keys, width = max(blocks.packed_keys, blocks.cached_keys), align_to(head_dim, LANES)
-    itemsize, states = q.dtype.itemsize, num_kv_heads * num_parts
-    used = itemsize * width * (
-        2 * num_q_heads * room
-        + num_kv_heads * 4 * (blocks.packed_keys + blocks.cached_keys)
-        + 2 * num_kv_heads * most_keys
-    ) + 4 * states * lanes * (head_dim + 2 * SUBLANES)
+    most_keys, states = max(blocks.packed_keys, blocks.cached_keys), num_kv_heads * num_parts
     out: jax.Array = pl.pallas_call(
         functools.partial(_kernel, blocks=blocks, scale=sm_scale * LOG2E),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -238,7 +277,7 @@ def attend_rows_pallas(
         ),
         out_shape=shape_of(q.shape, q.dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=vmem_limit(used)
+            dimension_semantics=("arbitrary",), vmem_limit_bytes=vmem_limit(held(num_rows, blocks))
         ),
         interpret=interpret,
         name="row_attention",

@@ -24,8 +24,8 @@ def attend_rows_xla(
     sm_scale: float,
 ) -> jax.Array:
     """See `segment_attention_rows`."""
-    (num_q_heads, num_rows, head_dim), (num_kv_heads, num_tokens, _) = q.shape, k.shape
-    queries = q.reshape(num_kv_heads, -1, num_rows, head_dim)
+    num_kv_heads, num_tokens, head_dim = k.shape
+    queries = q.reshape(num_kv_heads, -1, *q.shape[1:])
     blocks = Blocks.of(schedule, kv_pages is not None)
     spans = Seen(*(x[:, None] for x in seen))
     page_indices = jnp.asarray(schedule.page_indices)

@@ -87,10 +87,15 @@ def grid_steps(
     mlp = mlp_tiles(room, sizes.hidden, sizes.inner, itemsize, live)
     if into is None or back is None or mlp is None:
         raise ValueError(f"{key} is of no model whose layers are kernels")
+    writes = int(bool(key.num_pages))
     steps = cdiv(num_tokens, into) * (num_passes(*heads) + 1) + cdiv(num_tokens, back)
     steps += cdiv(num_tokens, mlp.tokens) * (sizes.inner // mlp.width)
-    steps += sizes.kv_heads * cdiv(num_tokens, block_q) + bool(key.num_pages)
-    return sizes.layers * steps
+    steps += sizes.kv_heads * cdiv(num_tokens, block_q) + writes
+    # the last layer's keys and values; how many blocks of them its rows meet is left out
+    alone = 0, sizes.kv_heads
+    tile = qkv_tile(alone, sizes.hidden, itemsize, room, live) or into
+    last = cdiv(num_tokens, tile) * (num_passes(*alone) + 1) + writes
+    return (sizes.layers - 1) * steps + last
 
 
 def fused_layer(
