@@ -56,11 +56,10 @@ def mlp_cycles(path: str, runs: MlpRuns) -> int:
 def row_cycles(path: str, runs: RowRuns, num_kv_heads: int) -> int:
     """Cycles of the attention of rows.
 
-    Its pieces that multiply, packed blocks before those of pages, under a mask before whole; those
-    that turn arrays: what takes a block of each kind, and what ends; and what begins, once.
+    Its pieces that multiply, under a mask before whole; those that turn arrays: what takes a block
+    of each kind, and what ends; and what begins, once.
     """
-    kinds = [runs.packed, runs.cached]
-    products = [times for kind in kinds for times in (kind.masked, kind.whole)]
+    products = [sum(kind[i] for kind in (runs.packed, runs.cached)) for i in (1, 2)]
     turned = [runs.packed.blocks, runs.cached.blocks, runs.parts * num_kv_heads]
     cycles = 0
     for region in (region for region in regions(path) if region.depth):

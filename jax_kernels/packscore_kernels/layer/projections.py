@@ -34,6 +34,8 @@ HEAD_DIM = LANES  # the width of a vector register, within which a head is turne
 # Heads that one pass multiplies. Few leave the matrix unit idle at each pass's ends; all at once
 # is one long piece of code, which the compiler schedules worse than several short ones.
 HEADS = 8
+# Tokens of a tile without queries, as one layer has: a long tile is long code, for 2 % of a layer.
+KV_TOKENS = 256
 
 
 def too_large(hidden_size: int, num_heads: int) -> ArgumentError:
@@ -155,7 +157,8 @@ def qkv_tile(
     """Tokens of a tile of `project_qkv`; None where no tile suits its (q, kv) heads."""
     held = functools.partial(qkv_vmem_bytes, *heads, hidden_size, itemsize)
     weight_bytes = HEAD_DIM * (heads[0] + 2 * heads[1]) * hidden_size * itemsize
-    return tile_tokens(num_tokens, weight_bytes, held, live)
+    tile = tile_tokens(num_tokens, weight_bytes, held, live)
+    return tile if heads[0] or tile is None else min(tile, KV_TOKENS)
 
 
 def out_tile(

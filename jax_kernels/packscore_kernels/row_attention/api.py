@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from packscore_kernels.attention.types import SegmentSchedule
@@ -40,6 +41,8 @@ def segment_attention_rows(
     Returns:
       [num_q_heads, num_rows, head_dim] in the dtype of q; padding rows are zeros.
     """
+    if (missing := schedule.page_size - k.shape[1]) > 0:
+        k, v = (jnp.pad(x, ((0, 0), (0, missing), (0, 0))) for x in (k, v))
     given = q, k, v, kv_pages, schedule, Seen.of(schedule, rows), sm_scale
     if implementation == "xla":
         return attend_rows_xla(*given)

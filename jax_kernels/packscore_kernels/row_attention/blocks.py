@@ -47,34 +47,34 @@ class Blocks(NamedTuple):
 
     num_cached: int
     num_packed: int
-    packed_keys: int  # of a packed block
-    pages: int  # of a block of pages
-    cached_keys: int  # of a block of pages
+    keys: int  # of a block
+    pages: int  # of a block of them
 
     @classmethod
     def of(cls, schedule: SegmentSchedule, has_pages: bool, keys: int = BLOCK_KEYS) -> Blocks:
-        """Of a schedule's tokens and pages, so many keys at a time."""
+        """Of a schedule's tokens and pages, so many keys at a time or fewer."""
         num_tokens, size = schedule.num_tokens, schedule.page_size
-        block = min(keys, num_tokens)
-        pages = max(keys // size, 1) if has_pages else 0
-        num_cached = cdiv(len(schedule.page_indices), pages) if has_pages else 0
-        return cls(num_cached, cdiv(num_tokens, block), block, pages, pages * size)
+        keys = min(keys, num_tokens)
+        if not has_pages:
+            return cls(0, cdiv(num_tokens, keys), keys, 0)
+        pages = max(keys // size, 1)
+        num_cached = cdiv(len(schedule.page_indices), pages)
+        return cls(num_cached, cdiv(num_tokens, pages * size), pages * size, pages)
 
     def met(self, seen: Seen) -> jax.Array:
         """i32[num_cached + num_packed]: 0 where no row sees a key, 2 where every row sees all."""
 
-        def meets(run: tuple[jax.Array, jax.Array], begin: jax.Array, keys: int) -> jax.Array:
+        def meets(run: tuple[jax.Array, jax.Array], num_blocks: int) -> jax.Array:
+            begin = jnp.arange(num_blocks) * self.keys
             first, end = (x[:, None] for x in (run[0], run[0] + run[1]))
-            some = (first < begin + keys) & (end > begin) & (end > first)
-            every = (first <= begin) & (end >= begin + keys)
+            some = (first < begin + self.keys) & (end > begin) & (end > first)
+            every = (first <= begin) & (end >= begin + self.keys)
             return jnp.where(every.all(axis=0), 2, some.any(axis=0).astype(jnp.int32))
 
-        cached = jnp.arange(self.num_cached) * self.cached_keys
-        packed = jnp.arange(self.num_packed) * self.packed_keys
-        own = meets((seen.own, seen.num_own), packed, self.packed_keys)
-        prefix = meets((seen.prefix, seen.num_prefix), packed, self.packed_keys)
-        in_pages = meets((seen.cached, seen.num_cached), cached, self.cached_keys)
-        return jnp.concatenate([in_pages, jnp.maximum(own, prefix)])
+        own = meets((seen.own, seen.num_own), self.num_packed)
+        prefix = meets((seen.prefix, seen.num_prefix), self.num_packed)
+        cached = meets((seen.cached, seen.num_cached), self.num_cached)
+        return jnp.concatenate([cached, jnp.maximum(own, prefix)])
 
 
 def listed(needed: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -7,7 +7,6 @@ block meets the parts that see some of it, without a mask where they see all of 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -71,10 +70,10 @@ def _kernel(
     met: Ref,  # i32[num_parts * num_blocks]: 0 where a part sees nothing of one, 2 where all of it
     page_indices: Ref,  # i32[num_entries]
     # inputs
-    seen: Ref,  # i32[num_parts, 6, lanes]: see `Seen`, for each q head of a group
+    seen: Ref,  # i32[num_parts, 8, lanes]: see `Seen`, for each q head of a group; then zeros
     q: Ref,  # [num_q_heads, num_rows, head_dim]
-    k: Ref,  # [num_kv_heads, packed_keys, head_dim]
-    v: Ref,  # [num_kv_heads, packed_keys, head_dim]
+    k: Ref,  # [num_kv_heads, keys, head_dim]
+    v: Ref,  # [num_kv_heads, keys, head_dim]
     *others: Ref,  # [num_kv_heads, 2, page_size, head_dim] for each page; then output and scratch
     blocks: Blocks,
     scale: float,
@@ -96,75 +95,73 @@ def _kernel(
         first = pl.multiple_of(part * rows, rows)
         return pl.ds(head * group, group), pl.ds(first, rows)
 
-    def take(head: jax.Array, num_keys: int, found: tuple[jax.Array, jax.Array]) -> None:
-        tamed_keys, tamed_values = tame(*found, 1.0)
-        keys[head, :num_keys], values[head, :, :num_keys] = tamed_keys, tamed_values.T
-
-    def attend(num_keys: int, runs: Sequence[int], first: jax.Array) -> None:
-        """All rows against the block in scratch, of which they see these runs."""
-
-        def issue(part: jax.Array, is_masked: bool, head: jax.Array) -> jax.Array:
-            own_q = q[at(head, part)].reshape(lanes, head_dim)
-            s = scaled(scores(keys[head, :num_keys], own_q), scale)
-            if not is_masked:
-                return s
-            key = sublanes(*s.shape)
-            spans = [(seen[part, i : i + 1] - first, seen[part, i + 1 : i + 2]) for i in runs]
-            visible = functools.reduce(jnp.logical_or, [within(key, *span) for span in spans])
-            return jnp.where(visible, s, MASKED)
-
-        def finish(part: jax.Array, head: jax.Array, s: jax.Array) -> None:
-            own = part * num_kv_heads + head
-            before = m[own]
-            after = jnp.maximum(before, jnp.max(s, axis=0, keepdims=True))
-            p, keep = jnp.exp2(s - after), jnp.exp2(before - after)
-            out = dot(values[head, :, :num_keys], p.astype(values.dtype), 1, 0)
-            m[own], total[own] = after, total[own] * keep + sum8(p)
-            acc[own] = acc[own] * keep + out
-
-        def meet(part: jax.Array, is_masked: bool) -> None:
-            def some(i: jax.Array, _: None) -> None:
-                heads = [i * at_once + j for j in range(at_once)]
-                stages = [
-                    Stage(
-                        functools.partial(issue, part, is_masked, head),
-                        functools.partial(finish, part, head),
-                    )
-                    for head in heads
-                ]
-                pipeline(stages, AHEAD)
-
-            lax.fori_loop(0, num_kv_heads // at_once, some, None)
-
-        def one(part: jax.Array, _: None) -> None:
-            how = met[part * order.shape[0] + block]
-            pl.when(how == 1)(lambda: meet(part, True))
-            pl.when(how == 2)(lambda: meet(part, False))
-
-        lax.fori_loop(0, num_parts, one, None)
+    def take(head: jax.Array, found_keys: jax.Array, found_values: jax.Array) -> None:
+        tamed_keys, tamed_values = tame(found_keys, found_values, 1.0)
+        keys[head], values[head] = tamed_keys, tamed_values.T
 
     @pl.when(block >= blocks.num_cached)
     def packed() -> None:
         def one(head: jax.Array, _: None) -> None:
-            take(head, blocks.packed_keys, (k[head], v[head]))
+            take(head, k[head], v[head])
 
         lax.fori_loop(0, num_kv_heads, one, None, unroll=at_once)
-        first = (block - blocks.num_cached) * blocks.packed_keys
-        attend(blocks.packed_keys, (0, 2), first)
 
     if pages:
 
         @pl.when(block < blocks.num_cached)
         def cached() -> None:
             def one(head: jax.Array, _: None) -> None:
-                both = [jnp.concatenate([page[head, i] for page in pages]) for i in (0, 1)]
-                take(head, blocks.cached_keys, (both[0], both[1]))
+                take(head, *(jnp.concatenate([page[head, i] for page in pages]) for i in (0, 1)))
 
             lax.fori_loop(0, num_kv_heads, one, None, unroll=at_once)
-            attend(blocks.cached_keys, (4,), block * blocks.cached_keys)
+
+    is_cached = block < blocks.num_cached
+    first = jnp.where(is_cached, block, block - blocks.num_cached) * blocks.keys
+    # of pages the one run, and none; of packed keys a row's own and its prefix
+    runs = [jnp.where(is_cached, *pair) for pair in ((4, 0), (6, 2))]
+
+    def issue(part: jax.Array, is_masked: bool, head: jax.Array) -> jax.Array:
+        own_q = q[at(head, part)].reshape(lanes, head_dim)
+        s = scaled(scores(keys[head], own_q), scale)
+        if not is_masked:
+            return s
+        key = sublanes(*s.shape)
+        spans = [(seen[part, pl.ds(i, 1)] - first, seen[part, pl.ds(i + 1, 1)]) for i in runs]
+        visible = functools.reduce(jnp.logical_or, [within(key, *span) for span in spans])
+        return jnp.where(visible, s, MASKED)
+
+    def finish(part: jax.Array, head: jax.Array, s: jax.Array) -> None:
+        own = part * num_kv_heads + head
+        before = m[own]
+        after = jnp.maximum(before, jnp.max(s, axis=0, keepdims=True))
+        p, keep = jnp.exp2(s - after), jnp.exp2(before - after)
+        out = dot(values[head], p.astype(values.dtype), 1, 0)
+        m[own], total[own] = after, total[own] * keep + sum8(p)
+        acc[own] = acc[own] * keep + out
+
+    def meet(part: jax.Array, is_masked: bool) -> None:
+        def some(i: jax.Array, _: None) -> None:
+            heads = [i * at_once + j for j in range(at_once)]
+            stages = [
+                Stage(
+                    functools.partial(issue, part, is_masked, head),
+                    functools.partial(finish, part, head),
+                )
+                for head in heads
+            ]
+            pipeline(stages, AHEAD)
+
+        lax.fori_loop(0, num_kv_heads // at_once, some, None)
+
+    def attend(part: jax.Array, _: None) -> None:
+        how = met[part * order.shape[0] + block]
+        pl.when(how == 1)(lambda: meet(part, True))
+        pl.when(how == 2)(lambda: meet(part, False))
+
+    lax.fori_loop(0, num_parts, attend, None)
 
     @pl.when(step == pl.num_programs(0) - 1)
-    def finish() -> None:
+    def end() -> None:
         def one(own: jax.Array, _: None) -> None:
             part, head = lax.div(own, num_kv_heads), lax.rem(own, num_kv_heads)
             sums = jnp.sum(total[own], axis=0, keepdims=True)
@@ -188,9 +185,8 @@ def vmem_bytes(
     """What the kernel holds: queries and outputs, blocks of keys and values, and the softmax."""
     num_q_heads, num_kv_heads = heads
     rows = align_to(num_rows, part_rows(num_q_heads // num_kv_heads))
-    arriving = 4 * (blocks.packed_keys + blocks.cached_keys)
-    taken = 2 * max(blocks.packed_keys, blocks.cached_keys)
-    arrays = 2 * num_q_heads * rows + num_kv_heads * (arriving + taken)
+    arrived = 4 * (2 if blocks.pages else 1) + 2  # of both kinds two each, and what is taken
+    arrays = 2 * num_q_heads * rows + num_kv_heads * arrived * blocks.keys
     state = 4 * num_q_heads * rows * (head_dim + 2 * SUBLANES)
     return arrays * align_to(head_dim, LANES) * itemsize + state
 
@@ -232,7 +228,7 @@ def attend_rows_pallas(
     q = jnp.pad(q, ((0, 0), (0, num_parts * rows - num_rows), (0, 0)))
     met = jax.vmap(blocks.met)(parts)
     order, count = listed((met > 0).any(axis=0))
-    about = jnp.tile(jnp.stack(parts, axis=1), (1, 1, group))
+    about = jnp.tile(jnp.stack([*parts, *[jnp.zeros_like(parts.own)] * 2], axis=1), (1, 1, group))
     page_indices = jnp.asarray(schedule.page_indices)
     missing = blocks.num_cached * blocks.pages - len(page_indices)
     page_indices = jnp.pad(page_indices, (0, max(missing, 0)))
@@ -248,9 +244,9 @@ def attend_rows_pallas(
         entry = jnp.minimum(order[i], blocks.num_cached - 1) * blocks.pages + page
         return pages[entry], 0, 0, 0, 0
 
-    packed = pl.BlockSpec((num_kv_heads, blocks.packed_keys, head_dim), of_packed)
+    packed = pl.BlockSpec((num_kv_heads, blocks.keys, head_dim), of_packed)
     page_shape = (None, num_kv_heads, 2, schedule.page_size, head_dim)
-    most_keys, states = max(blocks.packed_keys, blocks.cached_keys), num_kv_heads * num_parts
+    states = num_kv_heads * num_parts
     out: jax.Array = pl.pallas_call(
         functools.partial(_kernel, blocks=blocks, scale=sm_scale * LOG2E),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -271,8 +267,8 @@ def attend_rows_pallas(
                 pltpu.VMEM((states, 1, lanes), jnp.float32),
                 pltpu.VMEM((states, SUBLANES, lanes), jnp.float32),
                 pltpu.VMEM((states, head_dim, lanes), jnp.float32),
-                pltpu.VMEM((num_kv_heads, most_keys, head_dim), k.dtype),
-                pltpu.VMEM((num_kv_heads, head_dim, most_keys), k.dtype),
+                pltpu.VMEM((num_kv_heads, blocks.keys, head_dim), k.dtype),
+                pltpu.VMEM((num_kv_heads, head_dim, blocks.keys), k.dtype),
             ],
         ),
         out_shape=shape_of(q.shape, q.dtype),

@@ -31,10 +31,10 @@ def attend_rows_xla(
     page_indices = jnp.asarray(schedule.page_indices)
 
     def packed(block: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        first = block * blocks.packed_keys
-        start = jnp.minimum(first, num_tokens - blocks.packed_keys)  # the last one begins earlier
-        keys, values = (lax.dynamic_slice_in_dim(x, start, blocks.packed_keys, 1) for x in (k, v))
-        at = start + jnp.arange(blocks.packed_keys)
+        first = block * blocks.keys
+        start = jnp.minimum(first, num_tokens - blocks.keys)  # the last one begins earlier
+        keys, values = (lax.dynamic_slice_in_dim(x, start, blocks.keys, 1) for x in (k, v))
+        at = start + jnp.arange(blocks.keys)
         own = within(at, spans.own, spans.num_own)
         return keys, values, (own | within(at, spans.prefix, spans.num_prefix)) & (at >= first)
 
@@ -43,7 +43,7 @@ def attend_rows_xla(
         entries = block * blocks.pages + jnp.arange(blocks.pages)
         pages = kv_pages[page_indices[jnp.minimum(entries, len(page_indices) - 1)]]
         keys, values = pages.transpose(2, 1, 0, 3, 4).reshape(2, num_kv_heads, -1, head_dim)
-        at = block * blocks.cached_keys + jnp.arange(blocks.cached_keys)
+        at = block * blocks.keys + jnp.arange(blocks.keys)
         return keys, values, within(at, spans.cached, spans.num_cached)
 
     needed, state = blocks.met(seen) > 0, start_of(queries)
