@@ -72,6 +72,7 @@ def test_derived_numbers_follow_from_the_others(results: dict[str, Any]) -> None
                 assert one["ms"] >= 0.999 * max(one["cycles_ms"], one["hbm_ms"])
         for row in part["rows"]:
             if "ms" in row:
+                assert sum(row["parts_ms"].values()) == pytest.approx(row["ms"])
                 assert row["items_per_s"] == pytest.approx(500 / row["ms"] * 1e3)
     for one in results["measured"]["results"]:
         for row in one["rows"]:
