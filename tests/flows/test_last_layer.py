@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -36,6 +38,7 @@ from helpers import (
 from packscore import MultiItemScorer, patch_model, program_of
 from packscore.model import last_layer
 from packscore.programs import traced_model
+from packscore.programs.head import in_steps
 from packscore.torch_engine.pages import KvPages
 from tolerances import PROBABILITY_MAX_FLOAT32
 
@@ -116,6 +119,14 @@ def test_a_prefix_alone_runs_no_row_through_it() -> None:
     assert seen.rows[-1, "q_proj"] == seen.rows[-1, "o_proj"] == 0
 
 
+@pytest.mark.parametrize(("count", "computed"), [(0, 0), (1, 4), (5, 8), (16, 16)])
+def test_a_program_computes_the_steps_that_hold_rows(count: int, computed: int) -> None:
+    """How many turns its loop takes is data; one that reads nothing takes none."""
+    run = jax.jit(lambda rows, count: in_steps(lambda x, _: x + 1, rows, count, 4))
+    found = run(jnp.zeros(16, jnp.int32), jnp.int32(count))
+    assert found.tolist() == [1] * computed + [0] * (16 - computed)
+
+
 def test_more_rows_than_pay_run_it_whole() -> None:
     model = random_qwen3()
     scorer = MultiItemScorer(patch_model(model), label_token_ids=LABELS)
@@ -143,7 +154,7 @@ def whole_reader(self: Any, read: Any, *args: Any, **_: Any) -> Any:
     return read(self, *args, whole=True)
 
 
-@pytest.mark.parametrize("path", ["torch", "xla", "kernels"])
+@pytest.mark.parametrize("path", ["torch", "xla", pytest.param("kernels", marks=pytest.mark.long)])
 def test_pages_are_those_of_the_whole_layer_bit_by_bit(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

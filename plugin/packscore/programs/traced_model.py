@@ -231,7 +231,8 @@ class TracedModel:
             return label_head(rows, head, labels, inputs.over_vocabulary, cap)
 
         def read(rows: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return in_steps(logits, hidden(rows), count, HEAD_STEP)
+            found: tuple[jax.Array, jax.Array] = in_steps(logits, hidden(rows), count, HEAD_STEP)
+            return found
 
         return by_rows(read, inputs.rows, inputs.num_rows), kv_pages
 
