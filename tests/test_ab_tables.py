@@ -213,6 +213,7 @@ def test_a_program_is_counted_by_its_text(tmp_path: Path) -> None:
         HLO,
         list(map(str, files)),
         cost_of=lambda name, path: Cost(1000.0, 5.0, 4) if name == "fusion.9" else None,
+        layers=28,
     )
     inner, last = found  # fusion.70 is of another program
     # in HBM: a layer's 64 x 64 and the result of 8 x 64, both padded to 128 lanes

@@ -61,6 +61,7 @@ errors, hardware, interfaces, attention.layout ->
 attention.reference -> attention.layout
 attention -> attention.layout
 attention.api -> attention, attention.reference
+row_attention -> attention
 layer ->
 page_writes -> attention.layout
 """
