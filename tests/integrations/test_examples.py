@@ -76,7 +76,7 @@ def test_rerankers(capsys: pytest.CaptureFixture[str]) -> None:
 def test_programs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["rerank_tpu.py", "--device", "jax"])
     compiled, *lines = run("rerank_tpu.py", capsys)
-    assert compiled == "4 programs on cpu"
+    assert compiled == "2 programs on cpu"
     assert re.fullmatch(r"  0\.\d{3}  Recursively delete a directory tree\.", lines[1])
     assert re.fullmatch(r"  0\.\d{3}  Shuffle list x in place, and return None\.", lines[5])
     saved = [re.findall(r"\d+", line) for line in (lines[3], lines[7])]

@@ -34,10 +34,10 @@ from packscore import (
     StalePrefixError,
     UnsupportedModelError,
     patch_model,
-    prefixes,
     unpatch_model,
 )
 from packscore.model.weight_watch import WeightWatch
+from packscore.reading import streams
 from packscore.verify import TOLERANCES
 
 PREFIX = random_ids(20, seed=1)
@@ -161,14 +161,14 @@ def test_a_stream_goes_on_where_the_model_changes_at_any_moment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, scorer = fresh(None)
-    still_held = prefixes._still_held
+    still_held = streams._still_held
 
     def changed(*args: Any) -> Any:
         lease = still_held(*args)
         step(model, fused=True)  # behind the look whether the query is still held
         return lease
 
-    monkeypatch.setattr(prefixes, "_still_held", changed)
+    monkeypatch.setattr(streams, "_still_held", changed)
     streamed = list(scorer.score_stream(PREFIX, iter(ITEMS), max_items=len(ITEMS)))
     error = (torch.tensor(streamed) - reference(model)).abs().max()
     assert error <= TOLERANCES[torch.float32].max_abs

@@ -106,8 +106,11 @@ def test_every_flow_by_name(served: tuple[Any, Any], flow: Any) -> None:
     assert_parity(scorer, served[1], prefix, flow=flow)
 
 
-def test_everything_is_computed_once(served: tuple[Any, Any]) -> None:
+def test_everything_is_computed_once(
+    served: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The query once, every item once, and behind it the labels' beginnings once each."""
+    monkeypatch.setattr("packscore.flows.reads._nesting_pays", lambda *_: True)
     scorer, prefix = scorer_of(served), random_ids(300, seed=1)
     items = [item for item in ITEMS if item]
     own = sum(map(len, items)) + len(items) * LEAF_TOKENS
@@ -280,8 +283,9 @@ def test_more_items_than_a_launch_has_groups(
 
 
 @pytest.mark.jax
-def test_one_warmup_serves_them() -> None:
+def test_one_warmup_serves_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """The launch of the query and those of the items run the same programs."""
+    monkeypatch.setattr("packscore.flows.reads._nesting_pays", lambda *_: True)
     scorer = MultiItemScorer(patch_model(random_qwen3(), device="jax"))
     program: Any = program_of(scorer.model)
     labels = [[i, i + 1] for i in range(0, 20, 2)]

@@ -115,6 +115,11 @@ class PackedBatch:
         (group, *others) = self.layout.groups
         return not others and not group.cached_len and int((group.item_lens > 0).sum()) <= 1
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether it is one sequence that is read at its end: nothing comes behind what is read."""
+        return self.is_causal and self.rows.tolist() == [len(self.token_ids) - 1]
+
 
 def pack(shares: Sequence[Share]) -> PackedBatch:
     """Pack shares one behind the other."""

@@ -14,6 +14,8 @@ from packscore.interfaces import COMPILED_CALL, MODULES, apply_rotary, folder_of
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 # Whose modules act on one token alone, whatever rows come with it.
 TOKEN_LIBRARIES = ("torch", "transformers", "peft")
+# Where transformers' hooks are from that keep outputs for those who ask, as `OUTPUTS` would.
+CAPTURING = ("transformers.utils.output_capturing", "transformers.utils.generic")
 OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
@@ -152,7 +154,7 @@ def whole_reason(decoder: Any) -> str | None:
         name = type(module).__name__
         if type(module).__module__.partition(".")[0] not in TOKEN_LIBRARIES:
             return f"the {name} of {type(module).__module__}"
-        if hooks_of(module):
+        if any(getattr(hook, "__module__", None) not in CAPTURING for hook in hooks_of(module)):
             return f"a hook on the {name}"
         if "forward" in own:
             return f"a forward put on the {name}"

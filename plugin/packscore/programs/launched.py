@@ -46,7 +46,7 @@ class Launched:
         if self.head is not None:
             return self._of_hidden(fetched(self.parts, self.num_rows), self.head)
         logits, *of_vocabulary = (
-            torch.tensor(fetched(part, self.num_rows)) for part in self._wanted()
+            torch.from_numpy(fetched(part, self.num_rows).copy()) for part in self._wanted()
         )
         return RowValues(logits[:, : len(self.readout.label_ids)], *of_vocabulary)
 

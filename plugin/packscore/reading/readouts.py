@@ -114,7 +114,7 @@ class Hidden:
 
 
 def _numbers(value: Any) -> list[float]:
-    return torch.as_tensor(value, dtype=torch.float32).reshape(-1).tolist()
+    return torch.as_tensor(value, dtype=torch.float32, device="cpu").reshape(-1).tolist()
 
 
 Readout: TypeAlias = Label | Content | Hidden

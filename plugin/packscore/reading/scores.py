@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-
-import torch
 
 from packscore.core import ScoringCore
 from packscore.encoded import EncodedRequest
@@ -56,9 +55,7 @@ class Reading:
         assert isinstance(found, HiddenRows)
         assert isinstance(self.readout, Hidden)
         scores = self.readout.scores(found.hidden)
-        gaps = tuple(
-            i for i, row in enumerate(scores) if not bool(torch.isfinite(torch.tensor(row)).all())
-        )
+        gaps = tuple(i for i, row in enumerate(scores) if not all(map(math.isfinite, row)))
         for i in gaps:
             scores[i] = [float("nan")] * len(scores[i])
         return scores, replace(found.usage, non_finite_items=gaps)

@@ -89,7 +89,7 @@ class DenseEngine:
                 self._model, batch.layout, device, self._model.dtype
             )
             inputs["position_ids"] = positions_of(batch.layout, device)
-        is_alone = len(batch.layout.item_bounds) == 1
+        is_alone = batch.is_alone
         with changes_by_hooks(() if is_alone else self._hooked) as changed:
             found = self._scored(batch, inputs, readout)
         # behind a mask a value still counts, times zero: NaN and infinity reach all items

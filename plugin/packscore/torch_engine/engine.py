@@ -177,7 +177,7 @@ class TorchEngine:
                 last = _rows_of_plan(self._model, batch, plan, pages)
         elif self.reads_rows(batch):
             last = on_rows(self._model, batch)
-        is_alone = not inputs and len(batch.layout.item_bounds) == 1
+        is_alone = not inputs and batch.is_alone
         with changes_by_hooks(() if is_alone else self._hooked) as changed:
             found = scored_rows(self._model, batch, inputs, readout, last)
         if changed:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from packscore.errors import PackscoreError, StalePrefixError, UnsupportedModelError
 from packscore.flows.engine import Readout, RowValues
-from packscore.flows.packing import PackedBatch
+from packscore.flows.packing import PackedBatch, Share
 from packscore.model.family import base_model, class_count
 from packscore.model.label_head import LinearHead
 from packscore.model.last_layer import OnRows, whole_reason, with_last
@@ -155,9 +155,7 @@ def whole_rows(model: nn.Module, batch: PackedBatch, readout: Readout) -> Scored
         raise StalePrefixError(CHANGED)
     with torch.inference_mode():
         for share in batch.shares:
-            for i, item in enumerate(share.items):
-                ids = torch.from_numpy(np.concatenate([share.prefix, item]))[None]
-                read = slice(-1, None) if share.rows is None else len(share.prefix) + share.rows[i]
+            for ids in _sequences(share):
                 output = _call(model, ids.to(device_of(base)))
                 logits: Any = output[0] if isinstance(output, tuple) else output.logits
                 expected = (1, num_classes) if num_classes else (1, ids.shape[1])
@@ -167,8 +165,16 @@ def whole_rows(model: nn.Module, batch: PackedBatch, readout: Readout) -> Scored
                         f"{list(logits.shape)} for {ids.shape[1]} tokens; packscore reads one row "
                         "of the vocabulary for each token, or one of the classes"
                     )
-                rows.append(logits if num_classes else logits[0, read])
+                rows.append(logits if num_classes else logits[0, -1:])
         return ScoredRows(torch.cat(rows), readout, are_logits=True)
+
+
+def _sequences(share: Share) -> Iterator[torch.Tensor]:
+    """i64[1, num_tokens] up to every token that is read, which nothing behind it may change."""
+    for i, item in enumerate(share.items):
+        whole = np.concatenate([share.prefix, item])
+        ends = [len(whole)] if share.rows is None else len(share.prefix) + share.rows[i] + 1
+        yield from (torch.from_numpy(whole[:end])[None] for end in ends)
 
 
 def _call(model: nn.Module, ids: torch.Tensor) -> Any:
