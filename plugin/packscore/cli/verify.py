@@ -32,9 +32,9 @@ def verify_file(
     Raises:
       RunError: no record can be scored.
     """
-    check_format("--format", input_format)
+    check_format("--input-format", input_format)
     check_input(input_path)
-    file_format = format_of(input_path, input_format, "--format")
+    file_format = format_of(input_path, input_format, "--input-format")
     with open_input(input_path, file_format, read) as entries:
         tell(entries.understood)
         loaded = load(options)
