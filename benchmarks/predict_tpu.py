@@ -109,7 +109,7 @@ def predict(
     from packscore.model.sizes import ModelSizes
     from packscore.programs import traced_ops
     from packscore.programs.ahead import compile_ahead
-    from packscore.programs.head import rows_step
+    from packscore.programs.head import HEAD_STEP, rows_step
     from packscore.programs.pages import pages_within
     from packscore.programs.sizes import computed_tokens, token_bucket
 
@@ -142,20 +142,22 @@ def predict(
         )
     except jax.errors.JaxRuntimeError as error:
         return {**row, "refused": str(error).partition("\n\n")[0][:2000]}
-    inputs = ahead.inputs
-    schedule, writes = inputs.schedule, inputs.page_writes
+    count = int(ahead.inputs.num_rows)
 
     def turns_of(line: str) -> int:
         """Of the loops over rows that are read, and over the vocabulary, which nobody asked for."""
-        return (
-            0 if "label_head" in line else cdiv(int(inputs.num_rows), rows_step(len(inputs.rows)))
+        if "label_head" in line:
+            return 0
+        return cdiv(
+            count, HEAD_STEP if "read_rows/while/body" in line else rows_step(ahead.key.num_rows)
         )
 
     found = program.instructions(
         ahead.compiled.as_text(),
         find(dump),
-        costs_of_kernels(config, job, ahead.key, schedule, writes, facts),
+        costs_of_kernels(config, job, ahead.key, ahead.inputs, facts),
         turns_of,
+        config.num_hidden_layers,
     )
     row["num_tokens"] = computed_tokens(layout.num_tokens, by_tiles=bool(ahead.key.tile))
     counted = program.summary(found, facts.clock_hz, facts.hbm_bytes_per_s)

@@ -34,8 +34,9 @@ calls -> flows, model
 patching -> torch_engine, calls
 loading -> model
 core -> patching, torch_engine, calls
-prefixes -> core
-scoring -> prefixes, core, loading
+reading -> core, decisions
+prefixes -> reading
+scoring -> prefixes, loading
 integrations, verify -> scoring
 testing -> verify
 selftest -> verify, shipped
@@ -60,6 +61,7 @@ errors, hardware, interfaces, attention.layout ->
 attention.reference -> attention.layout
 attention -> attention.layout
 attention.api -> attention, attention.reference
+row_attention -> attention
 layer ->
 page_writes -> attention.layout
 """

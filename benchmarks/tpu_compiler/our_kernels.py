@@ -6,6 +6,7 @@ Each is counted by what its own folder says of how often it runs which piece (`c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,10 @@ from tpu_compiler.program import KERNEL, Cost
 from tpu_compiler.schedule import pipelined_cycles, regions
 
 if TYPE_CHECKING:
+    from packscore.programs.launch_inputs import LaunchInputs
     from packscore.programs.sizes import ProgramKey
-    from packscore_kernels import PageWrites, SegmentSchedule
     from packscore_kernels.layer.counts import MlpRuns
+    from packscore_kernels.row_attention.counts import RowRuns
 
 # A piece of a kernel's schedule of so many bundles stands behind a guard; what every step of a grid
 # runs is shorter.
@@ -51,12 +53,30 @@ def mlp_cycles(path: str, runs: MlpRuns) -> int:
     return cycles
 
 
+def row_cycles(path: str, runs: RowRuns, num_kv_heads: int) -> int:
+    """Cycles of the attention of rows.
+
+    Its pieces that multiply, under a mask before whole; those that turn arrays: what takes a block
+    of each kind, and what ends; and what begins, once.
+    """
+    products = [sum(kind[i] for kind in (runs.packed, runs.cached)) for i in (1, 2)]
+    turned = [runs.packed.blocks, runs.cached.blocks, runs.parts * num_kv_heads]
+    cycles = 0
+    for region in (region for region in regions(path) if region.depth):
+        if region.has("vmatmul"):
+            cycles += region.bundles * products.pop(0)
+        elif region.bundles < LONG_PIECE or any("dma" in note for note in region.notes):
+            cycles += region.bundles * runs.steps
+        else:
+            cycles += region.bundles * (turned.pop(0) if region.use.get("XLU") else 1)
+    return cycles
+
+
 def costs_of_kernels(
     config: Any,
     job: Job,
     key: ProgramKey,
-    schedule: SegmentSchedule,
-    writes: PageWrites | None,
+    inputs: LaunchInputs,
     chip: Chip,
 ) -> Callable[[str, str], Cost | None]:
     """What (instruction, the file of its schedule) takes, None where it is none of our kernels.
@@ -65,18 +85,20 @@ def costs_of_kernels(
       config: of the model, in bfloat16.
       job: its attention.
       key: of the program.
-      schedule: of the attention, as numpy arrays.
-      writes: to the pages, as numpy arrays.
+      inputs: of the launch, as numpy arrays.
       chip: that runs it.
     """
+    from packscore.programs.head import rows_step
     from packscore_kernels.layer.counts import mlp_runs, qkv_runs
     from packscore_kernels.layer.mlp import mlp_tiles
     from packscore_kernels.layer.projections import num_passes, out_tile, qkv_tile
     from packscore_kernels.layer.tiles import LiveTokens
     from packscore_kernels.page_writes import write_runs
+    from packscore_kernels.row_attention.blocks import BLOCK_KEYS
+    from packscore_kernels.row_attention.counts import row_runs
 
     hidden, width = config.hidden_size, config.intermediate_size
-    heads, num_tokens = (job.num_q_heads, job.num_kv_heads), key.num_tokens
+    num_tokens, schedule = key.num_tokens, inputs.schedule
     count = int(schedule.counts[0])
     live = LiveTokens(count, key.tile) if key.tile else None
 
@@ -95,10 +117,11 @@ def costs_of_kernels(
         got = layer_cycles(job, costs, schedule, live_tiles_only=bool(key.tile))
         return Cost(got["cycles"], got["hbm_bytes"], int(got["grid_steps"]))
 
-    def projections(path: str) -> Cost:
+    def projections(path: str, num_q_heads: int = job.num_q_heads) -> Cost:
+        heads = num_q_heads, job.num_kv_heads
         steps = tiles(qkv_tile(heads, hidden, 2, num_tokens, live)) * (num_passes(*heads) + 1)
         runs = qkv_runs(steps, *heads)
-        weights = head_bytes * (job.num_q_heads + 2 * job.num_kv_heads)
+        weights = head_bytes * (num_q_heads + 2 * job.num_kv_heads)
         return Cost(guarded_cycles(path, runs.tiles, steps) + fetched(weights), None, steps)
 
     def projection_back(path: str) -> Cost:
@@ -119,17 +142,27 @@ def costs_of_kernels(
     def page_writer(path: str) -> Cost:
         # whole pages are copied together; each other one waits for its keys, values and old slots,
         # is merged, and waits for its way back
-        runs = write_runs(writes)
+        runs = write_runs(inputs.page_writes)
         moved = 2 * 2 * job.num_kv_heads * job.head_dim * runs.moved_tokens
         cycles = guarded_cycles(path, runs.merged, runs.whole + runs.merged)
         return Cost(cycles + fetched(moved), moved, 1)
 
+    def rows_read(path: str) -> Cost:
+        rows = inputs.rows[: rows_step(len(inputs.rows))]
+        group = job.num_q_heads // job.num_kv_heads
+        runs = row_runs(schedule, rows, group, has_pages=bool(key.num_pages))
+        blocks = runs.packed.blocks + runs.cached.blocks
+        moved = 2 * job.head_dim * 2 * (job.num_kv_heads * blocks * BLOCK_KEYS)
+        return Cost(row_cycles(path, runs, job.num_kv_heads), moved, runs.steps)
+
     kernels = {
         KERNEL: attention,
         "project_qkv": projections,
+        "project_kv": functools.partial(projections, num_q_heads=0),
         "project_out": projection_back,
         "gated_mlp": mlp,
         "write_kv_pages": page_writer,
+        "row_attention": rows_read,
     }
 
     def cost(name: str, path: str) -> Cost | None:

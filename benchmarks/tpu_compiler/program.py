@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 from tpu_compiler.schedule import pipelined_cycles, regions
 
-KERNEL, DENSE_SCOPE = "segment_paged_attention", "dense_attention"  # names in a program's text
+# names in a program's text
+KERNEL, DENSE_SCOPE, ROWS_SCOPE = "segment_paged_attention", "dense_attention", "row_attention"
 COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][a-z\-]*)\((.*)$")
 ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\[([\d,]*)\](\{[^}]*\})?")
@@ -46,7 +47,7 @@ class Instruction:
     """One scheduled instruction of a program."""
 
     name: str
-    times: int  # that it runs
+    times: float  # that it runs, on the average where that is data
     cycles: float  # once
     hbm_bytes: float  # once
     multiplies: bool  # on the matrix unit
@@ -58,23 +59,23 @@ class Instruction:
         return 1e3 * self.times * max(self.cycles / clock_hz, self.hbm_bytes / hbm_bytes_per_s)
 
 
-def array_bytes(shape: str, turns: int) -> float:
+def array_bytes(shape: str, layers: int = 1) -> float:
     """Bytes in HBM of all arrays of a shape, padded to their tiles as the chip stores them.
 
-    Of arrays that are stacked over the turns of a loop it is one turn's.
+    Of arrays that are stacked over so many layers it is one layer's.
     """
     total = 0.0
     for dtype, dims, layout in ARRAY.findall(shape):
         if "S(" in layout:  # in VMEM, or scalar memory
             continue
         sizes = [int(d) for d in dims.split(",") if d]
-        stacked = turns > 1 and len(sizes) > 1 and sizes[0] % turns == 0
+        stacked = layers > 1 and len(sizes) > 1 and sizes[0] % layers == 0
         if tile := TILE.match(layout):
             minor = [int(d) for d in tile[1].split(",")]
             for axis, side in zip(minor, reversed(tile[2].split(",")), strict=False):
                 sizes[axis] = math.ceil(sizes[axis] / int(side)) * int(side)
         bits = 8 if dtype == "pred" else int(re.sub(r"\D", "", dtype))
-        total += math.prod(sizes) * bits / 8 / (turns if stacked else 1)
+        total += math.prod(sizes) * bits / 8 / (layers if stacked else 1)
     return total
 
 
@@ -132,6 +133,7 @@ def instructions(
     schedules: list[str],
     cost_of: Callable[[str, str], Cost | None] = lambda name, path: None,
     turns_of: Callable[[str], int] = lambda line: 1,
+    layers: int = 1,
 ) -> list[Instruction]:
     """Every scheduled instruction of a program.
 
@@ -140,6 +142,8 @@ def instructions(
       schedules: the files that the compiler dumped for it.
       cost_of: (instruction, its file) to what it takes, where that cannot be read off.
       turns_of: a loop's line to its turns, where these are data.
+      layers: over which weights and pages are stacked: one layer reads its own. What stands in no
+        loop and gives a stack gives all of it.
 
     Fusions of the same code share the schedule of one of them.
     """
@@ -148,7 +152,7 @@ def instructions(
     files |= {own: files[twin] for own, twin in twins(bodies) if own not in files if twin in files}
     found: list[Instruction] = []
 
-    def walk(name: str, times: int, turns: int) -> None:
+    def walk(name: str, times: float, turns: float) -> None:
         shapes: dict[str, str] = {}
         for line in bodies[name][1]:
             match = INSTRUCTION.match(line)
@@ -167,9 +171,10 @@ def instructions(
                 cost = cost_of(own, path)
                 cycles, moved, steps = cost or Cost(pipelined_cycles(path))
                 if moved is None:
-                    moved = sum(array_bytes(array, turns) for array in arrays)
+                    given = array_bytes(shape, layers if turns > 1 else 1)
+                    moved = given + sum(array_bytes(array, layers) for array in arrays[1:])
                     if "gather" in own:  # reads the rows it gives, not the whole table
-                        moved = 2 * array_bytes(shape, turns)
+                        moved = 2 * given
                 multiplies = any(r.has("vmatmul") for r in regions(path))
                 is_attention = own.startswith(KERNEL) or DENSE_SCOPE in line
                 found.append(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from packscore_kernels.layer.api import can_gate as can_gate
     from packscore_kernels.layer.api import can_project as can_project
     from packscore_kernels.layer.api import gated_mlp as gated_mlp
+    from packscore_kernels.layer.api import project_kv as project_kv
     from packscore_kernels.layer.api import project_out as project_out
     from packscore_kernels.layer.api import project_qkv as project_qkv
     from packscore_kernels.layer.tiles import LiveTokens as LiveTokens
@@ -45,7 +46,7 @@ _HOMES = {
     "errors": ("ArgumentError", "LayoutError", "UnsupportedError"),
     "layer.api": (
         *("ProjectionImplementation", "can_gate", "can_project"),
-        *("gated_mlp", "project_out", "project_qkv"),
+        *("gated_mlp", "project_kv", "project_out", "project_qkv"),
     ),
     "layer.tiles": ("LiveTokens",),
     "page_writes": ("PageImplementation", "PageWrites", "build_page_writes", "write_kv_pages"),

@@ -6,7 +6,7 @@ from __future__ import annotations
 PALLAS = {
     "jax.experimental.pallas": (
         *("ANY", "BlockSpec", "Buffered", "cdiv", "ds", "loop", "multiple_of", "pallas_call"),
-        *("program_id", "when"),
+        *("num_programs", "program_id", "when"),
     ),
     "jax.experimental.pallas.tpu": (
         *("CompilerParams", "InterpretParams", "PrefetchScalarGridSpec", "SMEM", "SemaphoreType"),

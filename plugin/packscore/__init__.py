@@ -46,10 +46,10 @@ if TYPE_CHECKING:
     from packscore.patching import unpatch_model as unpatch_model
     from packscore.prefixes import Prefix as Prefix
     from packscore.programs.program import ModelProgram as ModelProgram
-    from packscore.readouts import Content as Content
-    from packscore.readouts import Hidden as Hidden
-    from packscore.readouts import Label as Label
-    from packscore.readouts import ScoreRequest as ScoreRequest
+    from packscore.reading.readouts import Content as Content
+    from packscore.reading.readouts import Hidden as Hidden
+    from packscore.reading.readouts import Label as Label
+    from packscore.reading.readouts import ScoreRequest as ScoreRequest
     from packscore.results import Flow as Flow
     from packscore.results import MaskChoice as MaskChoice
     from packscore.results import NonFiniteChoice as NonFiniteChoice
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from packscore.results import Usage as Usage
     from packscore.scoring import MultiItemScorer as MultiItemScorer
     from packscore.shipped import shipped_model_path as shipped_model_path
-    from packscore.text.prompts import PROMPTS as PROMPTS
+    from packscore.text.named import PROMPTS as PROMPTS
     from packscore.text.prompts import PromptSpec as PromptSpec
     from packscore.verify import ParityReport as ParityReport
     from packscore.verify import SampleParity as SampleParity
@@ -87,13 +87,14 @@ _HOMES = {
     "patching": ("is_patched", "patch_model", "patched", "unpatch_model"),
     "prefixes": ("Prefix",),
     "programs.program": ("ModelProgram",),
-    "readouts": ("Content", "Hidden", "Label", "ScoreRequest"),
+    "reading.readouts": ("Content", "Hidden", "Label", "ScoreRequest"),
     "results": (
         *("Flow", "MaskChoice", "NonFiniteChoice", "RankedDocument", "ScoreResult", "Usage"),
     ),
     "scoring": ("MultiItemScorer",),
     "shipped": ("shipped_model_path",),
-    "text.prompts": ("PROMPTS", "PromptSpec"),
+    "text.named": ("PROMPTS",),
+    "text.prompts": ("PromptSpec",),
     "verify": ("ParityReport", "SampleParity", "Tolerance", "verify_parity"),
 }
 _HOME_OF = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names}

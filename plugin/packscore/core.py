@@ -37,7 +37,8 @@ from packscore.patching import is_patched
 from packscore.results import Flow, MaskChoice, NonFiniteChoice, Usage
 from packscore.text.encoding import ArgumentNames, Budget, RequestEncoder, request_encoder
 from packscore.text.labels import LabelIds, Labels
-from packscore.text.prompts import PromptSpec, resolve_prompt, template_fields
+from packscore.text.named import resolve_prompt
+from packscore.text.prompts import PromptSpec
 from packscore.text.tokenizer import PieceTokenizer
 from packscore.torch_engine.dense import DenseEngine
 from packscore.torch_engine.engine import TorchEngine
@@ -73,7 +74,7 @@ def core_of(
     check_supported(model)
     base = base_model(model)
     spec = resolve_prompt(prompt)
-    if instruction and "instruction" not in template_fields(spec.prefix):
+    if instruction and "instruction" not in spec.shared_fields:
         raise InputError(
             f"instruction={short(instruction)} has no place in this prompt; use {{instruction}} in "
             "its prefix, as prompt='qwen3-reranker' does, or pass no instruction"
@@ -96,7 +97,8 @@ def core_of(
     masks = _masks(model, mask_impl, min(most + extra, model_limit))
     check_patched(model, masks)
     return ScoringCore(
-        model, encoder, head, default_labels, masks, prefix_cache_bytes, on_non_finite, most
+        *(model, encoder, head, spec, default_labels, masks, prefix_cache_bytes, on_non_finite),
+        most,
     )
 
 
@@ -128,6 +130,7 @@ class ScoringCore:
       model: patched, unless a dense mask serves it.
       encoder: of its requests.
       head: what is read of it.
+      spec: its prompt, which says how a rank score is made of logits.
       default_labels: of calls that name none.
       mask_impl: how items are kept apart.
       prefix_cache_bytes: what the pages of prefixes may take.
@@ -140,6 +143,7 @@ class ScoringCore:
         model: nn.Module,
         encoder: RequestEncoder,
         head: LabelHead | ClassHead,
+        spec: PromptSpec,
         default_labels: Labels | None,
         mask_impl: MaskKind,
         prefix_cache_bytes: int,
@@ -150,6 +154,7 @@ class ScoringCore:
         self.base = base_model(model)
         self.encoder = encoder
         self.head = head
+        self.spec = spec
         self.default_labels = default_labels
         self.mask_impl = mask_impl
         self.prefix_cache_bytes = prefix_cache_bytes
@@ -333,14 +338,13 @@ class ScoringCore:
             scores = [row[:count] for row, count in zip(scores, found.counts, strict=True)]
         return scores
 
-    @staticmethod
-    def activated(found: LabelLogits, activation_fn: Activation | None) -> Scores:
-        """float32[num_items]: activated log-odds of the positive against the negative label."""
+    def activated(self, found: LabelLogits, activation_fn: Activation | None) -> Scores:
+        """float32[num_items]: activated log-odds, or the logit of the only label or class."""
         with torch.inference_mode():
             positive = found.logits[:, -1]
-            is_alone = found.logits.shape[1] == 1  # a classifier's only class
+            is_alone = found.logits.shape[1] == 1
             log_odds = positive if is_alone else positive - found.logits[:, 0]
-            activated = (activation_fn or torch.sigmoid)(log_odds)
+            activated = (activation_fn or self.head.activation(self.spec))(log_odds)
         scores: Scores = activated.float().cpu().numpy()
         if found.usage.non_finite_items:  # whatever the activation made of them
             scores = scores.copy()

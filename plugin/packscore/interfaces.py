@@ -153,7 +153,7 @@ ATTENTION_NAME_KEPT = Interface(
     "setting the name of a model's attention",
     mark="_attn_implementation_internal",
 )
-# Families by the folder that their code is in; "eager" is no registered function, each has its own.
+# Families by the folder of their code; "eager" is no registered function, each has its own.
 FAMILIES = ("gemma2", "gemma3", "gpt_oss", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 EAGER_ATTENTION = tuple(
     Interface(
@@ -162,6 +162,22 @@ EAGER_ATTENTION = tuple(
         family=name,
     )
     for name in FAMILIES
+)
+# The last layer on the rows that are read: its rotation, and its attention's look into the cache.
+ROTARY = tuple(
+    Interface(
+        f"transformers.models.{name}.modeling_{name}:apply_rotary_pos_emb",
+        f"the keys of {name}'s last layer",
+        family=name,
+    )
+    for name in FAMILIES
+)
+_KINDS = ("Gemma2", "Gemma3", "GptOss", "Llama", "Mistral", "Qwen2", "Qwen3", "Qwen3Moe")
+_FORWARD = "transformers.models.{0}.modeling_{0}:{1}Attention.forward"
+CACHED_ATTENTION = tuple(
+    Interface(_FORWARD.format(name, kind), f"{name}'s last layer", family=name, mark=mark)
+    for name, kind in zip(FAMILIES, _KINDS, strict=True)
+    for mark in ("past_key_values", "update")
 )
 # transformers: models
 CLASSIFIER = Interface(
@@ -271,8 +287,13 @@ def check_patching(model_type: str | None = None) -> None:
     Raises:
       UnsupportedVersionError: something is not there.
     """
-    family = None if model_type is None else model_type.removesuffix("_text")
+    family = model_type and folder_of(model_type)
     check(one for one in TABLE if one.when == "patch" and one.family == family)
+
+
+def folder_of(model_type: str) -> str:
+    """The one of `FAMILIES` that a kind of model is of."""
+    return model_type.removesuffix("_text")
 
 
 def check_programs() -> None:
@@ -365,6 +386,12 @@ def attention_function(name: str, module: nn.Module) -> Callable[..., Any]:
     else:
         forward = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS[name]
     return forward
+
+
+def apply_rotary(attention: nn.Module) -> Callable[..., Any]:
+    """What rotates (queries, keys) by (cosine, sine) in an attention's own file."""
+    rotate: Callable[..., Any] = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    return rotate
 
 
 def fused_attention() -> Callable[..., Any]:

@@ -133,6 +133,17 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], **hub: Any) -> Any:
     return found
 
 
+def names_of(name_or_path: str | os.PathLike[str], **hub: Any) -> list[str]:
+    """What a checkpoint is called: its name or folder, and that of the model an adapter is for.
+
+    Raises:
+      LoadError: there is no such checkpoint.
+    """
+    with _told_by_name(name_or_path):
+        base = _base_of(name_or_path, hub)
+    return [os.fspath(name_or_path), *([] if base is None else [base])]
+
+
 def _has_file(name_or_path: str | os.PathLike[str], file: str, hub: Mapping[str, Any]) -> bool:
     quiet = {FIND_QUIETLY.name: False}
     return FIND_FILE()(name_or_path, file, **_of_files(hub), **quiet) is not None

@@ -27,6 +27,7 @@ from packscore.model.place import is_on_torchax
 from packscore.model.weight_watch import SIGNS, listen
 from packscore.torch_engine.attention import SegmentPlan, segment_attention
 from packscore.torch_engine.pages import LaunchPages
+from packscore.torch_engine.row_plan import RowPlan, rows_attention
 
 if TYPE_CHECKING:
     from packscore.programs.row_attention import RowAttention
@@ -185,7 +186,7 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    segment_plan: SegmentPlan | None = None,
+    segment_plan: SegmentPlan | RowPlan | None = None,
     kv_pages: LaunchPages | None = None,
     row_attention: RowAttention | None = None,
     **kwargs: Any,
@@ -215,13 +216,12 @@ def packed_attention(
         query, key, value = (
             x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value)
         )
-    out = segment_attention(
-        query,
-        key,
-        value,
-        segment_plan,
-        sm_scale=sm_scale,
-        pages=kv_pages.pages if kv_pages else None,
-        layer_idx=kv_pages.next_layer() if kv_pages else 0,
-    )
+    where: dict[str, Any] = {
+        "pages": kv_pages.pages if kv_pages else None,
+        "layer_idx": kv_pages.next_layer() if kv_pages else 0,
+    }
+    if isinstance(segment_plan, RowPlan):
+        out = rows_attention(query, key, value, segment_plan, sm_scale=sm_scale, **where)
+    else:
+        out = segment_attention(query, key, value, segment_plan, sm_scale=sm_scale, **where)
     return out, None

@@ -41,6 +41,8 @@ class Usage:
       mask_impl: the attention that ran: "segment", "dense", or "causal" where one sequence alone
         needs no other mask; "mixed" over queries.
       cached_tokens: prefix tokens that were in pages, and did not run.
+      last_layer_tokens: those of the computed tokens that ran through the whole last layer: the
+        rows that are read, or all where `explain` says so. Of the others it gave keys and values.
     """
 
     prompt_tokens: int
@@ -54,6 +56,7 @@ class Usage:
     mask_impl: MaskImpl
     non_finite_items: tuple[int, ...] = ()
     cached_tokens: int = 0
+    last_layer_tokens: int = 0
 
     @property
     def input_tokens(self) -> int:
@@ -124,4 +127,5 @@ def merge_usages(usages: Sequence[Usage], indices: Sequence[Sequence[int]]) -> U
         flow=flows.pop() if len(flows) == 1 else "mixed",
         mask_impl=masks.pop() if len(masks) == 1 else "mixed",
         cached_tokens=total("cached_tokens"),
+        last_layer_tokens=total("last_layer_tokens"),
     )

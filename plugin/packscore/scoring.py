@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 
 from packscore.calls import program_of
 from packscore.core import Activation, Scores, core_of
-from packscore.deciding import Decider, Questions
 from packscore.decisions.answers import Answer, Decision
 from packscore.encoded import EncodedRequest
 from packscore.errors import InputError, ScoringError
@@ -23,12 +22,14 @@ from packscore.flows.page_pool import PREFIX_CACHE_BYTES
 from packscore.flows.planner import Explanation
 from packscore.flows.reads import LabelRead
 from packscore.inputs import Text, as_iterator, as_list, as_pairs, checked
-from packscore.loading import load_model, load_tokenizer, place_of
+from packscore.loading import load_model, load_tokenizer, names_of, place_of
 from packscore.model.family import model_told
 from packscore.patching import patch_model
-from packscore.prefixes import Prefix, decide_stream, stream
-from packscore.reading import reading_of, score_requests
-from packscore.readouts import Readout, ScoreRequest
+from packscore.prefixes import Prefix
+from packscore.reading.decider import Decider, Questions
+from packscore.reading.readouts import Readout, ScoreRequest
+from packscore.reading.scores import reading_of, score_requests
+from packscore.reading.streams import decide_stream, stream
 from packscore.results import (
     Flow,
     MaskChoice,
@@ -41,7 +42,8 @@ from packscore.results import (
 from packscore.telling import cut, telling
 from packscore.text.encoding import ArgumentNames, group_by_query
 from packscore.text.labels import LabelIds, Labels
-from packscore.text.prompts import PromptSpec, resolve_prompt
+from packscore.text.named import AUTO, prompt_for, resolve_prompt
+from packscore.text.prompts import PromptSpec
 
 
 class MultiItemScorer:
@@ -54,7 +56,8 @@ class MultiItemScorer:
       model: a causal Hugging Face model, or a sequence classifier on one, in eval mode, after
         `patch_model(model)`.
       tokenizer: its tokenizer, which is copied and never changed; without one, pass token ids.
-      prompt: a name ("plain", "qwen3-reranker", "yes-no") or a `PromptSpec`; None is "plain".
+      prompt: a name of `PROMPTS`, such as "qwen3-reranker", or a `PromptSpec`; "auto" is the one
+        that a model known by its name was trained with; None is "plain".
       mask_impl: "segment" (no mask at all), "dense" (a mask of num_tokens x num_tokens: through the
         model's own attention, also where it is not patched, or in its programs), or "auto": segment
         wherever it is exact; dense, and a warning that says why, where only a mask can be (a
@@ -100,6 +103,11 @@ class MultiItemScorer:
         prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
         on_non_finite: NonFiniteChoice = "raise",
     ) -> None:
+        if prompt == AUTO:
+            # Any: only models of transformers have a configuration, which `core_of` checks
+            config: Any = getattr(model, "config", None)
+            own = getattr(tokenizer, "name_or_path", None)
+            prompt = prompt_for(prompt, getattr(config, "name_or_path", None), own)
         self._tokenizer, self._prompt = tokenizer, prompt
         self._decider: Decider | None = None
         self._core = core_of(
@@ -182,7 +190,8 @@ class MultiItemScorer:
             constructor raises it.
           UnsupportedModelError: as the constructor raises it.
         """
-        resolve_prompt(prompt)
+        if prompt != AUTO:
+            resolve_prompt(prompt)
         has_map = "device_map" in (model_kwargs or {})
         if has_map and device is not None:
             raise InputError(f"{device=} and a device_map in model_kwargs; pass one of them")
@@ -194,6 +203,7 @@ class MultiItemScorer:
             "trust_remote_code": trust_remote_code,
         }
         tokenizer = load_tokenizer(name_or_path, **hub)
+        prompt = prompt_for(prompt, *names_of(name_or_path, **hub))
         model = load_model(
             name_or_path, device=place.torch, dtype=dtype, model_kwargs=model_kwargs, **hub
         )
@@ -369,7 +379,8 @@ class MultiItemScorer:
           top_k: how many to return; None returns all.
           return_documents: put each document into its entry as "text".
           activation_fn: on the log-odds of the positive against the negative label, or on the
-            logit of a classifier's only class; None is the sigmoid, which gives a probability.
+            logit of a prompt's only label or a classifier's only class; None is the prompt's own,
+            see `PromptSpec.scale`: for most the sigmoid, which gives a probability.
           flow: as in `score`.
           return_usage: return a `ScoreResult` with the tokens it took.
 
@@ -378,13 +389,14 @@ class MultiItemScorer:
 
         Raises:
           InputError, InputTypeError: an argument cannot be scored, or the scorer does not have two
-            labels (negative, positive); raised before the model runs.
+            labels (negative, positive), or the one of a prompt with one; raised before the model
+            runs.
           NonFiniteScoreError: as `score` raises it.
         """
         self._core.check_ready()
         found = as_list("documents", documents, may_be_empty=True)
         names = ArgumentNames(item="documents[{}]".format)
-        labels = self._core.head.for_ranking(self._core.default_labels)
+        labels = self._core.head.for_ranking(self._core.default_labels, self._core.spec)
         request = self._core.encode(query, found, names, labels.num_extra_tokens)
         result = self._core.run_one(request, LabelRead((labels,), False), flow=flow)
         scores, usage = self._core.activated(result, activation_fn), result.usage
@@ -449,7 +461,7 @@ class MultiItemScorer:
         """
         self._core.check_ready()
         found = as_pairs("pairs", pairs, may_be_empty=True)
-        labels = self._core.head.for_ranking(self._core.default_labels)
+        labels = self._core.head.for_ranking(self._core.default_labels, self._core.spec)
         groups = group_by_query(found)
         requests = [self._encode_group(found, index, labels) for index in groups]
         scores = np.full(len(found), np.nan, np.float32)

@@ -29,7 +29,7 @@ class CountingEngine:
     """An engine that computes nothing and counts the tokens and tiles of every launch."""
 
     mask_impl = "segment"
-    only_flow = None
+    only_flow = whole_last = None
 
     def __init__(self) -> None:
         self.pool = PagePool(NUM_PAGES)
@@ -39,6 +39,9 @@ class CountingEngine:
 
     def refresh(self, *, force: bool = False) -> None:
         pass
+
+    def reads_rows(self, batch: Any) -> bool:
+        return True
 
     def launch(self, batch: Any, readout: Readout) -> int:
         layout = type(batch.layout)(batch.layout.groups, token_bucket(len(batch.token_ids)))

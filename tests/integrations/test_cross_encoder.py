@@ -6,6 +6,7 @@ import copy
 import io
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ from packscore import (
     is_patched,
     shipped_model_path,
 )
-from packscore.integrations.chat_template import spec_of_chat_template
 from tolerances import LOG_ODDS_FLOAT32
 
 FLOAT32 = {"dtype": torch.float32}
@@ -475,9 +475,19 @@ def with_modules(folder: str, *tail: nn.Module) -> sentence_transformers.CrossEn
     return sentence_transformers.CrossEncoder(modules=[first, *tail])
 
 
+def test_the_logit_of_one_token_is_a_score(folder: str) -> None:
+    """`LogitScore` without a false token, in its own frame and in one that ranks by a scale."""
+    theirs = with_modules(folder, LogitScore(617))
+    expected = theirs.predict(PAIRS), theirs.predict(PAIRS, activation_fn=nn.Sigmoid())
+    ours = CrossEncoder.from_sentence_transformers(theirs)
+    same(ours.predict(PAIRS), expected[0])
+    same(ours.predict(PAIRS, activation_fn=nn.Sigmoid()), expected[1])
+    own = replace(PROMPTS["qwen3-reranker"], scale=0.2)
+    framed = CrossEncoder.from_sentence_transformers(theirs, template=own)
+    same(framed.predict(PAIRS), expected[0])
+
+
 def test_modules_that_cannot_be_packed_are_refused_by_name(folder: str) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"false_token_id=None scores the raw logit"):
-        CrossEncoder.from_sentence_transformers(with_modules(folder, LogitScore(617)))
     with pytest.raises(UnsupportedModelError, match=r"modules=\['Transformer'\] of the task"):
         CrossEncoder.from_sentence_transformers(with_modules(folder))
     with pytest.raises(InputTypeError, match="cross_encoder is a Qwen3ForCausalLM; it must be"):
@@ -509,45 +519,6 @@ def test_what_cannot_be_honoured_is_refused(
 def test_an_entry_that_is_no_pair_of_text_is_named(ours: CrossEncoder, bad: Any) -> None:
     with pytest.raises(InputTypeError, match=r"inputs\[1\]=.* must be a pair of strings"):
         ours.predict([PAIRS[0], bad])
-
-
-def test_the_shipped_chat_template_is_the_reranker_prompt(tokenizer: Any) -> None:
-    def render(query: str, document: str) -> str:
-        texts = {"query": query, "document": document}
-        messages = [{"role": role, "content": text} for role, text in texts.items()]
-        return tokenizer.apply_chat_template(messages, tokenize=False)
-
-    expected = PROMPTS["qwen3-reranker"]
-    spec = spec_of_chat_template(render)
-    assert spec.prefix == expected.prefix.replace("{instruction}", expected.instruction)
-    assert (spec.item, spec.suffix) == (expected.item, expected.suffix)
-
-
-def test_a_chat_template_becomes_a_spec_cut_before_the_blank() -> None:
-    spec = spec_of_chat_template(lambda q, d: f"{{x}} {q}\nDocument:  {d}\n}}")
-    assert spec == PromptSpec(
-        prefix="{{x}} {query}\nDocument:",
-        item="  {item}",
-        suffix="\n}}",
-        adds_special_tokens=False,
-    )
-
-
-TEMPLATES: dict[str, tuple[Callable[[str, str], str], str]] = {
-    "drops": (lambda q, d: q, "puts the document in 0 times"),
-    "repeats": (lambda q, d: q + d + q, "puts the query in 2 times"),
-    "reorders": (lambda q, d: f"{d} {q}", "the document before the query"),
-    "strips": (lambda q, d: f"{q} {d.strip()}", "changes what it frames"),
-    "escapes": (lambda q, d: f"{q} {d.replace('<', '&lt;')}", "changes what it frames"),
-}
-
-
-@pytest.mark.parametrize(("render", "text"), TEMPLATES.values(), ids=TEMPLATES.keys())
-def test_a_template_that_cannot_be_packed_is_refused(
-    render: Callable[[str, str], str], text: str
-) -> None:
-    with pytest.raises(UnsupportedModelError, match=text):
-        spec_of_chat_template(render)
 
 
 def test_scorers_of_old_prompts_are_forgotten(folder: str) -> None:

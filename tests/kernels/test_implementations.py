@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from packscore_kernels import (
     build_schedule,
     segment_paged_attention,
 )
+from packscore_kernels.row_attention.api import segment_attention_rows
+from packscore_kernels.row_attention.blocks import Blocks, Seen
 from tolerances import assert_close
 
 BLOCKS = BlockSizes(block_q=256, block_kv=128, chunk_kv=256, num_slots=2)
@@ -113,6 +116,64 @@ def check(
         count += 1
     assert run._cache_size() == 1  # the layout is data
     return count
+
+
+@pytest.mark.parametrize(
+    ("implementation", "page_size"), [("xla", 16), ("pallas_interpret", 16), ("xla", 128)]
+)
+def test_rows_alone(implementation: Any, page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few rows in any order, those of padding among them, see what they see among all."""
+    own = Blocks.of
+    # small ones, so that there are many
+    monkeypatch.setattr(Blocks, "of", lambda *sizes: own(*sizes[:2], 128))
+    rng = np.random.default_rng(1)
+    q, k, v, pages = arrays(rng, jnp.float32, 4, 2, D, TOKENS, page_size)
+    run = jax.jit(
+        functools.partial(segment_attention_rows, sm_scale=SCALE, implementation=implementation)
+    )
+    for layout in (drawn(seed, page_size) for seed in range(0, 160, 20)):
+        bad_k, bad_v, bad_pages = poisoned(layout, k, v, pages, page_size)
+        rows = rng.permutation(TOKENS)[:150]
+        schedule = schedule_of(layout, page_size)
+        got = run(q[:, rows], bad_k, bad_v, bad_pages, schedule, jnp.asarray(rows))
+        assert_close(got, attention(q, k, v, layout, SCALE, pages)[:, rows], "float32")
+    assert run._cache_size() == 1  # rows and layout are data
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas_interpret"])
+def test_rows_that_see_a_value_that_is_not_finite_are_nan_alone(implementation: Any) -> None:
+    rng = np.random.default_rng(2)
+    q, k, v, _ = arrays(rng, jnp.float32, 2, 1, D, 256, 16)
+    layout = SegmentLayout.single(30, [7, 9, 8], num_tokens=256)
+    schedule = build_schedule(layout, block_sizes=BLOCKS)
+    rows = jnp.asarray([36, 45, 41, 53])  # ends of the items, and the middle of the second
+    values = v.at[0, 43, 5].set(jnp.inf)
+    run = jax.jit(
+        functools.partial(segment_attention_rows, sm_scale=SCALE, implementation=implementation)
+    )
+    got = run(q[:, rows], k, values, None, schedule, rows)
+    assert np.isnan(got).any(axis=(0, 2)).tolist() == [False, True, False, False]
+    assert_close(got[:, ::2], attention(q, k, v, layout, SCALE)[:, rows[::2]], "float32")
+
+
+def test_rows_meet_the_blocks_that_they_see() -> None:
+    """A prefix of 1 000 tokens and 25 items of 40: all of one block, and some of the others."""
+    layout = SegmentLayout.single(1000, [40] * 25, num_tokens=2048)
+    schedule = build_schedule(layout, block_sizes=BLOCKS, page_size=0)
+    blocks = Blocks.of(schedule, has_pages=False)
+
+    @jax.jit
+    def of(rows: jax.Array) -> jax.Array:
+        return blocks.met(Seen.of(schedule, rows))
+
+    def met(rows: Any) -> list[int]:
+        found: list[int] = of(jnp.asarray(np.resize(rows, 25))).tolist()
+        return found
+
+    assert met(layout.scored_rows) == [2, 1, 1, 1]
+    assert met(layout.scored_rows[:5]) == [2, 1, 1, 0]
+    assert met([500]) == [1, 0, 0, 0]
+    assert met([2047]) == [0, 0, 0, 0]  # padding
 
 
 WANT: dict[str, np.ndarray] = {}

@@ -12,6 +12,7 @@ from packscore_kernels import (
     can_gate,
     can_project,
     gated_mlp,
+    project_kv,
     project_out,
     project_qkv,
 )
@@ -84,6 +85,12 @@ def test_qkv(shape: tuple[int, int, int, int], dtype: str, implementation: str) 
         assert got.shape == want.shape
         assert got.dtype == dtype
         assert_rows_close(got, want, dtype)
+    x, x_norm, weights, norms, rotary = given
+    alone = project_kv(
+        x, x_norm, weights[1:], norms[1], rotary, LAYER, eps=EPS, implementation=implementation
+    )
+    for got, same in zip(alone, found[1:], strict=True):
+        assert np.array_equal(got, same)
 
 
 @pytest.mark.parametrize("implementation", ["pallas_interpret", "xla"])

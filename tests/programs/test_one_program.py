@@ -54,14 +54,14 @@ def call(scorer: MultiItemScorer, kind: str, prefix: list[int], items: list[list
 
 
 def test_steps_of_grids_are_those_of_the_reference_job() -> None:
-    """12 tiles of 1 024 tokens, 6 of 2 048 rows: as the prediction counts 0.49 ms of them."""
+    """12 tiles of 1 024 tokens, 6 of 2 048 rows: as the prediction counts 0.48 ms of them."""
     key = program_key(12_000, 500, 2, 9, by_tiles=True)
     found = grid_steps(ModelSizes.of(QWEN3), 2, key, 2048, 12_000)
-    assert found == 28 * (12 * 5 + 12 + 12 * 6 + 8 * 6 + 1)
+    assert found == 27 * (12 * 5 + 12 + 12 * 6 + 8 * 6 + 1) + 47 * 3 + 1
     with_steps = tpu_cost_model(ModelSizes.of(QWEN3), "v6e", 2, steps=lambda tokens: found)
     without = tpu_cost_model(ModelSizes.of(QWEN3), "v6e", 2)
     extra = with_steps.launch(12_000, 2e7) - without.launch(12_000, 2e7)
-    assert extra == pytest.approx(0.486, abs=0.001)
+    assert extra == pytest.approx(0.481, abs=0.001)
 
 
 KINDS = ("score", "rank", "prefix", "labels")

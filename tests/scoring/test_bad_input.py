@@ -339,7 +339,7 @@ OPTIONS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         "prompt",
         {"prompt": "bge"},
         InputError,
-        r"prompt='bge' must be a PromptSpec or one of plain, qw",
+        r"prompt='bge' must be a PromptSpec or one of ctxl-rerank-v2",
     ),
     (
         "needs-tokenizer",

@@ -163,6 +163,7 @@ def test_usage_counts_tokens(shipped: PreTrainedModel, case: FrozenCase) -> None
         special_token_items=(),
         flow="packed",
         mask_impl="segment",
+        last_layer_tokens=4,
     )
     scorer = MultiItemScorer(shipped, prefix_cache_bytes=0)
     single = scorer.score([9] * 30, [[1] * 5], label_token_ids=[1, 2], return_usage=True)

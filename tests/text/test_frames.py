@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers import PANDA, random_qwen3
 from packscore import PROMPTS, InputError, MultiItemScorer, PromptSpec, patch_model
-from packscore.integrations.chat_template import spec_of_chat_template
 from packscore.text.prompts import template_fields
 from packscore.text.tokenizer import PieceTokenizer
 
@@ -70,13 +69,14 @@ def test_ids_are_what_the_tokenizer_gives_for_the_whole_text(framed: Any, frame:
     prompt = FRAMES[frame]
     spec = prompt if isinstance(prompt, PromptSpec) else PROMPTS[prompt]
     documents = DOCUMENTS if frame != "nothing" else DOCUMENTS[1:]
+    query = PANDA if frame != "nothing" else ""
     # nothing is added twice; two tokens in a row are not the one that the prompt spells
     adds = frame != "spells-both" or len(framed("a")["input_ids"]) == 5
     expected = [
         framed(text_of(spec, document), add_special_tokens=adds)["input_ids"]
         for document in documents
     ]
-    assert wholes(scorer_of(framed, prompt, labels=["a"]), documents) == expected
+    assert wholes(scorer_of(framed, prompt, labels=["a"]), documents, query) == expected
 
 
 @pytest.mark.parametrize("where", ["apart", "item first"])
@@ -140,12 +140,12 @@ def test_words_that_were_added_stay_tokens(tokenizer: Any) -> None:
 
 
 def test_a_chat_template_is_whole_as_it_is(framed: Any) -> None:
-    def render(query: str, document: str) -> str:
-        chat = [{"role": "user", "content": f"{query}\nDocument: {document}"}]
+    def render(*, query: str, item: str) -> str:
+        chat = [{"role": "user", "content": f"{query}\nDocument: {item}"}]
         text: str = framed.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         return text
 
-    scorer = scorer_of(framed, spec_of_chat_template(render), labels=["a"])
+    scorer = scorer_of(framed, PromptSpec.from_render(render), labels=["a"])
     expected = [
         framed.apply_chat_template(
             [{"role": "user", "content": f"{PANDA}\nDocument: {document}"}],

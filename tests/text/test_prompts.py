@@ -176,7 +176,8 @@ TEMPLATES = {
 def test_any_template_equals_its_whole_text(tokenizer: Any, name: str) -> None:
     spec = TEMPLATES[name]
     docs = documents(FRAGMENTS, 200)
-    request = make_encoder(tokenizer, spec).encode(PANDA, docs, ArgumentNames())
+    query = PANDA if "query" in spec.shared_fields else ""
+    request = make_encoder(tokenizer, spec).encode(query, docs, ArgumentNames())
     texts = [
         spec.prefix.replace("{query}", PANDA).replace("{{", "{")
         + spec.item.replace("{item}", doc)
@@ -265,8 +266,8 @@ def test_the_callers_tokenizer_is_never_changed(tokenizer: Any) -> None:
         (("{query}", "item"), r"item='item' must use \{item\} exactly once"),
         (("{query}", "{item}{item}"), r"must use \{item\} exactly once"),
         (
-            ("{query}", "{item}", "{query}"),
-            r"suffix='\{query\}' uses \{query\}; it may use no field",
+            ("{query}", "{item}", "{item}"),
+            r"suffix='\{item\}' uses \{item\}; it may use \{query\} or \{instruction\} or \{cut\}",
         ),
         (("{query", "{item}"), r"prefix='\{query' is not a template"),
         (("{query!r}", "{item}"), r"'query' has a format, and texts go in as they are"),

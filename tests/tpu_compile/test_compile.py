@@ -149,8 +149,9 @@ def test_whole_models_compile(command, hbm_bytes):
     assert out["argument_bytes"] >= out["weight_bytes"] + out["pool_bytes"]
     # K, V and what attention found pass between the kernels as they are
     assert out["copies"] == []
-    around = {"gated_mlp", "project_out", "project_qkv"}
-    assert set(out["kernels"]) == {*around, "segment_paged_attention", "write_kv_pages"}
+    around = {"gated_mlp", "project_kv", "project_out", "project_qkv"}
+    attention = {"row_attention", "segment_paged_attention"}
+    assert set(out["kernels"]) == {*around, *attention, "write_kv_pages"}
     # the pool is changed in place
     assert out["aliased_bytes"] >= out["pool_bytes"] > 0
     assert out["argument_bytes"] + out["temporary_bytes"] <= hbm_bytes

@@ -16,7 +16,7 @@ MASKED = -1e30
 State = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def _start(queries: jax.Array) -> State:
+def start_of(queries: jax.Array) -> State:
     """Maximum, sum and output of an online softmax that has seen nothing yet."""
     shape = (*queries.shape[:-1], 1)
     return (
@@ -26,7 +26,7 @@ def _start(queries: jax.Array) -> State:
     )
 
 
-def _scores(queries: jax.Array, keys: jax.Array, sm_scale: float) -> jax.Array:
+def scores_of(queries: jax.Array, keys: jax.Array, sm_scale: float) -> jax.Array:
     """Scores [kv heads, group, rows, keys] in float32."""
     s = jnp.einsum(
         "hgqd,hkd->hgqk", queries, keys, precision="highest", preferred_element_type=jnp.float32
@@ -34,7 +34,7 @@ def _scores(queries: jax.Array, keys: jax.Array, sm_scale: float) -> jax.Array:
     return s * sm_scale
 
 
-def _fold(state: State, s: jax.Array, seen: jax.Array, v: jax.Array) -> State:
+def fold(state: State, s: jax.Array, seen: jax.Array, v: jax.Array) -> State:
     """One step of the online softmax; s [kv heads, group, rows, keys], v [kv heads, keys, dim]."""
     m, total, acc = state
     s = jnp.where(seen, s, MASKED)
@@ -117,7 +117,7 @@ def _attend_tile(
     key = first_row - LANES + jnp.arange(bq + LANES)
     k, v = (lax.dynamic_slice_in_dim(x, first_row, bq + LANES, axis=1) for x in (keys.k, keys.v))
     seen = (key >= jnp.maximum(own, window)) & (key <= row)
-    state = _fold(_start(queries), _scores(queries, k, sm_scale), seen, v)
+    state = fold(start_of(queries), scores_of(queries, k, sm_scale), seen, v)
 
     def one(i: jax.Array, state: State) -> State:
         use = Use(*uses[i])
@@ -125,7 +125,7 @@ def _attend_tile(
         start, paged = jnp.where(here, use.base, load.start), jnp.where(here, 0, load.paged)
         k, v = _read_chunk(keys, load._replace(start=start, paged=paged), chunk)
         seen = _seen_in_chunk(use, row, window, far, chunk)
-        return _fold(state, _scores(queries, k, sm_scale), seen, v)
+        return fold(state, scores_of(queries, k, sm_scale), seen, v)
 
     starts = jnp.asarray(schedule.use_starts)
     _, total, acc = lax.fori_loop(starts[t], starts[t + 1], one, state)
@@ -226,6 +226,7 @@ def segment_attention_dense(
     sm_scale: float,
     soft_cap: float | None = None,
     sliding_window: int | jax.Array | None = None,
+    rows: jax.Array | None = None,  # i32[num_rows]
 ) -> jax.Array:
     """Attention with the mask of `dense_mask` in memory: slow, large, plain.
 
@@ -238,22 +239,25 @@ def segment_attention_dense(
       sm_scale: factor on the scores before the softmax.
       soft_cap: scores become `soft_cap * tanh(score / soft_cap)`; None leaves them.
       sliding_window: see `dense_mask`; it may be data, another one in each layer.
+      rows: the tokens whose queries these are; None: all.
 
     Returns:
       [num_q_heads, num_tokens, head_dim] in the dtype of q.
     """
-    num_q_heads, num_tokens, head_dim = q.shape
+    num_q_heads, num_rows, head_dim = q.shape
     num_kv_heads = k.shape[0]
     if kv_pages is not None:
         pool = kv_pages[jnp.asarray(schedule.page_indices)].transpose(2, 1, 0, 3, 4)
         pool = pool.reshape(2, num_kv_heads, -1, head_dim)
         k, v = jnp.concatenate([pool[0], k], axis=1), jnp.concatenate([pool[1], v], axis=1)
     mask = dense_mask(schedule, sliding_window)
-    grouped = q.reshape(num_kv_heads, -1, num_tokens, head_dim)
-    scores = _scores(grouped, k, sm_scale)
+    real = jnp.asarray(schedule.group_ids)[:, None] >= 0
+    if rows is not None:
+        mask, real = mask[rows], real[rows]
+    grouped = q.reshape(num_kv_heads, -1, num_rows, head_dim)
+    scores = scores_of(grouped, k, sm_scale)
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
-    _, total, acc = _fold(_start(grouped), scores, mask, v)
-    real = jnp.asarray(schedule.group_ids)[:, None] >= 0
+    _, total, acc = fold(start_of(grouped), scores, mask, v)
     out = jnp.where(real, acc / jnp.where(real, total, 1.0), 0.0)
-    return out.reshape(num_q_heads, num_tokens, head_dim).astype(q.dtype)
+    return out.reshape(num_q_heads, num_rows, head_dim).astype(q.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -70,6 +71,60 @@ def project_qkv(
     Raises:
       ArgumentError: heads that the kernel does not take.
     """
+    options: dict[str, Any] = {"eps": eps, "implementation": implementation, "live": live}
+    q, k, v = _projected(x, x_norm, weights, norms, rotary, layer, **options)
+    return q, k, v
+
+
+@jax.named_scope("project_kv")  # by which a profile knows it
+def project_kv(
+    x: jax.Array,  # [num_tokens, hidden_size]
+    x_norm: jax.Array,  # [hidden_size]
+    weights: tuple[jax.Array, jax.Array],  # each [num_layers, num_kv_heads * head_dim, hidden_size]
+    norm: jax.Array,  # [head_dim]
+    rotary: tuple[jax.Array, jax.Array],  # [num_tokens, head_dim]
+    layer: Layer,
+    *,
+    eps: float,
+    implementation: ProjectionImplementation = "pallas",
+    live: LiveTokens | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The keys and values of `project_qkv`, bit by bit, where few tokens have queries.
+
+    Args:
+      x: the residual stream.
+      x_norm: weight of the RMS norm before the projections.
+      weights: of k and v, of all layers, each as torch keeps it.
+      norm: weight of the RMS norm of each head of k.
+      rotary: cosine and sine of the positions, both halves of a head alike.
+      layer: whose weights.
+      eps: of both norms.
+      implementation: "pallas" (TPU), "pallas_interpret" or "xla".
+      live: how many rows are tokens; None computes all rows, and so does "xla".
+
+    Returns:
+      (k, v), [num_kv_heads, num_tokens, head_dim] each.
+
+    Raises:
+      ArgumentError: heads that the kernel does not take.
+    """
+    options: dict[str, Any] = {"eps": eps, "implementation": implementation, "live": live}
+    k, v = _projected(x, x_norm, weights, (norm,), rotary, layer, **options)
+    return k, v
+
+
+def _projected(
+    x: jax.Array,
+    x_norm: jax.Array,
+    weights: Sequence[jax.Array],
+    norms: Sequence[jax.Array],
+    rotary: tuple[jax.Array, jax.Array],
+    layer: Layer,
+    *,
+    eps: float,
+    implementation: ProjectionImplementation,
+    live: LiveTokens | None,
+) -> Sequence[jax.Array]:
     head_dim, hidden_size = norms[0].shape[0], x.shape[1]
     if implementation == "xla":
         rows = rms_norm(x, x_norm, eps).astype(x.dtype)
@@ -84,8 +139,7 @@ def project_qkv(
             return out.astype(x.dtype).transpose(1, 0, 2)
 
         own = (weight[layer] for weight in weights)
-        q, k, v = (heads(w, n) for w, n in zip(own, (*norms, None), strict=True))
-        return q, k, v
+        return [heads(w, n) for w, n in zip(own, (*norms, None), strict=True)]
     if head_dim != HEAD_DIM or hidden_size % HEAD_DIM:
         raise ArgumentError(
             f"{head_dim=} must be {HEAD_DIM} and {hidden_size=} a multiple of it; pass "

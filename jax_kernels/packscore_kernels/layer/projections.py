@@ -7,6 +7,7 @@ rotate those of the pass before.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -33,6 +34,8 @@ HEAD_DIM = LANES  # the width of a vector register, within which a head is turne
 # Heads that one pass multiplies. Few leave the matrix unit idle at each pass's ends; all at once
 # is one long piece of code, which the compiler schedules worse than several short ones.
 HEADS = 8
+# Tokens of a tile without queries, as one layer has: a long tile is long code, for 2 % of a layer.
+KV_TOKENS = 256
 
 
 def too_large(hidden_size: int, num_heads: int) -> ArgumentError:
@@ -54,15 +57,15 @@ def _qkv_kernel(
     # inputs
     x: Ref,  # [block_tokens, hidden_size]
     x_norm: Ref,  # [1, hidden_size]
-    wq: Ref,  # [num_q_heads * head_dim, hidden_size]
+    wq: Ref | None,  # [num_q_heads * head_dim, hidden_size]; without it no queries are made
     wk: Ref,  # [num_kv_heads * head_dim, hidden_size]
     wv: Ref,  # [num_kv_heads * head_dim, hidden_size]
-    q_norm: Ref,  # [1, head_dim]
+    q_norm: Ref | None,  # [1, head_dim]
     k_norm: Ref,  # [1, head_dim]
     cos: Ref,  # [block_tokens, head_dim]
     sin: Ref,  # [block_tokens, head_dim]
     # outputs
-    q: Ref,  # [num_q_heads, block_tokens, head_dim]
+    q: Ref | None,  # [num_q_heads, block_tokens, head_dim]
     k: Ref,  # [num_kv_heads, block_tokens, head_dim]
     v: Ref,  # [num_kv_heads, block_tokens, head_dim]
     # scratch
@@ -73,7 +76,7 @@ def _qkv_kernel(
     eps: float,
 ) -> None:
     del layer
-    head_dim = q.shape[2]
+    head_dim = k.shape[2]
     half = head_dim // 2
 
     @pl.when(pl.program_id(1) == 0)
@@ -88,6 +91,7 @@ def _qkv_kernel(
     passes = [
         (weight, out, norm, first, min(HEADS, out.shape[0] - first))
         for weight, out, norm in ((wq, q, q_norm), (wk, k, k_norm), (wv, v, None))
+        if weight is not None and out is not None
         for first in range(0, out.shape[0], HEADS)
     ]
 
@@ -108,6 +112,23 @@ def _qkv_kernel(
 
     for i in range(len(passes) + 1):
         pl.when(pl.program_id(1) == i)(functools.partial(step, i))
+
+
+def _kv_kernel(
+    layer: Ref,
+    x: Ref,
+    x_norm: Ref,
+    wk: Ref,
+    wv: Ref,
+    k_norm: Ref,
+    cos: Ref,
+    sin: Ref,
+    *others: Ref,
+    eps: float,
+) -> None:
+    """`_qkv_kernel` without queries; the others are k, v and what is scratch there."""
+    inputs = x, x_norm, None, wk, wv, None, k_norm, cos, sin
+    _qkv_kernel(layer, *inputs, None, *others, eps=eps)
 
 
 def qkv_vmem_bytes(
@@ -136,7 +157,8 @@ def qkv_tile(
     """Tokens of a tile of `project_qkv`; None where no tile suits its (q, kv) heads."""
     held = functools.partial(qkv_vmem_bytes, *heads, hidden_size, itemsize)
     weight_bytes = HEAD_DIM * (heads[0] + 2 * heads[1]) * hidden_size * itemsize
-    return tile_tokens(num_tokens, weight_bytes, held, live)
+    tile = tile_tokens(num_tokens, weight_bytes, held, live)
+    return tile if heads[0] or tile is None else min(tile, KV_TOKENS)
 
 
 def out_tile(
@@ -155,30 +177,30 @@ def out_tile(
 def project_qkv_pallas(
     x: jax.Array,  # [num_tokens, hidden_size]
     x_norm: jax.Array,  # [hidden_size]
-    weights: tuple[jax.Array, jax.Array, jax.Array],  # [layers, num_heads * head_dim, hidden_size]
-    norms: tuple[jax.Array, jax.Array],  # [head_dim]
+    weights: Sequence[jax.Array],  # [layers, num_heads * head_dim, hidden_size], two: no queries
+    norms: Sequence[jax.Array],  # [head_dim], of q where there are queries, and of k
     rotary: tuple[jax.Array, jax.Array],  # [num_tokens, head_dim]
     layer: jax.Array,  # i32[1]
     *,
     eps: float,
     live: LiveTokens | None = None,
     interpret: Any = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The kernel behind `project_qkv`."""
+) -> list[jax.Array]:
+    """The kernel behind `project_qkv` and `project_kv`."""
     (num_tokens, hidden_size), head_dim = x.shape, norms[0].shape[0]
-    num_q_heads, num_kv_heads = (w.shape[1] // head_dim for w in weights[:2])
+    heads = [w.shape[1] // head_dim for w in weights]
+    num_q_heads, num_kv_heads = sum(heads[:-2]), heads[-1]
     itemsize = x.dtype.itemsize
     tokens = qkv_tile((num_q_heads, num_kv_heads), hidden_size, itemsize, num_tokens, live)
     if tokens is None:
         raise too_large(hidden_size, num_q_heads)
-    x_norm, q_norm, k_norm = (norm[None] for norm in (x_norm, *norms))
+    x_norm, *norms = (norm[None] for norm in (x_norm, *norms))
 
     def tile(width: int) -> pl.BlockSpec:
         return pl.BlockSpec((tokens, width), lambda t, *_: (t, 0))
 
-    heads = (num_q_heads, num_kv_heads, num_kv_heads)
-    q, k, v = pl.pallas_call(
-        functools.partial(_qkv_kernel, eps=eps),
+    found: list[jax.Array] = pl.pallas_call(
+        functools.partial(_qkv_kernel if num_q_heads else _kv_kernel, eps=eps),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(
@@ -189,8 +211,7 @@ def project_qkv_pallas(
                 tile(hidden_size),
                 whole(x_norm),
                 *map(of_layer, weights),
-                whole(q_norm),
-                whole(k_norm),
+                *map(whole, norms),
                 tile(head_dim),
                 tile(head_dim),
             ],
@@ -209,9 +230,9 @@ def project_qkv_pallas(
             ),
         ),
         interpret=interpret,
-        name="project_qkv",
-    )(layer, x, x_norm, *weights, q_norm, k_norm, *rotary)
-    return q, k, v
+        name="project_qkv" if num_q_heads else "project_kv",
+    )(layer, x, x_norm, *weights, *norms, *rotary)
+    return found
 
 
 def _out_kernel(

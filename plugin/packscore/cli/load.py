@@ -16,9 +16,9 @@ from packscore import InputError, LoadError, MultiItemScorer, PromptSpec
 from packscore.cli.cache import Cache, open_cache
 from packscore.cli.options import ModelOptions
 from packscore.files.failures import RunError, UsageError
-from packscore.loading import Place, place_of, tpu_is_plugged_in
+from packscore.loading import Place, names_of, place_of, tpu_is_plugged_in
 from packscore.model.family import base_model, class_count
-from packscore.text.prompts import PROMPTS, resolve_prompt
+from packscore.text.named import AUTO, PROMPTS, prompt_for, resolve_prompt
 
 
 @dataclass(frozen=True)
@@ -31,22 +31,27 @@ class Loaded:
     commit: str | None
     spec: PromptSpec
     label_names: list[str]
-    is_one_class: bool  # of a classifier, whose logit ranks by itself
+    num_ranked: int  # labels that `rank` reads: one of some prompts and classifiers, else two
     cache: Cache
 
 
-def read_prompt(prompt: str) -> PromptSpec:
-    """A built-in prompt by its name, or one of the user's own from a JSON file.
+def read_prompt(prompt: str, *names: str) -> PromptSpec:
+    """A built-in prompt by its name or the model's, or one of the user's own from a JSON file.
 
     Raises:
       UsageError: the name is not known, or the file holds no `PromptSpec`.
     """
+    if prompt == AUTO:
+        try:
+            return resolve_prompt(prompt_for(prompt, *names))
+        except InputError as error:
+            raise UsageError(f"--{error}") from error
     if prompt in PROMPTS:
         return resolve_prompt(prompt)
     path = Path(prompt)
     if path.suffix != ".json" or not path.is_file():
         raise UsageError(
-            f"--prompt={prompt!r} must be one of {', '.join(sorted(PROMPTS))}, "
+            f"--prompt={prompt!r} must be one of {', '.join(sorted(PROMPTS))}, {AUTO}, "
             "or a .json file with a PromptSpec's parts"
         )
     try:
@@ -92,12 +97,13 @@ def load(options: ModelOptions, *, weights: bool = True) -> Loaded:
       UsageError: an option does not fit.
       RunError: the model cannot be loaded.
     """
-    spec = read_prompt(options.prompt)
     place = place_for(options.device) if weights else Place("meta")
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped in transformers
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     cache = open_cache(options.cache_dir) if place.programs else Cache(None)
     try:
+        names = names_of(options.model, revision=options.revision) if options.prompt == AUTO else []
+        spec = read_prompt(options.prompt, *names)
         scorer = MultiItemScorer.from_pretrained(
             options.model,
             device=place.name,
@@ -119,15 +125,15 @@ def load(options: ModelOptions, *, weights: bool = True) -> Loaded:
         raise UsageError(f"--prompt={options.prompt} has no labels; pass --labels no,yes")
     config: Any = base_model(scorer.model).config
     classes = [config.id2label[i] for i in range(class_count(base_model(scorer.model)))]
-    names = options.labels or classes or list(spec.labels)
+    labels = options.labels or classes or list(map(str, spec.labels))
     return Loaded(
         scorer,
         place.name,
         str(base_model(scorer.model).dtype).removeprefix("torch."),
         getattr(config, "_commit_hash", None),
         spec,
-        [_name_of(i) for i in ids] if options.label_token_ids else names,
-        len(classes) == 1,
+        [_name_of(i) for i in ids] if options.label_token_ids else labels,
+        min(len(classes), 2) or spec.num_ranked,
         cache,
     )
 

@@ -48,7 +48,10 @@ CacheDir = Annotated[
 ]
 Prompt = Annotated[
     str,
-    typer.Option(help="qwen3-reranker, yes-no, plain, or a .json file with a PromptSpec's parts."),
+    typer.Option(
+        help="A built-in prompt's name, auto (by the model's), or a .json file with a "
+        "PromptSpec's parts."
+    ),
 ]
 Instruction = Annotated[str | None, typer.Option(help="Replaces the prompt's own instruction.")]
 Labels = Annotated[

@@ -98,5 +98,8 @@ def _run_open(
 
 def _check_labels(task: Mapping[str, Any], loaded: Loaded) -> None:
     names = loaded.label_names
-    if task["command"] == "rank" and len(names) != 2 and not loaded.is_one_class:
-        raise UsageError(f"rank compares two labels, (negative, positive), and not {names}")
+    if task["command"] == "rank" and len(names) != loaded.num_ranked:
+        wants = (
+            "compares two labels, (negative, positive)," if loaded.num_ranked == 2 else "reads one"
+        )
+        raise UsageError(f"rank {wants} and not {names}")

@@ -80,19 +80,24 @@ class CostModel:
         )
 
 
-def flops_cost_model(sizes: ModelSizes, padded: Callable[[int], int] = int) -> CostModel:
+def flops_cost_model(
+    sizes: ModelSizes, padded: Callable[[int], int] = int, *, whole_last: bool = False
+) -> CostModel:
     """A CPU's costs from the model's arithmetic, for want of a calibration.
 
     The ratios are those of the 0.6B's layers on one core of an AMD EPYC in bfloat16 (measured): a
-    launch costs what some ten tokens do, and activations beyond its caches a fifth more a token.
+    launch costs what some ten tokens do, and activations beyond its caches a fifth more a token. Of
+    the last layer a token costs keys and values, unless it runs whole; the rows read are left out.
     """
-    token_ms = 2 * sizes.layers * sizes.weights / FLOPS_PER_MS
+    layers = sizes.layers - int(not whole_last)
+    last = 0 if whole_last else 2 * sizes.hidden * sizes.kv
+    token_ms = 2 * (layers * sizes.weights + last) / FLOPS_PER_MS
     return CostModel(
         source="estimated from the model's shape",
         launch_ms=sizes.layers * LAYER_LAUNCH_MS + 8 * token_ms,
         tokens=(1, 4096, 12_288),
         tokens_ms=(token_ms, 4096 * token_ms, 12_288 * 1.2 * token_ms),
-        pair_ms=4 * sizes.layers * sizes.q / FLOPS_PER_MS,
+        pair_ms=4 * layers * sizes.q / FLOPS_PER_MS,
         padded=padded,
     )
 

@@ -97,6 +97,7 @@ class Engine(Protocol):
     costs: CostModel
     mask_impl: MaskImpl
     keeps_pages: bool  # whether it could; a cache of no bytes has none either
+    whole_last: str | None  # why the last layer runs for all tokens; None: where it is read
 
     @property
     def only_flow(self) -> Flow | None:
@@ -121,6 +122,13 @@ class Engine(Protocol):
 
     def is_out_of_memory(self, error: Exception) -> bool:
         """Whether a launch failed, or its reading, for the device's memory was short."""
+        ...
+
+    def reads_rows(self, batch: PackedBatch) -> bool:
+        """Whether the last layer runs for the scored rows of a batch alone.
+
+        Of the other tokens it then computes keys and values, and nothing else.
+        """
         ...
 
     def launch(self, batch: PackedBatch, readout: Readout) -> Any:

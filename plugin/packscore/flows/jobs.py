@@ -38,6 +38,7 @@ class _Job:
     was_whole: bool
     computed_tokens: int = 0
     computed_prefix_tokens: int = 0
+    last_layer_tokens: int = 0
     padding_tokens: float = 0.0
     is_causal: bool = False
 
@@ -69,6 +70,7 @@ class _Job:
             flow=flow,
             mask_impl="causal" if self.is_causal else mask_impl,
             cached_tokens=cached,
+            last_layer_tokens=self.last_layer_tokens,
         )
 
 
@@ -201,10 +203,12 @@ class Run:
         """Note what a launch computed, and let others find the prefixes it wrote."""
         num_tokens = len(batch.token_ids)
         padding = self._engine.costs.padded(num_tokens) - num_tokens
+        reads_rows = self._engine.reads_rows(batch)
         for share, group in zip(batch.shares, batch.layout.groups, strict=True):
             job = self._jobs[share.request]
             job.computed_tokens += group.num_tokens
             job.computed_prefix_tokens += group.prefix_len
+            job.last_layer_tokens += len(share.items) if reads_rows else group.num_tokens
             job.padding_tokens += padding * group.num_tokens / max(num_tokens, 1)
             job.is_causal = batch.is_causal
             if share.lease is not None:

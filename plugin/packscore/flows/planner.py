@@ -89,6 +89,7 @@ class Explanation:
       source: where the costs come from.
       refused: flows that this request cannot take, and why.
       known_error: how far such costs were off where others measured; empty where nobody did.
+      whole_last: why the last layer runs for all tokens; None: for the rows that are read.
     """
 
     workload: Workload
@@ -96,6 +97,7 @@ class Explanation:
     source: str
     refused: dict[Flow, str] = field(default_factory=dict)
     known_error: str = ""
+    whole_last: str | None = None
 
     @property
     def chosen(self) -> Plan:
@@ -123,6 +125,10 @@ class Explanation:
                 f"{plan.cost_ms:13,.2f}"
             )
         lines += [f"  {flow:8} {why}" for flow, why in self.refused.items()]
+        last = "where it is read; keys and values alone of the other tokens"
+        if self.whole_last:
+            last = f"of all tokens, because of {self.whole_last}"
+        lines.append(f"  last layer: {last}")
         lines += [self.known_error] * bool(self.known_error)
         return "\n".join(lines)
 

@@ -284,7 +284,8 @@ def _run_nested(
         if isinstance(result, Exception):
             return result
         scored.append(result)
-    return _joined(request, read, groups, scored, which, missing)
+    whole = missing if runner.engine.whole_last else 0
+    return _joined(request, read, groups, scored, which, missing, whole)
 
 
 def _joined(
@@ -294,8 +295,12 @@ def _joined(
     scored: Sequence[RequestValues],
     which: Sequence[int],
     missing: int,
+    whole: int,
 ) -> RequestValues:
-    """The rows of all groups, and what they and the launch of `missing` query tokens computed."""
+    """The rows of all groups, and what they and the launch of `missing` query tokens computed.
+
+    Of those `whole` ran through all of the last layer.
+    """
     own = sum(
         len(group.prefix) - len(request.prefix) + sum(map(len, group.items)) for group in groups
     )
@@ -309,6 +314,7 @@ def _joined(
         computed_tokens=computed,
         computed_prefix_tokens=computed - own,
         prefix_tokens_saved=prompt_tokens - computed,
+        last_layer_tokens=usage.last_layer_tokens + whole,
         truncated_items=tuple(request.truncated_items),
         special_token_items=tuple(request.special_token_items),
         cached_tokens=len(request.prefix) - missing,

@@ -170,6 +170,7 @@ class Runner:
         is_kept = self.can_hold(prefix)
         cached = self.cached_len(prefix) if is_kept else 0
         found = self.planner.explain(Workload(len(prefix), cached, lens, is_kept))
+        found = replace(found, whole_last=self.engine.whole_last)
         only = self.engine.only_flow
         if only is None:
             return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import inf, isnan
 from typing import Any, get_args
 
@@ -21,11 +22,11 @@ from packscore.errors import (
     UnsupportedModelError,
 )
 from packscore.inputs import check_choice, short
-from packscore.integrations.chat_template import check_joins, spec_of_chat_template
 from packscore.integrations.loading import kept_scorer
 from packscore.integrations.pairs import (
     Pair,
     check_inputs,
+    check_joins,
     check_no_special_tokens,
     is_text_pair,
     launches_of,
@@ -38,7 +39,8 @@ from packscore.model.plain import modules_of
 from packscore.patching import patch_model
 from packscore.results import NonFiniteChoice
 from packscore.scoring import MultiItemScorer
-from packscore.text.prompts import PROMPTS, PromptSpec, resolve_prompt, template_fields
+from packscore.text.named import AUTO, PROMPTS, prompt_for, resolve_prompt
+from packscore.text.prompts import PromptSpec
 
 try:
     import sentence_transformers
@@ -67,8 +69,8 @@ class CrossEncoder(Base):
 
     Args:
       model_name_or_path: as in sentence-transformers.
-      template: the prompt's frame, a name ("qwen3-reranker", "yes-no", "plain") or a `PromptSpec`;
-        None takes the tokenizer's chat template, as sentence-transformers does.
+      template: the prompt's frame, a name of `PROMPTS` or "auto", or a `PromptSpec`; None takes the
+        tokenizer's chat template, as sentence-transformers does.
       split_special_tokens: as in `MultiItemScorer`; None reads special tokens in texts as ordinary
         text where a template frames them; False is what sentence-transformers does.
       on_non_finite: as in `MultiItemScorer`; `rank` puts what is no number last.
@@ -90,7 +92,7 @@ class CrossEncoder(Base):
     ) -> None:
         check_choice("on_non_finite", on_non_finite, get_args(NonFiniteChoice))
         self.on_non_finite: NonFiniteChoice = on_non_finite
-        self.template = None if template is None else resolve_prompt(template)
+        self.template = None if template in (None, AUTO) else resolve_prompt(template)
         self.split_special_tokens = split_special_tokens
         self._scorers: dict[str, MultiItemScorer] = {}
         if kwargs.get("backend", "torch") != "torch":
@@ -99,6 +101,9 @@ class CrossEncoder(Base):
         if self.model is None:  # modules of other kinds; scores are refused
             return
         self._check_modules()
+        if template == AUTO:
+            name = base_model(self.model).config.name_or_path
+            self.template = resolve_prompt(prompt_for(template, model_name_or_path, name))
         patch_model(self.model)
         # what a head that nothing trained gives is refused when it is asked for: training may come
         if self._packs and not has_new_head(base_model(self.model)):
@@ -319,11 +324,6 @@ class CrossEncoder(Base):
                 f"modules={names} of the task {task!r} cannot be packed; "
                 f"they must be {SUPPORTED_MODULES}"
             )
-        if causal and self[-1].false_token_id is None:
-            raise UnsupportedModelError(
-                f"false_token_id=None scores the raw logit of token {self[-1].true_token_id}, and "
-                "packscore compares two tokens; use sentence_transformers.CrossEncoder for it"
-            )
 
     @property
     def _packs(self) -> bool:
@@ -345,18 +345,18 @@ class CrossEncoder(Base):
 
     def _make_scorer(self, prompt: str | None) -> MultiItemScorer:
         limit = int(self._first.model.config.max_position_embeddings)
-        labels: dict[str, Any] = {}
+        frame = self._frame(prompt)
         if isinstance(self[-1], LogitScore):
-            labels["label_token_ids"] = [self[-1].false_token_id, self[-1].true_token_id]
+            ids = self[-1].false_token_id, self[-1].true_token_id
+            frame = replace(frame, labels=tuple(i for i in ids if i is not None))
         return MultiItemScorer(
             self._first.model,
             self.tokenizer,
-            prompt=self._frame(prompt),
+            prompt=frame,
             instruction=None if self.template is None else prompt,
             max_tokens=min(int(self.max_seq_length or limit), limit),
             split_special_tokens=self.split_special_tokens,
             on_non_finite="report",  # `_inference` looks at all launches together
-            **labels,
         )
 
     def _frame(self, prompt: str | None) -> PromptSpec:
@@ -367,14 +367,14 @@ class CrossEncoder(Base):
           InputError: a prompt that the template has no place for.
         """
         if self.template is not None:
-            if prompt and "instruction" not in template_fields(self.template.prefix):
+            if prompt and "instruction" not in self.template.shared_fields:
                 raise InputError(
                     f"prompt={short(prompt)} has no place in this template; use {{instruction}} in "
                     "its prefix, or pass no prompt"
                 )
             return self.template
         if self._has_chat_frame:
-            return spec_of_chat_template(functools.partial(self._render, prompt))
+            return PromptSpec.from_render(functools.partial(self._render, prompt))
         check_joins(self.tokenizer)
         return PROMPTS["plain"]
 
@@ -389,9 +389,9 @@ class CrossEncoder(Base):
         options = self._first.processing_kwargs.get("chat_template", {})
         return {key: x for key, x in options.items() if key not in NOT_TEMPLATE_VARIABLES}
 
-    def _render(self, prompt: str | None, query: str, document: str) -> str:
+    def _render(self, prompt: str | None, *, query: str, item: str) -> str:
         formatter = self._first.input_formatter
-        messages = formatter.pair_to_messages((query, document))
+        messages = formatter.pair_to_messages((query, item))
         if prompt:
             (messages,) = formatter.prepend_prompt_to_messages([messages], prompt)
         text: str = self._first.processor.apply_chat_template(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from packscore.errors import InputError, InputTypeError
+from packscore.errors import InputError, InputTypeError, UnsupportedModelError
 from packscore.inputs import short
 from packscore.scoring import MultiItemScorer
+from packscore.text.chat_template import PROBES
 from packscore.text.encoding import group_by_query
 from packscore.text.tokenizer import PieceTokenizer
 
@@ -80,4 +81,22 @@ def check_no_special_tokens(tokenizer: Any, inputs: Sequence[Any]) -> None:
             raise InputError(
                 f"{short(pair)} holds a special token's text, which would act in a call that is "
                 "not packed; pass split_special_tokens=False to let it"
+            )
+
+
+def check_joins(tokenizer: Any) -> None:
+    """Whether a tokenizer without a chat template joins the ids of query and document.
+
+    Raises:
+      UnsupportedModelError: it puts tokens of its own between or behind them.
+    """
+    pieces = PieceTokenizer(tokenizer)
+    leading, trailing = pieces.leading_ids, pieces.trailing_ids
+    for query, document in PROBES:
+        found = tokenizer(query, document)["input_ids"]
+        parts = tokenizer([query, document], add_special_tokens=False)["input_ids"]
+        if found != [*leading, *parts[0], *parts[1], *trailing]:
+            raise UnsupportedModelError(
+                f"tokenizer={type(tokenizer).__name__} has no chat template and adds "
+                "tokens of its own to a pair; pass template=PromptSpec(...) that spells them"
             )

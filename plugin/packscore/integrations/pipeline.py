@@ -35,7 +35,8 @@ from packscore.interfaces import (
 from packscore.model.family import base_model, class_count
 from packscore.patching import patch_model
 from packscore.scoring import MultiItemScorer
-from packscore.text.prompts import resolve_prompt, template_fields
+from packscore.text.named import prompt_for, resolve_prompt
+from packscore.text.prompts import PromptSpec
 
 TASK = "multi-item-scoring"
 # What becomes an option of the scorer, and what acts on the labels and the entries of one call.
@@ -123,7 +124,8 @@ class MultiItemScoringPipeline(Pipeline):
 
         Returns:
           For a request [{"index": i, "score": P(yes)}, ...] where no labels were passed and the
-          prompt has two (no, yes), or a classifier two classes or one; else [{"index": i, "label":
+          prompt has two (no, yes), or one, whose score is that of `rank`, or a classifier two
+          classes or one; else [{"index": i, "label":
           the most probable, "score": its probability, "scores": {label: probability, ...}}, ...].
           For a sequence {"sequence", "labels", "scores"}, most probable label first. For a list, a
           list of these; for a generator or a data set, an iterator over them.
@@ -214,7 +216,7 @@ class MultiItemScoringPipeline(Pipeline):
 
     def _forward(self, input_tensors: dict[str, Any], **options: Any) -> Any:
         scorer = self._scorer(options)
-        spec = resolve_prompt(options.get("prompt"))
+        spec = self._spec(options)
         defaults = {name: options[name] for name in LABEL_OPTIONS if name in options}
         own = self._classes() or spec.labels
         if not defaults and len(own) > 2:
@@ -222,14 +224,16 @@ class MultiItemScoringPipeline(Pipeline):
         requests: list[Request] = input_tensors["requests"]
         for request in requests:
             sequence = request.is_sequence or request.are_sequences
-            if sequence and not spec.joins_ids and "query" in template_fields(spec.prefix):
+            if sequence and not spec.joins_ids and "query" in spec.shared_fields:
                 raise InputError(
                     f"prompt={short(options.get('prompt'))} asks about a query, and a request with "
                     "candidate_labels has none; pass prompt=PromptSpec(...) without {query}"
                 )
         labels = [dict(request.labels or defaults) for request in requests]
         softmax = bool(options.get("apply_softmax", True))
-        scores = _score_requests(scorer, requests, labels, apply_softmax=softmax)
+        # a prompt that ranks in a way of its own does so here, where its own labels are asked for
+        ranks = softmax and not self._classes() and (spec.num_ranked, spec.scale) != (2, 1.0)
+        scores = _score_requests(scorer, requests, labels, apply_softmax=softmax, ranks=ranks)
         return {
             "scored": [
                 rows
@@ -258,6 +262,11 @@ class MultiItemScoringPipeline(Pipeline):
             return entries
         return sorted(entries, key=lambda entry: numbers_first(entry["score"]))[:top_k]
 
+    def _spec(self, options: dict[str, Any]) -> PromptSpec:
+        """The prompt that options name."""
+        names = self.model.config.name_or_path, getattr(self.tokenizer, "name_or_path", None)
+        return resolve_prompt(prompt_for(options.get("prompt"), *names))
+
     def _classes(self) -> tuple[str, ...]:
         """The classes of a sequence classifier, which take the place of a prompt's labels."""
         model = base_model(self.model)
@@ -269,7 +278,7 @@ class MultiItemScoringPipeline(Pipeline):
         check_choice("on_non_finite", options.get("on_non_finite", "raise"), ("raise", "report"))
         own = {name: options[name] for name in SCORER_OPTIONS if name in options}
         own["on_non_finite"] = "report"  # `_run` says which request it was
-        spelled = {"prompt": resolve_prompt(own.get("prompt")).spelled}
+        spelled = {"prompt": self._spec(own).spelled}
         key = repr(sorted({**own, **spelled}.items()))
         return kept_scorer(
             self._scorers, key, lambda: MultiItemScorer(self.model, self.tokenizer, **own)
@@ -282,14 +291,22 @@ def _score_requests(
     labels: list[dict[str, Any]],
     *,
     apply_softmax: bool,
+    ranks: bool,
 ) -> list[list[list[float]] | ScoringError]:
-    """The one place where a launch meets the scorer; requests of the same labels go at once."""
+    """The one place where a launch meets the scorer; requests of the same labels go at once.
+
+    Those without labels of their own get rank scores where the prompt `ranks` in its own way.
+    """
     scores: list[list[list[float]] | ScoringError] = [[] for _ in requests]
     groups: dict[str, list[int]] = {}
     for i, label in enumerate(labels):
         groups.setdefault(repr(label), []).append(i)
     for group in groups.values():
         pairs = [(requests[i].query, requests[i].items) for i in group]
+        if ranks and not labels[group[0]]:
+            for i, rows in zip(group, _rank_scores(scorer, pairs), strict=True):
+                scores[i] = rows
+            continue
         options = {**labels[group[0]], "apply_softmax": apply_softmax}
         try:
             found: list[Any] = scorer.score_many(pairs, **options)
@@ -298,6 +315,20 @@ def _score_requests(
         for i, rows in zip(group, found, strict=True):
             scores[i] = rows
     return scores
+
+
+def _rank_scores(
+    scorer: MultiItemScorer, requests: list[tuple[Text, list[Any]]]
+) -> list[list[list[float]] | ScoringError]:
+    """[[score] for each item] of every request, or the error that it met."""
+    pairs = [(query, item) for query, items in requests for item in items]
+    try:
+        found = iter(scorer.predict(pairs).tolist())
+    except ScoringError as failure:
+        if len(requests) == 1:
+            return [failure]
+        return [one for request in requests for one in _rank_scores(scorer, [request])]
+    return [[[next(found)] for _ in items] for _, items in requests]
 
 
 def _label_names(labels: dict[str, Any]) -> list[Label] | None:

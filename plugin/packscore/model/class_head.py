@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from packscore.model.label_head import LabelHead, LinearHead
 from packscore.model.place import rows_in_torch
 from packscore.model.weight_watch import SIGNS
 from packscore.text.labels import LabelIds, Labels
+from packscore.text.prompts import PromptSpec
 from packscore.text.tokenizer import PieceTokenizer
 
 # In-place changes that `from_pretrained` makes to a weight that it draws because the checkpoint
@@ -88,11 +89,15 @@ class ClassHead(LinearHead):
             f"it must be one of {short(list(self._names.values()))}"
         )
 
-    def defaults(self, prompt_labels: Sequence[str] | None) -> Labels:
+    def defaults(self, prompt_labels: Sequence[str] | Sequence[int]) -> Labels:
         """The labels of a scorer that names none: all classes, for a prompt's are tokens."""
         return _of_classes(self._all)
 
-    def for_ranking(self, labels: Labels | None) -> Labels:
+    def activation(self, spec: PromptSpec) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What makes a rank score of a logit or log-odds, whatever a prompt's own labels take."""
+        return torch.sigmoid
+
+    def for_ranking(self, labels: Labels | None, spec: PromptSpec) -> Labels:
         """Classes (negative, positive), or the one of a head that has no other.
 
         Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from packscore.model.family import output_head
 from packscore.model.masks import final_cap
 from packscore.model.place import rows_in_torch
 from packscore.text.labels import LabelIds, Labels, read_labels
+from packscore.text.prompts import PromptSpec
 from packscore.text.tokenizer import PieceTokenizer
 
 # Vocabulary columns of one step of the log-sum-exp: bounds the float32 copy of the head's weight.
@@ -176,20 +177,36 @@ class LabelHead(LinearHead):
             self._check_trained("label_token_ids", "token", found.token_ids)
         return found
 
-    def defaults(self, prompt_labels: Sequence[str] | None) -> Labels | None:
-        """The labels of a scorer that names none: its prompt's."""
-        return self.resolve(prompt_labels or None, None)
+    def defaults(self, prompt_labels: Sequence[str] | Sequence[int]) -> Labels | None:
+        """The labels of a scorer that names none: its prompt's, as texts or as ids."""
+        texts = [label for label in prompt_labels if isinstance(label, str)]
+        ids = [label for label in prompt_labels if isinstance(label, int)]
+        return self.resolve(texts or None, ids or None)
 
-    def for_ranking(self, labels: Labels | None) -> Labels:
-        """Labels (negative, positive).
+    def activation(self, spec: PromptSpec) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What makes a rank score of log-odds, or of the logit of a prompt's only label."""
+        scale = spec.scale
+        return lambda x: x if scale is None else torch.sigmoid(scale * x)
+
+    def for_ranking(self, labels: Labels | None, spec: PromptSpec) -> Labels:
+        """Labels (negative, positive), or the one of a prompt that has no other.
 
         Raises:
           InputError: the scorer has another number of labels, or one begins the other.
         """
-        if labels is None or len(labels) != 2:
+        if labels is None or len(labels) != spec.num_ranked:
+            have = len(labels or ())
             raise InputError(
-                f"labels: rank and predict compare two, (negative, positive), and this scorer has "
-                f"{len(labels or ())}; pass MultiItemScorer(..., labels=['no', 'yes'])"
+                f"labels: rank and predict read one with this prompt, and this scorer has {have}; "
+                "pass MultiItemScorer(..., labels=['Yes'])"
+                if spec.num_ranked == 1
+                else "labels: rank and predict compare two, (negative, positive), and this scorer "
+                f"has {have}; pass MultiItemScorer(..., labels=['no', 'yes'])"
+            )
+        if len(labels) == 1 and not labels.are_single:
+            raise InputError(
+                f"labels: rank and predict read the logit of one token with this prompt, and the "
+                f"label is {list(labels.sequences[0])}; use the tokenizer of the prompt's model"
             )
         labels.check_exclusive()
         return labels

@@ -38,6 +38,7 @@ class ProgramEngine:
 
     only_flow: Flow | None = None
     keeps_pages = True
+    whole_last: str | None = None  # what is foreign in a model is refused
 
     def __init__(self, program: ModelProgram, cache_bytes: int, mask_kind: MaskKind) -> None:
         self.mask_impl: MaskImpl = mask_kind
@@ -99,6 +100,10 @@ class ProgramEngine:
         if isinstance(error, MemoryError):
             return isinstance(error, MaskTooLargeError) or not isinstance(error, PackscoreError)
         return isinstance(error, RUNTIME_ERROR()) and OUT_OF_MEMORY in str(error)
+
+    def reads_rows(self, batch: PackedBatch) -> bool:
+        """Whether the last layer runs for the scored rows of a batch alone: always."""
+        return True
 
     def launch(self, batch: PackedBatch, readout: Readout) -> Launched:
         """Start a batch; the host goes on while the device computes."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -23,12 +24,18 @@ from packscore_kernels import (
     can_gate,
     can_project,
     gated_mlp,
+    project_kv,
     project_out,
     project_qkv,
 )
 from packscore_kernels.hardware import cdiv
 from packscore_kernels.layer.mlp import mlp_tiles
 from packscore_kernels.layer.projections import num_passes, out_tile, qkv_tile
+
+# (module, its weights, its inputs) -> its output, through torchax
+Call = Callable[..., jax.Array]
+Stacks = Mapping[str, jax.Array]  # of all layers, by the names of weights in one
+Layer = int | jax.Array
 
 
 def _is_one(module: nn.Module, classes: Iterable[Interface]) -> bool:
@@ -80,17 +87,22 @@ def grid_steps(
     mlp = mlp_tiles(room, sizes.hidden, sizes.inner, itemsize, live)
     if into is None or back is None or mlp is None:
         raise ValueError(f"{key} is of no model whose layers are kernels")
+    writes = int(bool(key.num_pages))
     steps = cdiv(num_tokens, into) * (num_passes(*heads) + 1) + cdiv(num_tokens, back)
     steps += cdiv(num_tokens, mlp.tokens) * (sizes.inner // mlp.width)
-    steps += sizes.kv_heads * cdiv(num_tokens, block_q) + bool(key.num_pages)
-    return sizes.layers * steps
+    steps += sizes.kv_heads * cdiv(num_tokens, block_q) + writes
+    # the last layer's keys and values; how many blocks of them its rows meet is left out
+    alone = 0, sizes.kv_heads
+    tile = qkv_tile(alone, sizes.hidden, itemsize, room, live) or into
+    last = cdiv(num_tokens, tile) * (num_passes(*alone) + 1) + writes
+    return (sizes.layers - 1) * steps + last
 
 
 def fused_layer(
-    call: Callable[..., jax.Array],
+    call: Call,
     layer: Any,
-    weights: Mapping[str, jax.Array],
-    index: jax.Array,  # i32[]
+    weights: Stacks,
+    index: Layer,
     hidden: jax.Array,  # [1, num_tokens, hidden_size]
     rotary: tuple[jax.Array, jax.Array],  # [1, num_tokens, head_dim]
     attend: LayerAttention,
@@ -110,7 +122,61 @@ def fused_layer(
     Returns:
       [1, num_tokens, hidden_size]: the residual stream behind the layer.
     """
-    implementation, live, x = attend.implementation, attend.live, hidden[0]
+    q, k, v = _projected(layer, weights, index, hidden[0], rotary, attend)
+    attended = attend(q, k, v, sm_scale=math.log(2))
+    return _behind(call, layer, weights, index, hidden[0], attended, attend)
+
+
+def fused_rows(
+    call: Call,
+    layer: Any,
+    weights: Stacks,
+    index: Layer,
+    hidden: jax.Array,  # [1, num_tokens, hidden_size]
+    rotary: tuple[jax.Array, jax.Array],  # [1, num_tokens, head_dim]
+    attend: LayerAttention,
+) -> Callable[[jax.Array], jax.Array]:
+    """The layer at few rows, and the keys and values of all tokens in the pages of its attention.
+
+    XLA computes the products of the rows: another copy of the kernels would be as long as the
+    first, and so few rows wait for weights in either.
+
+    Returns:
+      i32[num_rows] to [num_rows, hidden_size]: the residual stream behind the layer at those rows.
+    """
+    k, v = project_kv(
+        hidden[0],
+        weights["input_layernorm.weight"][index],
+        (weights["self_attn.k_proj.weight"], weights["self_attn.v_proj.weight"]),
+        weights["self_attn.k_norm.weight"][index],
+        (rotary[0][0], rotary[1][0]),
+        index,
+        eps=layer.input_layernorm.variance_epsilon,
+        implementation=attend.implementation,
+        live=attend.live,
+    )
+    attend.keep(k, v)
+    by_xla = replace(attend, implementation="xla")
+
+    def at(rows: jax.Array) -> jax.Array:
+        cos, sin = (part[:, rows] for part in rotary)
+        x = hidden[0, rows]
+        q, _, _ = _projected(layer, weights, index, x, (cos, sin), by_xla)
+        attended = attend.at_rows(q, k, v, rows, sm_scale=math.log(2))
+        return _behind(call, layer, weights, index, x, attended, by_xla)[0]
+
+    return at
+
+
+def _projected(
+    layer: Any,
+    weights: Stacks,
+    index: Layer,
+    x: jax.Array,
+    rotary: tuple[jax.Array, jax.Array],
+    attend: LayerAttention,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values of [num_tokens, hidden_size]."""
 
     def stack(name: str) -> jax.Array:
         return weights[f"{name}.weight"]
@@ -118,7 +184,7 @@ def fused_layer(
     # The attention's exponentials are powers of two: with q scaled by its norm it scales nothing.
     scale = layer.self_attn.scaling / math.log(2)
     q_norm = stack("self_attn.q_norm")[index].astype("float32") * scale
-    q, k, v = project_qkv(
+    return project_qkv(
         x,
         stack("input_layernorm")[index],
         (stack("self_attn.q_proj"), stack("self_attn.k_proj"), stack("self_attn.v_proj")),
@@ -126,10 +192,26 @@ def fused_layer(
         (rotary[0][0], rotary[1][0]),
         index,
         eps=layer.input_layernorm.variance_epsilon,
-        implementation=implementation,
-        live=live,
+        implementation=attend.implementation,
+        live=attend.live,
     )
-    attended = attend(q, k, v, sm_scale=math.log(2))
+
+
+def _behind(
+    call: Call,
+    layer: Any,
+    weights: Stacks,
+    index: Layer,
+    x: jax.Array,
+    attended: jax.Array,
+    attend: LayerAttention,
+) -> jax.Array:
+    """What stands behind attention, on the residual stream [num_tokens, hidden_size]."""
+    implementation, live = attend.implementation, attend.live
+
+    def stack(name: str) -> jax.Array:
+        return weights[f"{name}.weight"]
+
     back = stack("self_attn.o_proj")
     x = project_out(attended, back, x, index, implementation=implementation, live=live)
     if can_fuse_mlp(layer.mlp, x.dtype.itemsize):

@@ -13,8 +13,11 @@ from jax import lax
 from packscore.programs.weights import Weights
 from packscore_kernels.hardware import cdiv
 
-# Rows that are read at a time: of a program's rows a share, and at most so many.
-ROWS_SHARE, MOST_ROWS = 16, 128
+# Rows that are read at a time: of a program's rows a share, and at most so many. Fewer would fetch
+# the last layer's weights more often, more would compute rows that nobody reads.
+ROWS_SHARE, MOST_ROWS = 16, 512
+# Rows that meet the head at a time, each of which may meet all of the vocabulary.
+HEAD_STEP = 128
 # What is read of the first rows is an array of its own, which is all that most launches fetch.
 FIRST_ROWS = 1024
 # Vocabulary rows of one step of the log-sum-exp: bounds the logits in memory.
@@ -53,29 +56,46 @@ def rows_step(num_rows: int) -> int:
     return max(min(num_rows // ROWS_SHARE, MOST_ROWS), 1)
 
 
-@jax.named_scope("read_rows")  # by which a profile knows it
-def by_rows(
-    read: Callable[[jax.Array], Any],
-    rows: jax.Array,  # i32[num_rows]
+def in_steps(
+    read: Callable[[jax.Array, jax.Array], Any],
+    rows: jax.Array,  # [num_rows, ...]
     count: jax.Array,  # i32[]
-) -> tuple[Any, ...]:
-    """What `read` gives at the first `count` rows, a few at a time: how many turns is data.
+    step: int,
+) -> Any:
+    """What `read` gives of the first `count` rows, `step` at a time: how many turns is data.
 
-    Returns:
-      What `read` gives, of the first rows and, where there may be more, of the others; zeros or
-      anything behind those that count.
+    Args:
+      read: some rows, and how many of them count, to arrays with a row for each.
+      rows: what is read.
+      count: of the rows; behind those there are zeros, or anything.
+      step: rows of a turn. Where it is no divisor, the last turn begins earlier.
     """
-    step = rows_step(len(rows))
+    step = min(step, len(rows))
 
     def turn(i: jax.Array, found: Any) -> Any:
-        part = read(lax.dynamic_slice_in_dim(rows, i * step, step))
+        part = read(lax.dynamic_slice_in_dim(rows, i * step, step), count - i * step)
         return jax.tree.map(
             lambda whole, own: lax.dynamic_update_slice_in_dim(whole, own, i * step, 0), found, part
         )
 
-    one = jax.eval_shape(read, rows[:step])
+    one = jax.eval_shape(read, rows[:step], count)
     nothing = jax.tree.map(lambda x: jnp.zeros((len(rows), *x.shape[1:]), x.dtype), one)
-    found = lax.fori_loop(0, lax.div(count + (step - 1), step), turn, nothing)
+    turns = lax.div(jnp.minimum(count, len(rows)) + (step - 1), step)
+    return lax.fori_loop(0, turns, turn, nothing)
+
+
+@jax.named_scope("read_rows")  # by which a profile knows it
+def by_rows(
+    read: Callable[[jax.Array, jax.Array], Any],
+    rows: jax.Array,  # i32[num_rows]
+    count: jax.Array,  # i32[]
+) -> tuple[Any, ...]:
+    """What `read` gives at the first `count` rows, see `in_steps`.
+
+    Returns:
+      What `read` gives, of the first rows and, where there may be more, of the others.
+    """
+    found = in_steps(read, rows, count, rows_step(len(rows)))
     cuts = [0, FIRST_ROWS, len(rows)] if len(rows) > FIRST_ROWS else [0, len(rows)]
     return tuple(
         jax.tree.map(lambda x, first=first, end=end: x[first:end], found)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -30,9 +30,18 @@ from packscore.interfaces import (
     set_experts_name,
 )
 from packscore.model.family import TRACED_MODEL_TYPES
+from packscore.model.last_layer import KeysValues, at_rows, keys_values
 from packscore.model.masks import MaskKind, final_cap, windows_of
-from packscore.programs.fused_layer import can_fuse, can_skip_tiles, fused_layer
-from packscore.programs.head import by_rows, head_weight, label_head
+from packscore.programs.fused_layer import (
+    Call,
+    Layer,
+    Stacks,
+    can_fuse,
+    can_skip_tiles,
+    fused_layer,
+    fused_rows,
+)
+from packscore.programs.head import HEAD_STEP, by_rows, head_weight, in_steps, label_head
 from packscore.programs.interfaces import check_programs
 from packscore.programs.launch_inputs import LaunchInputs
 from packscore.programs.traced_ops import (
@@ -117,7 +126,7 @@ class TracedModel:
         """Whether the number of token tiles can be data, on the chip that is traced for."""
         return can_skip_tiles(self.skeleton.get_decoder().layers[0], implementation, itemsize)
 
-    def _residual(
+    def _reader(
         self,
         weights: Weights,
         kv_pages: jax.Array | None,  # as `pool_struct` has it; None where nothing is cached
@@ -125,11 +134,17 @@ class TracedModel:
         implementation: KernelImplementation,
         mask_impl: MaskKind,
         tile: int,
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """From token ids to the residual stream behind the last layer; see `hidden_rows`.
+        *,
+        whole: bool,
+    ) -> tuple[Callable[[jax.Array], jax.Array], jax.Array | None]:
+        """From token ids to what the head reads at rows; see `hidden_rows`.
+
+        Args:
+          whole: whether the last layer runs for all tokens; else it does for the rows that are
+            read, and of the others it needs keys and values alone.
 
         Returns:
-          [num_tokens, hidden_size], of which with `tile` the rows of tokens alone may be read, and
+          i32[num_rows] to [num_rows, hidden_size] behind the final norm, for rows of tokens, and
           the pages with what was written to them.
         """
         decoder = self.skeleton.get_decoder()
@@ -137,35 +152,33 @@ class TracedModel:
         hidden = self._call(decoder.embed_tokens, weights["embed_tokens"], tokens)
         positions = inputs.position_ids[None]
         rotary = self._call(decoder.rotary_emb, weights["rotary"], hidden, positions)
-        num_layers, first = len(decoder.layers), decoder.layers[0]
-        fuses = can_fuse(first, implementation, hidden.dtype.itemsize)
-
-        def fused(_: None, index: jax.Array, hidden: jax.Array, attend: LayerAttention) -> Any:
-            layers = weights["layers"]
-            return fused_layer(self._call, first, layers, index, hidden, rotary, attend)
-
-        def traced(own: Any, _: jax.Array, hidden: jax.Array, attend: LayerAttention) -> Any:
-            state = {f"module.{name}": array for name, array in own.items()}
-            keywords = {"position_embeddings": rotary, "position_ids": positions}
-            return self._call(_Bound(first, layer_attention=attend), state, hidden, **keywords)
-
-        layer = fused if fuses else traced
+        num_layers = len(decoder.layers)
+        layer = _Layer(self._call, decoder.layers[0], weights["layers"], rotary, positions)
+        layer.fuses = can_fuse(decoder.layers[0], implementation, hidden.dtype.itemsize)
         windows = _windows(self.skeleton) if mask_impl == "dense" else None
         live = LiveTokens(inputs.schedule.counts[0], tile) if tile else None
 
-        def step(carry: Any, scanned: tuple[Any, jax.Array]) -> tuple[Any, None]:
-            hidden, kv_pages = carry
-            own_weights, index = scanned
+        def attention_of(index: Layer, kv_pages: jax.Array | None) -> LayerAttention:
             attend = _attention_of(index, num_layers, kv_pages, inputs, implementation)
             attend.mask_impl = mask_impl
             attend.live = live
             attend.window = None if windows is None else windows[index]
-            hidden = layer(own_weights, index, hidden, attend)
+            return attend
+
+        def step(carry: Any, index: jax.Array) -> tuple[Any, None]:
+            hidden, kv_pages = carry
+            attend = attention_of(index, kv_pages)
+            hidden = layer.whole(index, hidden, attend)
             return (hidden, attend.kv_pages), None
 
-        scanned = None if fuses else weights["layers"], jnp.arange(num_layers)
+        scanned = jnp.arange(num_layers if whole else num_layers - 1)
         (hidden, kv_pages), _ = jax.lax.scan(step, (hidden, kv_pages), scanned)
-        return hidden[0], kv_pages
+        behind: Callable[[jax.Array], jax.Array] = lambda rows: hidden[0, rows]  # noqa: E731
+        if not whole:
+            attend = attention_of(num_layers - 1, kv_pages)
+            behind = layer.at_rows(num_layers - 1, hidden, attend)
+            kv_pages = attend.kv_pages
+        return lambda rows: self._call(decoder.norm, weights["norm"], behind(rows)), kv_pages
 
     def hidden_rows(
         self,
@@ -176,7 +189,7 @@ class TracedModel:
         mask_impl: MaskKind = "segment",
         tile: int = 0,
     ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
-        """From token ids to the hidden states that the head reads, at some tokens.
+        """From token ids to the hidden states behind the final norm, at most or all tokens.
 
         Args:
           weights: from `weights_of`.
@@ -191,8 +204,8 @@ class TracedModel:
           `by_rows` makes, and the pages with what was written to them.
         """
         given = weights, kv_pages, inputs, implementation, mask_impl, tile
-        hidden, kv_pages = self._residual(*given)
-        return by_rows(self._reader(weights, hidden), inputs.rows, inputs.num_rows), kv_pages
+        read, kv_pages = self._reader(*given, whole=True)
+        return by_rows(lambda rows, _: read(rows), inputs.rows, inputs.num_rows), kv_pages
 
     def label_logits(
         self,
@@ -210,19 +223,70 @@ class TracedModel:
           logits, and where they are wanted the vocabulary's log-sum-exp and largest.
         """
         given = weights, kv_pages, inputs, implementation, mask_impl, tile
-        hidden, kv_pages = self._residual(*given)
-        normed, cap = self._reader(weights, hidden), final_cap(self.skeleton)
+        hidden, kv_pages = self._reader(*given, whole=False)
+        cap = final_cap(self.skeleton)
 
-        def read(rows: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def logits(rows: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             head, labels = head_weight(weights), inputs.label_ids
-            return label_head(normed(rows), head, labels, inputs.over_vocabulary, cap)
+            return label_head(rows, head, labels, inputs.over_vocabulary, cap)
+
+        def read(rows: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            found: tuple[jax.Array, jax.Array, jax.Array] = in_steps(
+                logits, hidden(rows), count, HEAD_STEP
+            )
+            return found
 
         return by_rows(read, inputs.rows, inputs.num_rows), kv_pages
 
-    def _reader(self, weights: Weights, hidden: jax.Array) -> Callable[[jax.Array], jax.Array]:
-        """Rows to what the head reads there."""
-        norm = self.skeleton.get_decoder().norm
-        return lambda rows: self._call(norm, weights["norm"], hidden[rows])
+
+@dataclass
+class _Layer:
+    """One of the equal layers: its modules, or kernels in their place, with the stacked weights."""
+
+    call: Call
+    module: nn.Module
+    weights: Stacks
+    rotary: tuple[jax.Array, jax.Array]  # [1, num_tokens, head_dim]
+    positions: jax.Array  # i32[1, num_tokens]
+    fuses: bool = False
+
+    def _own(self, index: Layer) -> dict[str, jax.Array]:
+        return {f"module.{name}": stack[index] for name, stack in self.weights.items()}
+
+    def whole(self, index: Layer, hidden: jax.Array, attend: LayerAttention) -> jax.Array:
+        """[1, num_tokens, hidden_size] behind the layer."""
+        if self.fuses:
+            given = self.weights, index, hidden, self.rotary, attend
+            return fused_layer(self.call, self.module, *given)
+        keywords = {"position_embeddings": self.rotary, "position_ids": self.positions}
+        bound = _Bound(self.module, layer_attention=attend)
+        return self.call(bound, self._own(index), hidden, **keywords)
+
+    def at_rows(
+        self, index: Layer, hidden: jax.Array, attend: LayerAttention
+    ) -> Callable[[jax.Array], jax.Array]:
+        """Put the keys and values of all tokens into the layer's pages.
+
+        Returns:
+          i32[num_rows] to [num_rows, hidden_size] behind the layer at those rows.
+        """
+        if self.fuses:
+            given = self.call, self.module, self.weights, index, hidden, self.rotary, attend
+            return fused_rows(*given)
+        own = self._own(index)
+        found = self.call(_KeysValues(self.module), own, hidden, self.rotary)
+        k, v = (x[0] for x in found)
+        attend.keep(k, v)
+        keywords = {"position_embeddings": self.rotary, "position_ids": self.positions}
+
+        def at(rows: jax.Array) -> jax.Array:
+            def attention(q: jax.Array, *_: jax.Array, **options: Any) -> jax.Array:
+                return attend.at_rows(q, k, v, rows, **options)
+
+            bound = _AtRows(self.module, layer_attention=attention)
+            return self.call(bound, own, rows, found, hidden, **keywords)[0]
+
+        return at
 
 
 def _windows(model: PreTrainedModel) -> jax.Array | None:
@@ -235,7 +299,7 @@ def _windows(model: PreTrainedModel) -> jax.Array | None:
 
 
 def _attention_of(
-    layer: jax.Array,  # i32[]
+    layer: Layer,
     num_layers: int,
     kv_pages: jax.Array | None,
     inputs: LaunchInputs,
@@ -250,6 +314,18 @@ def _attention_of(
     return LayerAttention(moved, implementation, kv_pages, writes.moved(first_page))
 
 
+class _KeysValues(nn.Module):
+    """A layer as what makes its keys and values."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, hidden: torch.Tensor, rotary: KeysValues) -> KeysValues:
+        """Of all tokens."""
+        return keys_values(self.module, hidden, rotary)
+
+
 class _Bound(nn.Module):
     """A layer with the keywords that are jax values, and no torch ones, put in by hand."""
 
@@ -261,3 +337,11 @@ class _Bound(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the layer."""
         return self.module(*args, attention_mask=None, **kwargs, **self._keywords)
+
+
+class _AtRows(_Bound):
+    """The same of some rows, between the keys and values of all tokens."""
+
+    def forward(self, rows: Any, found: Any, hidden: Any, **kwargs: Any) -> Any:
+        """Call `at_rows`."""
+        return at_rows(self.module, rows, found, hidden, **kwargs, **self._keywords)

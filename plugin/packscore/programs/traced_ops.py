@@ -30,7 +30,9 @@ from packscore_kernels import (
     segment_paged_attention,
     write_kv_pages,
 )
+from packscore_kernels.attention.xla import segment_attention_dense
 from packscore_kernels.hardware import precision_of
+from packscore_kernels.row_attention.api import segment_attention_rows
 
 # under which transformers finds both; no name of its own
 NAME = "packscore_program"
@@ -91,11 +93,8 @@ class LayerAttention:
         Returns:
           [num_q_heads, num_tokens, head_dim].
         """
+        self.keep(k, v)
         implementation = self.implementation
-        if self.kv_pages is not None and self.writes is not None:
-            self.kv_pages = write_kv_pages(
-                self.kv_pages, k, v, self.writes, implementation=implementation
-            )
         return segment_paged_attention(
             q,
             k,
@@ -108,6 +107,37 @@ class LayerAttention:
             sliding_window=self.window,
             live_tiles_only=self.live is not None,
         )
+
+    def keep(self, k: jax.Array, v: jax.Array) -> None:
+        """Write what is new to the pages, which changes `kv_pages`."""
+        if self.kv_pages is not None and self.writes is not None:
+            self.kv_pages = write_kv_pages(
+                self.kv_pages, k, v, self.writes, implementation=self.implementation
+            )
+
+    def at_rows(
+        self,
+        q: jax.Array,  # [num_q_heads, num_rows, head_dim]
+        k: jax.Array,  # [num_kv_heads, num_tokens, head_dim]
+        v: jax.Array,  # [num_kv_heads, num_tokens, head_dim]
+        rows: jax.Array,  # i32[num_rows]
+        *,
+        sm_scale: float,
+        soft_cap: float | None = None,
+    ) -> jax.Array:
+        """The attention of some rows, once the pages are written: as q."""
+        given = q, k, v, self.kv_pages, self.schedule
+        if self.mask_impl == "dense":
+            return segment_attention_dense(
+                *given,
+                sm_scale=sm_scale,
+                soft_cap=soft_cap,
+                sliding_window=self.window,
+                rows=rows,
+            )
+        given_rows = *given, rows
+        implementation = self.implementation
+        return segment_attention_rows(*given_rows, sm_scale=sm_scale, implementation=implementation)
 
 
 @contextmanager

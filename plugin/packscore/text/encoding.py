@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,12 +14,8 @@ import torch
 from packscore.encoded import EncodedRequest, TokenIds
 from packscore.errors import InputError, InputTypeError
 from packscore.inputs import all_text, is_text, short, token_ids
-from packscore.text.prompts import (
-    PromptSpec,
-    parse_template,
-    resolve_prompt,
-    template_fields,
-)
+from packscore.text.named import resolve_prompt
+from packscore.text.prompts import CUT_FIELD, PromptSpec, parse_template
 from packscore.text.tokenizer import Pieces, PieceTokenizer
 
 # Texts on which the cut of a template is tried once for every tokenizer: what often merges with a
@@ -208,12 +205,9 @@ class PromptEncoder:
         self._split_special_tokens = split_special_tokens is None or split_special_tokens
         (self._item_head, _), *rest = parse_template(spec.item)
         # what follows the document in the item's template survives truncation like the suffix
-        literals = [literal for literal, _ in [*rest, *parse_template(spec.suffix)]]
-        self._tail: Pieces = [("".join(literals), True)]
-        self._tokenizer.remember([self._prefix("a"), [*self._body("a"), *self._tail]])
+        self._item_rest = "".join(literal for literal, _ in rest)
+        self._tokenizer.remember([self._prefix("a"), [*self._body("a"), *self._tail("a")]])
         self._before, self._behind = self._added()
-        (tail,) = self._tokenizer.encode([self._tail])
-        self._tail_ids = np.append(tail, self._behind)
         self._cut_is_exact = self._try_cut()
 
     def encode(
@@ -236,16 +230,23 @@ class PromptEncoder:
             raise InputTypeError(
                 f"{names.query} and items must be text for this prompt; pass prompt='plain' for ids"
             )
-        if not query.strip() and "query" in template_fields(self._spec.prefix):
+        asks = "query" in self._spec.shared_fields
+        if asks and not query.strip():
             raise InputError(f"{names.query}={query!r} is empty, and the prompt asks about it")
-        prefix_pieces = self._prefix(query)
+        if query.strip() and not asks:
+            raise InputError(
+                f"{names.query}={short(query)} has no place in this prompt; pass an empty text, or "
+                "a prompt with {query}"
+            )
+        query, items = self._spec.stripped(query, items)
+        prefix_pieces, tail_pieces = self._prefix(query), self._tail(query)
         shared = [] if self._cut_is_exact else prefix_pieces
         # the tail is encoded with its item, for they may merge where no special token starts it
         texts = [[*shared, *self._body(item)] for item in items]
-        first, *each = self._tokenizer.encode(
-            [prefix_pieces, *([*text, *self._tail] for text in texts)]
+        first, last, *each = self._tokenizer.encode(
+            [prefix_pieces, tail_pieces, *([*text, *tail_pieces] for text in texts)]
         )
-        prefix, tail = np.append(self._before, first), self._tail_ids
+        prefix, tail = np.append(self._before, first), np.append(last, self._behind)
         budget = self._budget.beside(extra)
         room = budget.check_room(len(prefix), len(tail), names)
         limit = room if self._cut_is_exact else room + len(prefix)
@@ -263,18 +264,29 @@ class PromptEncoder:
         return EncodedRequest(prefix, encoded, truncated, special)
 
     def _prefix(self, query: str) -> Pieces:
-        values = {"query": query, "instruction": self._instruction}
+        return self._pieces(self._spec.prefix, query)
+
+    def _tail(self, query: str) -> Pieces:
+        return [(self._item_rest, True), *self._pieces(self._spec.suffix, query)]
+
+    def _pieces(self, template: str, query: str) -> Pieces:
         pieces: Pieces = []
-        for literal, name in parse_template(self._spec.prefix):
+        for literal, name in parse_template(template):
             pieces.append((literal, True))
-            if name is not None:
-                pieces.append((values[name], not self._split_special_tokens))
+            if name == CUT_FIELD:
+                pieces.append(None)
+            elif name == "query":
+                pieces.append((query, not self._split_special_tokens))
+            elif name == "instruction" and self._instruction:
+                (head, _), *rest = parse_template(self._spec.instruction_frame)
+                pieces += [(head, True), (self._instruction, not self._split_special_tokens)]
+                pieces += [(behind, True) for behind, _ in rest]
         return pieces
 
     def _added(self) -> tuple[TokenIds, TokenIds]:
         """What the tokenizer puts around a text, where the prompt does not spell it itself."""
         before, behind = self._tokenizer.leading_ids, self._tokenizer.trailing_ids
-        first, last = self._tokenizer.encode([self._prefix("a"), self._tail])
+        first, last = self._tokenizer.encode([self._prefix("a"), self._tail("a")])
         adds = self._spec.adds_special_tokens
         is_spelled = first[: len(before)].tolist() == before
         ends_so = last[len(last) - len(behind) :].tolist() == behind
@@ -292,24 +304,37 @@ class PromptEncoder:
         Byte-level tokenizers start a new token at a space after other text, so a template cut there
         is exact; the probes catch the tokenizers that do otherwise.
         """
-        prefix = self._prefix("a")
-        bodies = [[*self._body(probe), *self._tail] for probe in PROBES]
+        prefix, tail = self._prefix("a"), self._tail("a")
+        bodies = [[*self._body(probe), *tail] for probe in PROBES]
         composed = [[*prefix, *body] for body in bodies]
-        texts = ["".join(text for text, _ in pieces) for pieces in composed]
-        whole = self._tokenizer.encode_strings(texts, split_special_tokens=False)
+        parts = [_between_cuts(pieces) for pieces in composed]
+        encode = functools.partial(self._tokenizer.encode_strings, split_special_tokens=False)
+        whole = [[x for ids in encode(texts) for x in ids] for texts in parts]
         found = self._tokenizer.encode(composed)
         added = [np.concatenate([self._before, ids, self._behind]).tolist() for ids in found]
-        is_added = len(self._before) or len(self._behind)
-        expected = self._tokenizer.encode_whole(texts) if is_added else whole
-        if [ids.tolist() for ids in found] != whole or added != expected:
+        is_added = (len(self._before) or len(self._behind)) and max(map(len, parts)) == 1
+        expected = self._tokenizer.encode_whole(["".join(one) for one in parts]) if is_added else []
+        if [ids.tolist() for ids in found] != whole or (is_added and added != expected):
             raise InputError(
                 "prompt: this tokenizer changes the text around the template's special tokens; "
                 "pass token ids, or a template without them"
             )
-        if not self._item_head.startswith(" ") or self._spec.prefix[-1:].isspace():
+        is_cut = (prefix or [("", True)])[-1] is None
+        if not is_cut and (not self._item_head.startswith(" ") or self._spec.prefix[-1:].isspace()):
             return False
         (prefix_ids,) = self._tokenizer.encode([prefix])
         return [[*prefix_ids, *ids] for ids in self._tokenizer.encode(bodies)] == whole
+
+
+def _between_cuts(pieces: Pieces) -> list[str]:
+    """The texts that are encoded apart."""
+    texts = [""]
+    for piece in pieces:
+        if piece is None:
+            texts.append("")
+        else:
+            texts[-1] += piece[0]
+    return texts
 
 
 def request_encoder(

@@ -22,7 +22,9 @@ MARKS = frozenset("<>[]{}|")
 UNWRITTEN = "\ue000{}\ue000"
 # Characters up to which texts are encoded by the calling thread, one by one.
 ALONE = 4000
-Pieces = list[tuple[str, bool]]  # (text, whether special tokens in it count as such)
+# (text, whether special tokens in it count as such); None is where the text is cut in two that are
+# encoded apart.
+Pieces = list[tuple[str, bool] | None]
 
 
 class PieceTokenizer:
@@ -154,11 +156,15 @@ class PieceTokenizer:
         """Text between special tokens as strings, special tokens as their ids.
 
         A special token ends a run of text for the tokenizer, so that runs encoded one by one are
-        the whole text encoded at once.
+        the whole text encoded at once; a cut ends one by itself.
         """
         runs: list[str | int] = []
         text = ""
-        for piece, specials_count in pieces:
+        for found in pieces:
+            if found is None:
+                runs, text = [*runs, text], ""
+                continue
+            piece, specials_count = found
             start = 0
             for match in self._mark_pattern.finditer(piece) if specials_count else ():
                 runs += [text + piece[start : match.start()], self._marks[match.group()]]

@@ -42,6 +42,13 @@ class SequenceBatch:
         is_real = None if self.is_real is None else self.is_real.to(device)
         return replace(self, rows=self.rows.to(device), is_real=is_real)
 
+    def select(self, x: torch.Tensor) -> torch.Tensor:
+        """Of [num_heads, num_tokens, head_dim], [num_segments, num_heads, length, head_dim]."""
+        if self.start is None:
+            return x[:, self.rows].transpose(0, 1)
+        run = x[:, self.start : self.start + self.rows.numel()]
+        return run.view(len(x), *self.rows.shape, -1).transpose(0, 1)
+
 
 @dataclass(frozen=True)
 class PrefixPart:
@@ -99,7 +106,7 @@ class SegmentPlan:
             layout.num_tokens,
             layout.num_real_tokens,
             torch.device("cpu"),
-            tuple(_batch_by_length(np.concatenate(starts), np.concatenate(lens))),
+            tuple(batch_by_length(np.concatenate(starts), np.concatenate(lens))),
             tuple(parts),
             tuple(writes),
         )
@@ -123,10 +130,11 @@ def _add_cached(parts: list[PrefixPart], part: PrefixPart) -> None:
     parts.append(part)
 
 
-def _batch_by_length(
+def batch_by_length(
     starts: np.ndarray,  # i64[num_segments]
     lens: np.ndarray,  # i64[num_segments]
 ) -> Iterator[SequenceBatch]:
+    """Runs of tokens, those of similar length together; empty ones are left out."""
     order = np.argsort(lens, kind="stable")
     order = order[lens[order] > 0]
     while len(order):
@@ -200,11 +208,11 @@ def segment_attention(
             keys, values = pages.read(layer_idx, part.slots)
         rows = slice(*part.rows)
         part_out, part_lse = attend(q[:, :, rows], keys, values, is_causal=False, sm_scale=sm_scale)
-        _merge(out[rows], lse[rows], part_out[0].transpose(0, 1), part_lse[0].T)
+        merge(out[rows], lse[rows], part_out[0].transpose(0, 1), part_lse[0].T)
     return out[None]
 
 
-def _merge(
+def merge(
     out: torch.Tensor,  # [num_rows, num_q_heads, head_dim], changed in place
     lse: torch.Tensor,  # float32[num_rows, num_q_heads], changed in place
     part_out: torch.Tensor,  # [num_rows, num_q_heads, head_dim]
@@ -227,16 +235,8 @@ def _attend_within(
     lse: torch.Tensor,  # [num_tokens, num_q_heads], likewise
 ) -> None:
     num_segments, length = batch.rows.shape
-
-    def select(x: torch.Tensor) -> torch.Tensor:
-        if batch.start is None:
-            picked = x[:, batch.rows]
-        else:
-            run = x[:, batch.start : batch.start + num_segments * length]
-            picked = run.view(len(x), num_segments, length, -1)
-        return picked.transpose(0, 1)
-
-    seq_out, seq_lse = attend(select(q), select(k), select(v), is_causal=True, sm_scale=sm_scale)
+    queries, keys, values = (batch.select(x) for x in (q, k, v))
+    seq_out, seq_lse = attend(queries, keys, values, is_causal=True, sm_scale=sm_scale)
     seq_out, seq_lse = seq_out.transpose(1, 2), seq_lse.transpose(1, 2)
     if batch.start is not None:
         run = slice(batch.start, batch.start + num_segments * length)
@@ -255,6 +255,7 @@ def attend(
     *,
     is_causal: bool,
     sm_scale: float,
+    is_seen: torch.Tensor | None = None,  # bool[batch, num_kv], the same keys for all rows
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention and its log-sum-exp: torch's fused CPU kernel where it serves, else tiled math.
 
@@ -262,9 +263,12 @@ def attend(
       ([batch, num_q_heads, num_q, head_dim] in q's dtype, float32[batch, num_q_heads, num_q]).
     """
     if q.device.type == "cpu" and q.dtype in FUSED_CPU_DTYPES:
-        out, lse = fused_attention()(q, k, v, is_causal=is_causal, scale=sm_scale)
+        mask = None
+        if is_seen is not None:
+            mask = q.new_zeros(is_seen.shape).masked_fill_(~is_seen, -torch.inf)[:, None, None]
+        out, lse = fused_attention()(q, k, v, is_causal=is_causal, attn_mask=mask, scale=sm_scale)
         return out, lse
-    return attend_math(q, k, v, is_causal=is_causal, sm_scale=sm_scale)
+    return attend_math(q, k, v, is_causal=is_causal, sm_scale=sm_scale, is_seen=is_seen)
 
 
 def attend_math(
@@ -274,6 +278,7 @@ def attend_math(
     *,
     is_causal: bool,
     sm_scale: float,
+    is_seen: torch.Tensor | None = None,  # bool[batch, num_kv]
     tile_bytes: int = MATH_TILE_BYTES,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attend` in plain torch operations, for any device: float32 softmax over tiles of rows."""
@@ -289,6 +294,8 @@ def attend_math(
             row = torch.arange(start, start + scores.shape[-2], device=q.device)[:, None]
             hidden = torch.arange(num_kv, device=q.device) > row
             scores.masked_fill_(hidden, -torch.inf)
+        if is_seen is not None:
+            scores.masked_fill_(~is_seen[:, None, None, None], -torch.inf)
         lses.append(scores.logsumexp(-1))
         outs.append((scores - lses[-1][..., None]).exp_().to(v.dtype) @ values)
     return torch.cat(outs, -2).flatten(1, 2), torch.cat(lses, -1).flatten(1, 2)

@@ -28,9 +28,12 @@ from packscore.torch_engine.forward import (
     device_of,
     free_bytes,
     is_out_of_memory,
+    on_rows,
     positions_of,
     read_rows,
+    reads_few_rows,
     scored_rows,
+    whole_last,
     whole_rows,
 )
 from packscore.torch_engine.hooks import changes_by_hooks, hooked
@@ -50,6 +53,7 @@ class DenseEngine:
         self._head = head
         self._foreign: str | None = None  # until the first refresh
         self._hooked: list[nn.Module] = []
+        self.whole_last: str | None = None
         # one forward of everything is what dense means
         self.limits = Limits(2**62, 1, 1)
         self.costs = flops_cost_model(ModelSizes.of(self._model.config))
@@ -64,6 +68,7 @@ class DenseEngine:
         check_supported(self._given)
         self._foreign = foreign_part(self._given, decoder_modules(self._model))
         self._hooked = hooked(decoder_modules(self._model))
+        self.whole_last = self._foreign or whole_last(self._model)
 
     def is_out_of_memory(self, error: Exception) -> bool:
         """Whether torch found no room."""
@@ -86,12 +91,20 @@ class DenseEngine:
             inputs["position_ids"] = positions_of(batch.layout, device)
         is_alone = len(batch.layout.item_bounds) == 1
         with changes_by_hooks(() if is_alone else self._hooked) as changed:
-            found = scored_rows(self._model, batch, inputs, readout)
+            found = self._scored(batch, inputs, readout)
         # behind a mask a value still counts, times zero: NaN and infinity reach all items
         if not is_alone and (changed or not bool(torch.isfinite(found.values).all())):
-            each = [scored_rows(self._model, one, {}, readout).values for one in _alone(batch)]
+            each = [self._scored(one, {}, readout).values for one in _alone(batch)]
             found = replace(found, values=torch.cat(each))
         return found
+
+    def _scored(self, batch: PackedBatch, inputs: dict[str, Any], readout: Readout) -> ScoredRows:
+        last = on_rows(self._model, batch) if self.reads_rows(batch) else None
+        return scored_rows(self._model, batch, inputs, readout, last)
+
+    def reads_rows(self, batch: PackedBatch) -> bool:
+        """Whether the last layer runs for the scored rows of a batch alone."""
+        return not self.whole_last and reads_few_rows(batch)
 
     def read(self, launched: Sequence[ScoredRows]) -> RowValues:
         """What is read at all rows."""

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from packscore.errors import StalePrefixError
 from packscore.flows.costs import flops_cost_model
@@ -18,6 +20,7 @@ from packscore.flows.packing import PackedBatch
 from packscore.flows.page_pool import PAGE_SIZE, PagePool
 from packscore.model.family import base_model, check_supported
 from packscore.model.label_head import LinearHead
+from packscore.model.last_layer import OnRows
 from packscore.model.masks import check_segment
 from packscore.model.plain import foreign_part
 from packscore.model.sizes import ModelSizes
@@ -30,13 +33,17 @@ from packscore.torch_engine.forward import (
     device_of,
     free_bytes,
     is_out_of_memory,
+    on_rows,
     positions_of,
     read_rows,
+    reads_few_rows,
     scored_rows,
+    whole_last,
     whole_rows,
 )
 from packscore.torch_engine.hooks import changes_by_hooks, hooked
 from packscore.torch_engine.pages import KvPages, LaunchPages, PageWrite
+from packscore.torch_engine.row_plan import RowPlan
 
 logger = logging.getLogger("packscore")
 
@@ -76,7 +83,7 @@ class TorchEngine:
         self.pool: PagePool | None = None
         self._foreign: str | None = None
         self._renew()
-        self.costs = flops_cost_model(self._sizes)
+        self.costs = flops_cost_model(self._sizes, whole_last=bool(self.whole_last))
         self._fitting_tokens = self._fitting()
 
     @property
@@ -117,6 +124,7 @@ class TorchEngine:
         check_segment(self._given, longest=1)
         self._hooked = hooked(decoder_modules(self._model))
         foreign = foreign_part(self._given, decoder_modules(self._model))
+        self.whole_last = foreign or whole_last(self._model)
         self._sizes = ModelSizes.of(self._model.config)
         page_bytes = self._sizes.page_bytes(PAGE_SIZE, self._model.dtype.itemsize)
         num_pages = self._cache_bytes // page_bytes
@@ -130,7 +138,7 @@ class TorchEngine:
     def _run_whole(self, foreign: str) -> None:
         """From now on run the model's own whole forward, an item at a time, and keep no pages."""
         logger.warning("packscore runs each item by itself, for the model has %s", foreign)
-        self._foreign = foreign
+        self._foreign = self.whole_last = foreign
         if self.pool is not None:
             self.pool.clear()
         self.pool = self._pages = None
@@ -155,17 +163,23 @@ class TorchEngine:
         ]
         device = device_of(self._model)
         inputs: dict[str, Any] = {}
+        last = None
         if writes or not batch.is_causal:
             check_segment(self._model, batch.layout.longest)
+            plan = SegmentPlan.build(batch.layout, writes)
+            pages = LaunchPages(self._pages) if self._pages else None
             # An empty 4-D mask keeps HF from building one; a model that dropped our plan would
             # fail on its shape instead of attending to the wrong tokens.
             inputs["attention_mask"] = torch.empty(1, 1, 0, 0, device=device)
-            inputs["segment_plan"] = SegmentPlan.build(batch.layout, writes)
-            inputs["kv_pages"] = LaunchPages(self._pages) if self._pages else None
+            inputs["segment_plan"], inputs["kv_pages"] = plan, pages
             inputs["position_ids"] = positions_of(batch.layout, device)
+            if self.reads_rows(batch):
+                last = _rows_of_plan(self._model, batch, plan, pages)
+        elif self.reads_rows(batch):
+            last = on_rows(self._model, batch)
         is_alone = not inputs and len(batch.layout.item_bounds) == 1
         with changes_by_hooks(() if is_alone else self._hooked) as changed:
-            found = scored_rows(self._model, batch, inputs, readout)
+            found = scored_rows(self._model, batch, inputs, readout, last)
         if changed:
             with self._lock:
                 self._run_whole(f"a hook that changes what it sees, on a {changed[0]}")
@@ -175,6 +189,23 @@ class TorchEngine:
             )
         return found
 
+    def reads_rows(self, batch: PackedBatch) -> bool:
+        """Whether the last layer runs for the scored rows of a batch alone."""
+        return not self.whole_last and reads_few_rows(batch)
+
     def read(self, launched: Sequence[ScoredRows]) -> RowValues:
         """What is read at all rows."""
         return read_rows(self._head, launched)
+
+
+def _rows_of_plan(
+    model: PreTrainedModel, batch: PackedBatch, plan: SegmentPlan, pages: LaunchPages | None
+) -> OnRows:
+    """The last layer for the rows that a batch reads; without any, its pages are written."""
+
+    def keep(keys: torch.Tensor, values: torch.Tensor) -> None:
+        if pages is not None:
+            pages.pages.write(pages.next_layer(), keys, values, plan.writes)
+
+    rows = RowPlan.of(plan, np.unique(batch.rows))
+    return on_rows(model, batch, keep=keep, segment_plan=rows)

@@ -18,6 +18,7 @@ from packscore.flows.engine import Readout, RowValues
 from packscore.flows.packing import PackedBatch
 from packscore.model.family import base_model, class_count
 from packscore.model.label_head import LinearHead
+from packscore.model.last_layer import OnRows, whole_reason, with_last
 from packscore_kernels.attention.layout import SegmentLayout
 
 CHANGED = "what runs the model changed while a request did; score it again"
@@ -82,16 +83,56 @@ class ScoredRows:
 
 
 def scored_rows(
-    model: PreTrainedModel, batch: PackedBatch, inputs: dict[str, Any], readout: Readout
+    model: PreTrainedModel,
+    batch: PackedBatch,
+    inputs: dict[str, Any],
+    readout: Readout,
+    last: nn.Module | None = None,
 ) -> ScoredRows:
-    """The decoder's forward, and of it the rows that are read."""
+    """The decoder's forward, and of it the rows that are read.
+
+    Args:
+      model: whose decoder.
+      batch: packed.
+      inputs: the decoder's, but for the tokens.
+      readout: what is read of the rows.
+      last: in the place of the last layer, gives those rows alone; None: it runs on all tokens.
+    """
     decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]  # untyped in transformers
     token_ids = torch.from_numpy(batch.token_ids)[None].to(device_of(model))
+    rows = batch.rows
+    if last is not None:
+        rows = np.unique(rows, return_inverse=True)[1]
+        decoder = with_last(decoder, last)
     with torch.inference_mode():
         output = decoder(input_ids=token_ids, use_cache=False, return_dict=True, **inputs)
         hidden = output.last_hidden_state
-        rows = torch.from_numpy(batch.rows).to(hidden.device)
-        return ScoredRows(hidden[0, rows], readout)
+        return ScoredRows(hidden[0, torch.from_numpy(rows).to(hidden.device)], readout)
+
+
+def reads_few_rows(batch: PackedBatch) -> bool:
+    """Whether the last layer need not run for all tokens.
+
+    It would gain nothing where more than half are read, for those have their keys and values
+    computed twice; nor is there a mask to cut where one sequence is read at several places.
+    """
+    rows, num_tokens = np.unique(batch.rows), len(batch.token_ids)
+    few = 2 * len(rows) <= num_tokens
+    return few and (not batch.is_causal or rows.tolist() in ([], [num_tokens - 1]))
+
+
+def whole_last(model: PreTrainedModel) -> str | None:
+    """Why a model's last layer runs for all tokens; None: for the rows that are read alone."""
+    if torch.is_autocast_enabled(device_of(model).type):
+        return "autocast"
+    return whole_reason(model.get_decoder())  # type: ignore[no-untyped-call]
+
+
+def on_rows(model: PreTrainedModel, batch: PackedBatch, **instead: Any) -> OnRows:
+    """A model's last layer, for the rows that a batch reads."""
+    decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
+    rows = np.unique(batch.rows)
+    return OnRows(decoder.layers[-1], torch.from_numpy(rows), **instead)
 
 
 def whole_rows(model: nn.Module, batch: PackedBatch, readout: Readout) -> ScoredRows:

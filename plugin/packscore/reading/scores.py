@@ -13,7 +13,7 @@ from packscore.encoded import EncodedRequest
 from packscore.errors import InputError, InputTypeError, ScoringError
 from packscore.flows.reads import HiddenRead, HiddenRows, LabelLogits, LabelRead, Read
 from packscore.inputs import as_list, as_requests, short
-from packscore.readouts import Content, Hidden, Label, Readout, ScoreRequest, check_readout
+from packscore.reading.readouts import Content, Hidden, Label, Readout, ScoreRequest, check_readout
 from packscore.results import Flow, ScoreResult, Usage
 from packscore.text.encoding import ArgumentNames
 from packscore.text.labels import LabelIds, Labels
