@@ -238,9 +238,9 @@ def decide(
         given = None if questions is None else deciding.read_file(questions)
         task = deciding.task(permutations, body)
         if state is not None:
-            files = {"INPUT": input, "--output": output, "--errors": errors}
-            files |= {"--resume": resume, "--overwrite": overwrite, "--dry-run": dry_run}
-            deciding.check_one(files, given)
+            of_files = {"INPUT": input, "--output": output, "--errors": errors, "--resume": resume}
+            of_files |= {"--overwrite": overwrite, "--dry-run": dry_run}
+            deciding.check_one(of_files, given)
             deciding.decide_one(state, given, chosen, task, as_json=as_json)
             return
         plan = deciding.plan(

@@ -250,7 +250,7 @@ def to_record(
     rows: bool = False,
     table: bool = False,
     reserved: frozenset[str] = frozenset(),
-) -> Entry:
+) -> Record | BadRecord:
     """Check one parsed record.
 
     Args:
