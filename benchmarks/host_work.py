@@ -32,12 +32,12 @@ from packscore import MultiItemScorer, patch_model
 from packscore.core import ScoringCore
 from packscore.encoded import EncodedRequest
 from packscore.flows.costs import tpu_cost_model
-from packscore.flows.engine import Readout
 from packscore.flows.packing import Share, pack
-from packscore.flows.runner import Runner
+from packscore.flows.reads import LabelRead
 from packscore.model.weight_watch import WeightWatch
 from packscore.programs.launch_inputs import LaunchInputs, block_sizes_for
 from packscore.programs.sizes import ProgramKey, program_key, token_bucket
+from packscore.text.labels import Labels
 from packscore_kernels import SegmentLayout, build_schedule
 from workloads import add_request_arguments, config_of
 
@@ -143,8 +143,9 @@ def items_of(args: argparse.Namespace) -> list[Any]:
 
 def requests_ms(args: argparse.Namespace, scorer: MultiItemScorer) -> dict[str, float]:
     """Requests of a query that is new, of token ids and of a user's lists, in turns."""
-    engine: Any = scorer._core.engine
-    runner, turn = Runner(engine), itertools.count()
+    core, turn = scorer._core, itertools.count()
+    engine: Any = core.engine
+    read = LabelRead((Labels(tuple((i,) for i in LABEL_IDS)),), over_vocabulary=False)
     items = items_of(args)
     lists = [item.tolist() for item in items]
 
@@ -154,11 +155,7 @@ def requests_ms(args: argparse.Namespace, scorer: MultiItemScorer) -> dict[str, 
         return ids
 
     def run() -> Any:
-        readout = Readout(LABEL_IDS, over_vocabulary=False)
-        (result,) = runner.run([EncodedRequest(query(), items)], readout)
-        if isinstance(result, Exception):
-            raise result
-        return ScoringCore.probabilities(result)
+        return ScoringCore.probabilities(core.run_one(EncodedRequest(query(), items), read))
 
     def score() -> Any:
         return scorer.score(query().tolist(), lists, apply_softmax=True)

@@ -14,6 +14,7 @@ from pyarrow import parquet
 from packscore import Usage
 from packscore.cli import run as running
 from packscore.cli.columns import Shape, reserved_fields
+from packscore.cli.tasks import Task
 from packscore.files.file_plan import FilePlan, plan_files
 from packscore.files.inputs import ReadOptions, open_input
 from packscore.files.locks import locked
@@ -44,6 +45,9 @@ class StandIn:
             result = {**known, "scores": scores}
         return result, Usage(1, 1, 0, 0, 0, (), (), "packed", "segment")
 
+    def encode(self, record: Record) -> Any:
+        raise AssertionError("a run encodes nothing by itself")
+
 
 def run_stand_in(
     plan: FilePlan,
@@ -56,13 +60,13 @@ def run_stand_in(
     task = StandIn(command, before)
     given = {"softmax": False} if settings is None else settings
     read = read or ReadOptions()
-    reserved = reserved_fields(plan.output_format)
+    reserved = reserved_fields(plan.output_format, command)
     with (
         open_input(plan.input, plan.input_format, read, reserved) as entries,
         locked(plan.written),
     ):
         shape = Shape("query", command, ["no", "yes"], entries.rows)
-        running.run_file(plan, entries, task, given, shape, quiet=True)
+        running.run_file(plan, entries, Task(task, encode=task.encode), given, shape, quiet=True)
     return task.lines
 
 

@@ -34,14 +34,18 @@ from packscore.inputs import OPTIONS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "inputs.md"
 TEXTS = ["tea", "a boat"]
+ASKED = {"a": {"type": "noul", "instructions": "Is it tea?"}}
 # wrong values of each kind of option; what must be refused at every call that has it
 WRONG: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(["apply_softmax", "item_first", "plain_calls", "show"], ("false", 0, None, [])),
-    **dict.fromkeys(["return_usage", "return_documents", "return_items"], ("no", 1, None, {})),
+    **dict.fromkeys(
+        ["return_usage", "return_documents", "return_items", "return_exceptions"],
+        ("no", 1, None, {}),
+    ),
     "show_progress_bar": ("yes", 1, None),
     "split_special_tokens": ("false", 0, []),
     **dict.fromkeys(["top_k", "max_items", "max_tokens", "batch_size"], (0, -1, 2.0, "3", True)),
-    "num_labels": (0, -1, 2.0, "3", True),
+    **dict.fromkeys(["num_labels", "permutations"], (0, -1, 2.0, "3", True)),
     "prefix_cache_bytes": (-1, 1.5, "1G", True),
     "flow": ("fast", 1, True, ["packed"]),
     **dict.fromkeys(["mask_impl", "on_long", "on_non_finite"], ("other", None, 1, True)),
@@ -134,6 +138,19 @@ def options_of() -> Iterator[tuple[str, str, Callable[[MultiItemScorer, Any], An
         "score_stream": (
             MultiItemScorer.score_stream,
             lambda s, **o: s.score_stream("q", TEXTS, **o),
+        ),
+        "decide": (MultiItemScorer.decide, lambda s, **o: s.decide("q", ASKED, **o)),
+        "decide_many": (
+            MultiItemScorer.decide_many,
+            lambda s, **o: s.decide_many([("q", ASKED)], **o),
+        ),
+        "decide_stream": (
+            MultiItemScorer.decide_stream,
+            lambda s, **o: s.decide_stream("q", ASKED, **o),
+        ),
+        "encode_questions": (
+            MultiItemScorer.encode_questions,
+            lambda s, **o: s.encode_questions("q", ASKED, **o),
         ),
         "calibrate": (MultiItemScorer.calibrate, lambda s, **o: s.calibrate(**o)),
         "prefix.score": (Prefix.score, lambda s, **o: s.prefix("q").score(TEXTS, **o)),

@@ -737,6 +737,17 @@ class MultiItemScorer:
         pairs = iter(questions) if is_view else as_iterator("questions", questions)
         return decide_stream(self._core, self._ask(), state, pairs, permutations, max_items)
 
+    @checked
+    def encode_questions(
+        self, state: Any, questions: Questions, *, permutations: int = 1
+    ) -> EncodedRequest:
+        """The token ids that `decide` runs: the state's, and an item for each order of a question.
+
+        Raises:
+          InputError, InputTypeError, UnsupportedModelError: as `decide` raises them.
+        """
+        return self._ask().ask(state, questions, permutations).request
+
     def _ask(self) -> Decider:
         if self._decider is None:
             self._decider = Decider(self._core, self._tokenizer)

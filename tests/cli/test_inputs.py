@@ -319,7 +319,7 @@ def test_what_was_understood_is_said_before_the_model_is_loaded(cli: Cli) -> Non
 REFUSED = {
     "zstd": (b"\x28\xb5\x2f\xfd....", "compressed with zstd; pipe it in: zstd -dc FILE"),
     "zip": (b"PK\x03\x04....", "a zip archive"),
-    "parquet": (b"PAR1....", "a parquet file; pass --format parquet"),
+    "parquet": (b"PAR1....", "a parquet file; pass --input-format parquet"),
 }
 
 
@@ -394,7 +394,7 @@ OPTIONS = {
     "--id-field=query": "must be different fields",
     "--id-field=nowhere": "field 'nowhere' is missing",
     "--items-field=items.body": "field 'items.body' is missing",
-    "--format=json": "--format='json' must be one of jsonl, csv, tsv, parquet",
+    "--format=json": "--input-format='json' must be one of jsonl, csv, tsv, parquet",
 }
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 from cli_helpers import MODEL, RECORDS, Cli
 from cli_stand_in import plan_of, run_stand_in
 from packscore import Usage, shipped_model_path
-from packscore.cli import run as running
+from packscore.cli import tasks
 from packscore.cli.exits import ExitCode
 from packscore.files.failures import RunError, UsageError
 from packscore.files.file_plan import plan_files
@@ -252,23 +253,23 @@ def test_another_checkpoint_in_the_same_folder_is_noticed(cli: Cli) -> None:
 def test_ctrl_c_leaves_an_output_to_go_on_with(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     path = cli.write("in.jsonl", RECORDS)
     assert cli("score", path, "-o", "whole.jsonl", *MODEL).code == 0
-    made = running.score_task
+    made = tasks.TASKS["score"]
 
-    def interrupted(*args: Any, **kwargs: Any) -> running.Task:
+    def interrupted(*args: Any, **kwargs: Any) -> tasks.Task:
         task = made(*args, **kwargs)
 
         def run(record: Record) -> tuple[dict[str, Any], Usage]:
             if record.line == 3:
                 os.kill(os.getpid(), signal.SIGINT)
-            return task(record)
+            return task.run(record)
 
-        return run
+        return replace(task, run=run)
 
     # as in a terminal: a shell's background job would ignore it
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(running, "score_task", interrupted)
+            patch.setitem(tasks.TASKS, "score", interrupted)
             done = cli("score", path, "-o", "out.jsonl", *MODEL)
     finally:
         signal.signal(signal.SIGINT, before)
@@ -283,20 +284,20 @@ def test_a_model_that_fails_stops_the_run_and_keeps_what_is_done(
     cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = cli.write("in.jsonl", RECORDS)
-    made = running.score_task
+    made = tasks.TASKS["score"]
 
-    def failing(*args: Any, **kwargs: Any) -> running.Task:
+    def failing(*args: Any, **kwargs: Any) -> tasks.Task:
         task = made(*args, **kwargs)
 
         def run(record: Record) -> tuple[dict[str, Any], Usage]:
             if record.line == 2:
                 raise RuntimeError("the device is gone")
-            return task(record)
+            return task.run(record)
 
-        return run
+        return replace(task, run=run)
 
     with monkeypatch.context() as patch:
-        patch.setattr(running, "score_task", failing)
+        patch.setitem(tasks.TASKS, "score", failing)
         done = cli("score", path, "-o", "out.jsonl", *MODEL)
     assert done.code == 1
     assert "line 2 of INPUT: RuntimeError: the device is gone" in done.err

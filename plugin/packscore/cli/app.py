@@ -1,22 +1,17 @@
-"""`packscore score | rank | verify | doctor | warmup | selftest`."""
+"""`packscore score | rank | decide | verify | doctor | warmup | selftest`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 import packscore
 from packscore.cli import options as opt
-from packscore.cli.columns import Shape, reserved_fields
-from packscore.cli.exits import ExitCode, exit_codes, tell
+from packscore.cli.exits import ExitCode, exit_codes
+from packscore.cli.start import run_over_files
 from packscore.files.failures import UsageError
-from packscore.files.file_plan import FilePlan, check_free, plan_files
-from packscore.files.inputs import Input, ReadOptions, open_input
-from packscore.files.locks import locked
-
-if TYPE_CHECKING:
-    from packscore.cli.load import Loaded
+from packscore.files.file_plan import plan_files
 
 DEFAULT_MAX_LINE_BYTES = 8 * 2**20
 
@@ -111,7 +106,7 @@ def score(
         read = opt.read_options(
             query_field, items_field, id_field, max_line_bytes, delimiter, group
         )
-        code = _run(files, read, chosen, task, dry_run=dry_run, quiet=quiet)
+        code = run_over_files(files, read, chosen, task, dry_run=dry_run, quiet=quiet)
     raise typer.Exit(code)
 
 
@@ -172,7 +167,87 @@ def rank(
         read = opt.read_options(
             query_field, items_field, id_field, max_line_bytes, delimiter, group, once=True
         )
-        code = _run(files, read, chosen, task, dry_run=dry_run, quiet=quiet)
+        code = run_over_files(files, read, chosen, task, dry_run=dry_run, quiet=quiet)
+    raise typer.Exit(code)
+
+
+@app.command()
+def decide(
+    model: opt.Model,
+    input: Annotated[
+        str | None,
+        typer.Argument(
+            help="A file of states, as rank takes one of queries; - is stdin. Or --state.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", help="The .jsonl file to write, or .jsonl.gz; - is stdout."),
+    ] = None,
+    state: Annotated[
+        str | None,
+        typer.Option(help="One state instead of a file, as text; - reads it from stdin."),
+    ] = None,
+    questions: Annotated[
+        str | None,
+        typer.Option(
+            help="A JSON file of questions for all states: an object (System One) or a list "
+            "(OpenAI); default: each line has its own.",
+            show_default=False,
+        ),
+    ] = None,
+    permutations: Annotated[
+        int, typer.Option(min=1, help="Orders of its options in which a question is asked.")
+    ] = 1,
+    body: Annotated[
+        str, typer.Option("--format", help="Shape of what is written: systemone or decisions.")
+    ] = "systemone",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With --state: print the body, not bars.")
+    ] = False,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    revision: opt.Revision = None,
+    cache_dir: opt.CacheDir = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Budget of the state and one question, in tokens.")
+    ] = None,
+    input_format: Annotated[
+        str | None, typer.Option(help="jsonl, csv, tsv or parquet; default: by the suffix.")
+    ] = None,
+    state_field: Annotated[
+        str, typer.Option(help="Field or column of the state; a.b is b inside a.")
+    ] = "state",
+    questions_field: Annotated[
+        str, typer.Option(help="Field or column of the questions.")
+    ] = "questions",
+    delimiter: opt.Delimiter = None,
+    errors: opt.Errors = None,
+    resume: opt.Resume = False,
+    overwrite: opt.Overwrite = False,
+    max_line_bytes: opt.MaxLineBytes = DEFAULT_MAX_LINE_BYTES,
+    dry_run: opt.DryRun = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Answer typed questions about every state, with a probability for each option."""
+    with exit_codes():
+        from packscore.cli import decide as deciding
+
+        chosen = deciding.model_options(model, revision, device, dtype, max_tokens, cache_dir)
+        given = None if questions is None else deciding.read_file(questions)
+        task = deciding.task(permutations, body)
+        if state is not None:
+            of_files = {"INPUT": input, "--output": output, "--errors": errors, "--resume": resume}
+            of_files |= {"--overwrite": overwrite, "--dry-run": dry_run}
+            deciding.check_one(of_files, given)
+            deciding.decide_one(state, given, chosen, task, as_json=as_json)
+            return
+        plan = deciding.plan(
+            input, output, errors, input_format, as_json=as_json, resume=resume, overwrite=overwrite
+        )
+        read = deciding.read_options(state_field, questions_field, given, max_line_bytes, delimiter)
+        code = run_over_files(plan, read, chosen, task, dry_run=dry_run, quiet=quiet)
     raise typer.Exit(code)
 
 
@@ -300,67 +375,3 @@ def selftest(
             output=output,
         )
     raise typer.Exit(code)
-
-
-def _run(
-    files: FilePlan,
-    read: ReadOptions,
-    chosen: opt.ModelOptions,
-    task: dict[str, Any],
-    *,
-    dry_run: bool,
-    quiet: bool,
-) -> ExitCode:
-    reserved = reserved_fields(files.output_format)
-    with open_input(files.input, files.input_format, read, reserved) as entries:
-        if not quiet:
-            tell(entries.understood)
-        if not dry_run:
-            with locked(files.written):
-                check_free(files)
-                return _run_open(files, read, entries, chosen, task, quiet=quiet)
-        from packscore.cli.dry_run import make_plan
-        from packscore.cli.load import load
-
-        loaded = load(chosen, weights=False)
-        _check_labels(task, loaded)
-        plan = make_plan(entries, loaded.scorer)
-        typer.echo(plan.text())
-        return ExitCode.BAD_RECORDS if plan.bad_records else ExitCode.OK
-
-
-def _run_open(
-    files: FilePlan,
-    read: ReadOptions,
-    entries: Input,
-    chosen: opt.ModelOptions,
-    task: dict[str, Any],
-    *,
-    quiet: bool,
-) -> ExitCode:
-    from packscore.cli import run as running
-    from packscore.cli.load import load
-
-    loaded = load(chosen)
-    _check_labels(task, loaded)
-    if not quiet:
-        tell(f"{chosen.model} on {loaded.device} in {loaded.dtype}")
-    options = {name: value for name, value in task.items() if name != "command"}
-    made = running.rank_task if task["command"] == "rank" else running.score_task
-    settings = running.settings_of(loaded, chosen, read, files.input_format, task)
-    shape = Shape(read.names.query, task["command"], loaded.label_names, entries.rows)
-    code = running.run_file(
-        files, entries, made(loaded.scorer, **options), settings, shape, quiet=quiet
-    )
-    if not quiet:
-        loaded.cache.tell_new()
-    return code
-
-
-def _check_labels(task: dict[str, Any], loaded: Loaded) -> None:
-    names = loaded.label_names
-    if task["command"] == "rank" and len(names) != loaded.num_ranked:
-        wants = (
-            "compares two labels, (negative, positive)," if loaded.num_ranked == 2 else "reads one"
-        )
-        raise UsageError(f"rank {wants} and not {names}")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from packscore.files import states
 from packscore.files.readers import TABLES
 from packscore.files.records import RESULT_FIELDS, TABLE_RESULT_FIELDS
 
@@ -32,8 +33,10 @@ class Shape:
     rows: bool = False
 
 
-def reserved_fields(output_format: str) -> frozenset[str]:
+def reserved_fields(output_format: str, command: str) -> frozenset[str]:
     """Names that results use in the output, whatever the labels: no field may have them."""
+    if command == "decide":
+        return frozenset(states.RESULT_FIELDS)
     return frozenset((*RESULT_FIELDS, *(TABLE_RESULT_FIELDS if output_format in TABLES else ())))
 
 

@@ -120,8 +120,8 @@ def load(options: ModelOptions, *, weights: bool = True) -> Loaded:
         )
     except LoadError as error:
         raise RunError(f"--model={options.model} cannot be loaded: {error.reason}") from error
-    ids = scorer.label_token_ids
-    if ids is None:
+    ids = scorer.label_token_ids or []
+    if not ids and options.reads_labels:
         raise UsageError(f"--prompt={options.prompt} has no labels; pass --labels no,yes")
     config: Any = base_model(scorer.model).config
     classes = [config.id2label[i] for i in range(class_count(base_model(scorer.model)))]

@@ -79,7 +79,12 @@ OnNonFinite = Annotated[
     ),
 ]
 InputFormat = Annotated[
-    str | None, typer.Option("--format", help="jsonl, csv, tsv or parquet; default: by the suffix.")
+    str | None,
+    typer.Option(
+        "--input-format",
+        "--format",
+        help="jsonl, csv, tsv or parquet; default: by the suffix.",
+    ),
 ]
 OutputFormat = Annotated[
     str | None, typer.Option(help="jsonl, csv, tsv or parquet; default: by the suffix.")
@@ -144,6 +149,7 @@ class ModelOptions:
       labels: label texts, or None.
       label_token_ids: labels as ids, or None.
       cache_dir: folder of compiled programs; "none" keeps none, None is the default.
+      reads_labels: whether the prompt must have labels.
 
     Raises:
       UsageError: `dtype`, `on_long` or `on_non_finite` is not one of its values.
@@ -161,6 +167,7 @@ class ModelOptions:
     on_long: Literal["truncate", "error"]
     on_non_finite: NonFiniteChoice = "raise"
     cache_dir: str | None = None
+    reads_labels: bool = True
 
     def __post_init__(self) -> None:
         _check_choice("--dtype", self.dtype, DTYPES)

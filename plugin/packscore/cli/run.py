@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,38 +13,25 @@ from typing import Any, BinaryIO
 import torch
 from tqdm import tqdm
 
-from packscore import (
-    InputError,
-    InputTypeError,
-    MultiItemScorer,
-    NonFiniteScoreError,
-    Usage,
-)
+from packscore import InputError, InputTypeError, NonFiniteScoreError
 from packscore.cli.columns import Shape, label_columns
 from packscore.cli.convert import convert
 from packscore.cli.exits import ExitCode, tell
 from packscore.cli.load import Loaded
 from packscore.cli.options import ModelOptions
+from packscore.cli.tasks import Task
 from packscore.files.failures import RunError
 from packscore.files.file_plan import FilePlan, begin, mark_complete, model_fingerprint
 from packscore.files.inputs import Input, ReadOptions
 from packscore.files.journal import FileJournal, Journal, StreamJournal, UnwritableError
-from packscore.files.records import BadRecord, Record
+from packscore.files.records import BadRecord, Readable
 from packscore.files.sources import is_stream, open_sink
-from packscore.results import Flow
 
 # What one record may be refused for; anything else stops the run.
 RECORD_ERRORS = (
     *(InputError, InputTypeError, NonFiniteScoreError),
     *(MemoryError, torch.OutOfMemoryError),  # packscore's own are MemoryErrors too
 )
-
-# By name, so that a record's scores do not depend on those scored before it: a resumed run writes
-# the bytes of an unbroken one.
-FLOW: Flow = "packed"
-
-# From a record to the fields of its result, and the tokens it took.
-Task = Callable[[Record], tuple[dict[str, Any], Usage]]
 
 
 @dataclass
@@ -58,53 +44,6 @@ class Counts:
     truncated: int = 0
     special: int = 0
     non_finite: int = 0
-
-
-def score_task(scorer: MultiItemScorer, *, apply_softmax: bool, return_items: bool) -> Task:
-    """`scores`: P(label) for every item and label."""
-
-    def run(record: Record) -> tuple[dict[str, Any], Usage]:
-        found = scorer.score(
-            record.query,
-            record.items,
-            apply_softmax=apply_softmax,
-            flow=FLOW,
-            return_usage=True,
-        )
-        result: dict[str, Any] = {"items": record.items} if return_items else {}
-        if record.ids is not None:
-            result["item_ids"] = record.ids
-        return result | {"scores": [list(map(_or_null, row)) for row in found.scores]}, found.usage
-
-    return run
-
-
-def rank_task(scorer: MultiItemScorer, *, top_k: int | None, return_documents: bool) -> Task:
-    """`ranking`: documents by their score, best first."""
-
-    def run(record: Record) -> tuple[dict[str, Any], Usage]:
-        found = scorer.rank(
-            record.query,
-            record.items,
-            top_k=top_k,
-            return_documents=return_documents,
-            flow=FLOW,
-            return_usage=True,
-        )
-        return {"ranking": [_entry(record, one) for one in found.scores]}, found.usage
-
-    return run
-
-
-def _entry(record: Record, one: Mapping[str, Any]) -> dict[str, Any]:
-    i = one["corpus_id"]
-    known = {"corpus_id": i} if record.ids is None else {"corpus_id": i, "id": record.ids[i]}
-    return {**known, **one, "score": _or_null(one["score"])}
-
-
-def _or_null(score: float) -> float | None:
-    """JSON has no NaN."""
-    return None if math.isnan(score) else score
 
 
 def settings_of(
@@ -127,9 +66,7 @@ def settings_of(
         "on_long": options.on_long,
         "on_non_finite": options.on_non_finite,
         "format": input_format,
-        "query_field": read.names.query,
-        "items_field": read.names.items,
-        "id_field": read.names.ids,
+        **read.names.settings(),
         "delimiter": read.delimiter,
         "group": read.group,
         "max_line_bytes": read.max_line_bytes,
@@ -175,7 +112,8 @@ def run_file(
     if plan.converts:
         plan.results.unlink()
     if not quiet:
-        _tell_counts(plan, counts, journal.num_bad, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        _tell_counts(plan, counts, task.counted, journal.num_bad, seconds)
         if in_json:
             tell(f"JSON is in the columns {in_json}: their values have no one type of parquet's")
     return ExitCode.BAD_RECORDS if journal.num_bad else ExitCode.OK
@@ -185,7 +123,8 @@ def _run_all(
     entries: Input, journal: Journal, task: Task, reserved: frozenset[str], *, quiet: bool
 ) -> Counts:
     counts = Counts()
-    progress = Progress(entries, disable=quiet or not sys.stderr.isatty())
+    disable = quiet or not sys.stderr.isatty()
+    progress = Progress(entries, task.counted, disable=disable)
     try:
         for entry in entries:
             if journal.is_reported(entry.line):
@@ -204,14 +143,14 @@ def _run_all(
 
 
 def _run_one(
-    record: Record, journal: Journal, task: Task, reserved: frozenset[str], counts: Counts
+    record: Readable, journal: Journal, task: Task, reserved: frozenset[str], counts: Counts
 ) -> None:
     """Score one record and write what came of it."""
     try:
         taken = reserved & record.fields.keys()
         if taken:
             raise InputError(f"has the fields {sorted(taken)}, which the output needs; rename them")
-        result, usage = task(record)
+        result, usage = task.run(record)
         if usage.truncated_items:
             result["truncated_items"] = list(usage.truncated_items)
         if usage.non_finite_items:
@@ -225,13 +164,13 @@ def _run_one(
         raise RunError(f"line {record.line} of INPUT: {type(error).__name__}: {error}") from error
     else:
         counts.records += 1
-        counts.items += len(record.items)
+        counts.items += record.size
         counts.truncated += len(usage.truncated_items)
         counts.special += len(usage.special_token_items)
         counts.non_finite += len(usage.non_finite_items)
 
 
-def _refused(record: Record, reason: str) -> BadRecord:
+def _refused(record: Readable, reason: str) -> BadRecord:
     known = {"id": record.fields["id"]} if "id" in record.fields else {}
     return BadRecord(record.line, reason, known)
 
@@ -239,8 +178,8 @@ def _refused(record: Record, reason: str) -> BadRecord:
 class Progress:
     """A bar on stderr over what is read, with items a second and the time that is left."""
 
-    def __init__(self, reader: Input, *, disable: bool) -> None:
-        self._reader = reader
+    def __init__(self, reader: Input, counted: str, *, disable: bool) -> None:
+        self._reader, self._counted = reader, counted
         self._disable = disable
         self._bar: tqdm[Any] | None = None
         self._position, self._started = 0, time.perf_counter()
@@ -252,7 +191,8 @@ class Progress:
             self._bar = self._new_bar()
         seconds = time.perf_counter() - self._started
         rate = items / seconds if seconds else 0.0
-        self._bar.set_postfix_str(f"{items:,} items, {rate:,.0f} items/s", refresh=False)
+        done = f"{items:,} {self._counted}, {rate:,.0f} {self._counted}/s"
+        self._bar.set_postfix_str(done, refresh=False)
         self._bar.update(self._reader.position - self._position)
         self._position = self._reader.position
 
@@ -298,12 +238,14 @@ def _tell_how_to_go_on(plan: FilePlan) -> None:
         tell(f"what is done is in {plan.results}; the same command with --resume goes on")
 
 
-def _tell_counts(plan: FilePlan, counts: Counts, num_bad: int, seconds: float) -> None:
+def _tell_counts(
+    plan: FilePlan, counts: Counts, counted: str, num_bad: int, seconds: float
+) -> None:
     rate = counts.items / seconds if seconds else 0.0
     before = f" ({counts.resumed:,} were there before)" if counts.resumed else ""
     tell(
-        f"{counts.records:,} records{before}, {counts.items:,} items in {seconds:.1f} s, "
-        f"{rate:,.0f} items/s"
+        f"{counts.records:,} records{before}, {counts.items:,} {counted} in {seconds:.1f} s, "
+        f"{rate:,.0f} {counted}/s"
     )
     if counts.truncated:
         tell(f"{counts.truncated:,} items lost their end to the budget (truncated_items)")

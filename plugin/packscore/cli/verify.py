@@ -13,7 +13,7 @@ from packscore.files.failures import RunError
 from packscore.files.file_plan import check_format, check_input
 from packscore.files.inputs import ReadOptions, open_input
 from packscore.files.readers import format_of
-from packscore.files.records import BadRecord, Entry, Record
+from packscore.files.records import Entry, Record
 from packscore.verify import verify_parity
 
 
@@ -32,9 +32,9 @@ def verify_file(
     Raises:
       RunError: no record can be scored.
     """
-    check_format("--format", input_format)
+    check_format("--input-format", input_format)
     check_input(input_path)
-    file_format = format_of(input_path, input_format, "--format")
+    file_format = format_of(input_path, input_format, "--input-format")
     with open_input(input_path, file_format, read) as entries:
         tell(entries.understood)
         loaded = load(options)
@@ -58,7 +58,7 @@ def verify_file(
 
 def _can_be_scored(entries: Iterable[Entry], scorer: MultiItemScorer) -> Iterator[Record]:
     for entry in entries:
-        if isinstance(entry, BadRecord):
+        if not isinstance(entry, Record):
             continue
         try:
             scorer.encode(entry.query, entry.items)

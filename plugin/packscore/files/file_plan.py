@@ -92,7 +92,7 @@ def plan_files(
     Raises:
       UsageError: a file is missing, in the way, or used twice; or a format is not known.
     """
-    for option, given in (("--format", input_format), ("--output-format", output_format)):
+    for option, given in (("--input-format", input_format), ("--output-format", output_format)):
         check_format(option, given)
     if resume and overwrite:
         raise UsageError("--resume keeps an output and --overwrite removes it; pass one")
@@ -104,7 +104,7 @@ def plan_files(
         input_path,
         output_path,
         errors_path,
-        format_of(input_path, input_format, "--format"),
+        format_of(input_path, input_format, "--input-format"),
         format_of(output_path, output_format, "--output-format"),
         resume,
         overwrite,

@@ -6,15 +6,17 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from packscore.files.failures import RunError
-from packscore.files.records import BadRecord, Entry, Record
+from packscore.files.records import BadRecord, Record
 
+# a row of one item, or a record made of some
+Part = Record | BadRecord
 REMEDY = (
     "pass --group to bring each query's rows together, or --no-group to take rows "
     "that follow each other as a record"
 )
 
 
-def consecutive(rows: Iterable[Entry], *, once: bool = False) -> Iterator[Entry]:
+def consecutive(rows: Iterable[Part], *, once: bool = False) -> Iterator[Part]:
     """A record for the rows of one query that follow each other; bad rows as they come.
 
     Args:
@@ -45,7 +47,7 @@ def consecutive(rows: Iterable[Entry], *, once: bool = False) -> Iterator[Entry]
         yield _merged(group)
 
 
-def collected(rows: Iterable[Entry]) -> Iterator[Entry]:
+def collected(rows: Iterable[Part]) -> Iterator[Part]:
     """A record for all rows of one query, in the order of first appearance.
 
     Bad rows come first, and all good ones are in memory at once.
@@ -59,7 +61,7 @@ def collected(rows: Iterable[Entry]) -> Iterator[Entry]:
     yield from map(_merged, groups.values())
 
 
-def scattered(rows: Iterable[Entry]) -> tuple[int, Record | None]:
+def scattered(rows: Iterable[Part]) -> tuple[int, Record | None]:
     """How many queries come back after another one, and the first row that does."""
     seen: set[int] = set()
     back: set[int] = set()

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import cast
 
 from packscore.files.failures import UsageError
 from packscore.files.grouping import REMEDY, collected, consecutive, scattered
-from packscore.files.paths import find
 from packscore.files.readers import (
     DELIMITERS,
     TABLES,
@@ -19,7 +19,7 @@ from packscore.files.readers import (
     Reader,
     TableReader,
 )
-from packscore.files.records import BadRecord, Entry, FieldNames, MisfitError, Raw, to_record
+from packscore.files.records import BadRecord, Entry, FieldNames, Fields, Raw, Record
 from packscore.files.sources import is_stream, open_source
 
 LOOKED_AT_RECORDS = 100
@@ -40,7 +40,7 @@ class ReadOptions:
       once: refuses one that does, without `group`.
     """
 
-    names: FieldNames = field(default_factory=FieldNames)
+    names: Fields = field(default_factory=FieldNames)
     max_line_bytes: int = 8 << 20
     delimiter: str | None = None
     group: bool | None = None
@@ -102,7 +102,8 @@ def open_input(
             once = options.once and options.group is None
             if once and not is_stream(path):
                 _check_scattered(path, file_format, options, look)
-            entries = collected(rows) if options.group else consecutive(rows, once=once)
+            parts = cast(Iterator[Record | BadRecord], rows)  # what `of_rows` says of its entries
+            entries = collected(parts) if options.group else consecutive(parts, once=once)
         yield Input(reader, entries, look.rows, look.understood())
 
 
@@ -135,7 +136,7 @@ class _Look:
         self._path, self._reader = path, reader
         self._options, self._reserved = options, reserved
         self._is_stream = is_stream(path)
-        self.rows = reader.table
+        self.rows = self._are_rows(False)
         self._count = self._num_bad = 0
         self._items: dict[str, None] = {}  # paths, in order
         self._ids: dict[str, None] = {}
@@ -155,7 +156,7 @@ class _Look:
             if self._is_stream and self._can_be_used(raw):
                 break
         kinds = [kind for kind in map(self._kind_of_items, looked) if kind is not None]
-        self.rows = self._reader.table or 2 * kinds.count(list) < len(kinds)  # what most have
+        self.rows = self._are_rows(2 * kinds.count(list) < len(kinds))  # what most have
         if self._options.group is not None and kinds and not self.rows:
             raise UsageError("--group and --no-group are for rows of one item, and INPUT has lists")
         bad = [one for one in map(self.entry, looked) if isinstance(one, BadRecord)]
@@ -169,44 +170,31 @@ class _Look:
         """A record, or a row, checked."""
         if isinstance(raw, BadRecord):
             return raw
-        return to_record(
-            *raw,
-            self._options.names,
-            rows=self.rows,
-            table=self._reader.table,
-            reserved=self._reserved,
+        return self._options.names.entry(
+            *raw, rows=self.rows, table=self._reader.table, reserved=self._reserved
         )
 
     def understood(self) -> str:
         """What was seen, in a line."""
-        names = self._options.names
-        parts = [f"{self._path}: {self._reader.described()}", f"query in {names.query!r}"]
-        if self._items:
-            where = " or ".join(map(repr, self._items))
-            shape = "one item a row in" if self.rows else "a list of items in"
-            ids = " or ".join(map(repr, self._ids))
-            parts += [f"{shape} {where}", f"ids in {ids}" if ids else "no ids"]
-        if self.rows and self._options.group:
-            parts.append("all rows of a query are a record")
-        elif self.rows:
-            parts.append("rows of a query that follow each other are a record")
+        told = self._options.names.told(
+            list(self._items), list(self._ids), rows=self.rows, group=bool(self._options.group)
+        )
+        parts = [f"{self._path}: {self._reader.described()}", *told]
         bad = f", {self._num_bad} of them bad" if self._num_bad else ""
         return "; ".join(parts) + f" (looked at {self._count}{bad})"
 
     def _kind_of_items(self, raw: Raw) -> type | None:
-        """Of a record's items: list, str, dict, or None for what has none of these."""
         if isinstance(raw, BadRecord) or not isinstance(raw[1], dict):
             return None
-        value = raw[1]
-        try:
-            found = find(value, self._options.names.items_of(value, table=self._reader.table))
-        except MisfitError:
-            return None
-        return type(found) if isinstance(found, list | str | dict) else None
+        return self._options.names.kind(raw[1], table=self._reader.table)
+
+    def _are_rows(self, single: bool) -> bool:
+        """Whether several are a record; `single`: most of them have one item."""
+        return self._options.names.of_rows and (self._reader.table or single)
 
     def _can_be_used(self, raw: Raw) -> bool:
         kind = self._kind_of_items(raw)
-        self.rows = self._reader.table or (kind is not None and kind is not list)
+        self.rows = self._are_rows(kind is not None and kind is not list)
         return kind is not None and not isinstance(self.entry(raw), BadRecord)
 
     def _refuse_if_alike(self, bad: list[BadRecord]) -> None:
@@ -228,9 +216,9 @@ class _Look:
                 continue
             value = raw[1]
             assert isinstance(value, dict)
-            items = names.items_of(value, table=self._reader.table)
+            items, ids = names.paths(value, rows=self.rows, table=self._reader.table)
             self._items[items] = None
-            if ids := names.ids_of(value, items, rows=self.rows):
+            if ids is not None:
                 self._ids[ids] = None
 
 
@@ -241,7 +229,8 @@ def _check_scattered(path: str, file_format: str, options: ReadOptions, look: _L
       UsageError: rows of a query do not follow each other.
     """
     with _open_reader(path, file_format, options) as reader:
-        count, row = scattered(look.entry(raw) for raw in reader)
+        parts = cast(Iterator[Record | BadRecord], map(look.entry, reader))
+        count, row = scattered(parts)
     if row is not None:
         raise UsageError(
             f"INPUT={path}: queries that come back after another one: {count:,}, the first is "

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from packscore.files.failures import RunError
-from packscore.files.records import BadRecord, Record
+from packscore.files.records import BadRecord, Readable
 from packscore.files.sources import close_sink, is_stream, open_sink
 
 
@@ -30,7 +30,7 @@ class Journal(Protocol):
         """Whether an earlier run wrote this record of the input to the error file."""
         ...
 
-    def take_done(self, record: Record) -> bool:
+    def take_done(self, record: Readable) -> bool:
         """Whether an earlier run wrote the result of this record, which must be the next one."""
         ...
 
@@ -38,7 +38,7 @@ class Journal(Protocol):
         """Refuse an output that holds more than the input."""
         ...
 
-    def write_result(self, record: Record, result: dict[str, Any]) -> None:
+    def write_result(self, record: Readable, result: dict[str, Any]) -> None:
         """Append the result of a record."""
         ...
 
@@ -107,7 +107,7 @@ class FileJournal:
         """Whether the error file has this line of the input."""
         return line in self._reported
 
-    def take_done(self, record: Record) -> bool:
+    def take_done(self, record: Readable) -> bool:
         """Whether the output has the record; its lines are met in the order of the input.
 
         Raises:
@@ -115,7 +115,7 @@ class FileJournal:
         """
         if self._next_done is None:
             return False
-        carried = to_line(record.fields).removesuffix(b"}\n") + b", "
+        carried = to_line(record.fields).removesuffix(b"}\n") + (b", " if record.fields else b"")
         if not self._next_done.startswith(carried):
             raise RunError(
                 f"--resume: {self._results_path} does not hold the record of line {record.line} "
@@ -136,7 +136,7 @@ class FileJournal:
                 "pass --overwrite to begin again"
             )
 
-    def write_result(self, record: Record, result: dict[str, Any]) -> None:
+    def write_result(self, record: Readable, result: dict[str, Any]) -> None:
         """Append a result; the errors before it are on the disk first."""
         line = to_line({**record.fields, **result})
         if self._errors_unsafe and self._errors is not None:
@@ -177,14 +177,14 @@ class StreamJournal:
         """Never."""
         return False
 
-    def take_done(self, record: Record) -> bool:
+    def take_done(self, record: Readable) -> bool:
         """Never."""
         return False
 
     def check_all_taken(self) -> None:
         """Nothing was there before."""
 
-    def write_result(self, record: Record, result: dict[str, Any]) -> None:
+    def write_result(self, record: Readable, result: dict[str, Any]) -> None:
         """Write a result."""
         self._results.write(to_line({**record.fields, **result}))
         self._results.flush()

@@ -16,10 +16,9 @@ from packscore.files.lines import Lines
 from packscore.files.records import (
     BadRecord,
     BadValueError,
-    FieldNames,
+    Fields,
     MisfitError,
     Raw,
-    text_of,
 )
 from packscore.files.sources import COMPRESSED_SUFFIXES, Source, is_stream
 from packscore.installed import install_command
@@ -145,7 +144,7 @@ class TableReader:
     table = True
 
     def __init__(
-        self, source: Source, names: FieldNames, max_line_bytes: int, delimiters: tuple[str, ...]
+        self, source: Source, names: Fields, max_line_bytes: int, delimiters: tuple[str, ...]
     ) -> None:
         self.total = source.total
         self._source = source
@@ -215,7 +214,7 @@ def _tabbed(line: str) -> list[str]:
         return next(csv.reader([line], delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
-def _delimiter_of(line: str, names: FieldNames, delimiters: tuple[str, ...]) -> str:
+def _delimiter_of(line: str, names: Fields, delimiters: tuple[str, ...]) -> str:
     """The first delimiter with which a header has the columns."""
     for delimiter in delimiters:
         try:
@@ -226,7 +225,7 @@ def _delimiter_of(line: str, names: FieldNames, delimiters: tuple[str, ...]) -> 
     return delimiters[0]
 
 
-def _header(rows: Iterator[list[str]], names: FieldNames) -> list[str]:
+def _header(rows: Iterator[list[str]], names: Fields) -> list[str]:
     try:
         header = next(rows, [])
     except (BadValueError, csv.Error) as error:
@@ -241,10 +240,8 @@ def _header(rows: Iterator[list[str]], names: FieldNames) -> list[str]:
     return header
 
 
-def _check_header(header: list[str], names: FieldNames) -> None:
-    row = dict(zip(header, header, strict=True))
-    text_of(names.query, row)
-    names.ids_of(row, names.items_of(row, table=True), rows=True)
+def _check_header(header: list[str], names: Fields) -> None:
+    names.check_header(dict(zip(header, header, strict=True)))
 
 
 def delimiter_from(option: str) -> str:

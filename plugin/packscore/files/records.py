@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from packscore.files.failures import UsageError
 from packscore.files.paths import MISSING, find, holder, without
@@ -52,6 +52,11 @@ class Record:
     ids: list[ItemId] | None = None
     query_holder: str = "query"
 
+    @property
+    def size(self) -> int:
+        """How many items it has."""
+        return len(self.items)
+
 
 @dataclass(frozen=True)
 class BadRecord:
@@ -63,9 +68,65 @@ class BadRecord:
     misfit: bool = False
 
 
-Entry = Record | BadRecord
+class Readable(Protocol):
+    """A good record of any kind: what a run counts and carries of it."""
+
+    @property
+    def line(self) -> int:
+        """Where it begins in the input, from 1."""
+        ...
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What goes to the output as it came."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """How many items it has, or questions."""
+        ...
+
+
+Entry = Readable | BadRecord
 # A record as its format has it, with its line.
 Raw = tuple[int, object] | BadRecord
+
+
+class Fields(Protocol):
+    """What records of an input are made of, and where that stands in a line or a row."""
+
+    # whether rows of a table, and lines with one item, are parts of a record
+    of_rows: ClassVar[bool]
+
+    def entry(
+        self, line: int, value: object, *, rows: bool, table: bool, reserved: frozenset[str]
+    ) -> Entry:
+        """One parsed line, checked."""
+        ...
+
+    def check_header(self, row: dict[str, Any]) -> None:
+        """Refuse the header of a table, here a row of its own names.
+
+        Raises:
+          MisfitError: it lacks a column.
+        """
+        ...
+
+    def kind(self, value: dict[str, Any], *, table: bool) -> type | None:
+        """Of what stands where items do: list, str, dict, or None for none of these."""
+        ...
+
+    def paths(self, value: dict[str, Any], *, rows: bool, table: bool) -> tuple[str, str | None]:
+        """Where a good record has its items, and their ids."""
+        ...
+
+    def told(self, items: list[str], ids: list[str], *, rows: bool, group: bool) -> list[str]:
+        """What was understood, in words, with the paths that were met."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """What the output depends on, by option."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -81,6 +142,7 @@ class FieldNames:
     query: str = "query"
     items: str | None = None
     ids: str | None = None
+    of_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         given = {"--query-field": self.query, "--items-field": self.items, "--id-field": self.ids}
@@ -129,6 +191,50 @@ class FieldNames:
         found = [p for p in (*usual, *(ROW_ID_FIELDS if rows else ())) if _has_values(value, p)]
         return found[0] if found else None
 
+    def entry(
+        self, line: int, value: object, *, rows: bool, table: bool, reserved: frozenset[str]
+    ) -> Record | BadRecord:
+        """One parsed line, checked."""
+        return to_record(line, value, self, rows=rows, table=table, reserved=reserved)
+
+    def check_header(self, row: dict[str, Any]) -> None:
+        """Refuse a header without the columns.
+
+        Raises:
+          MisfitError: it lacks one.
+        """
+        text_of(self.query, row)
+        self.ids_of(row, self.items_of(row, table=True), rows=True)
+
+    def kind(self, value: dict[str, Any], *, table: bool) -> type | None:
+        """Of a record's items: list, str, dict, or None for what has none of these."""
+        try:
+            found = find(value, self.items_of(value, table=table))
+        except MisfitError:
+            return None
+        return type(found) if isinstance(found, list | str | dict) else None
+
+    def paths(self, value: dict[str, Any], *, rows: bool, table: bool) -> tuple[str, str | None]:
+        """Where a good record has its items, and their ids."""
+        items = self.items_of(value, table=table)
+        return items, self.ids_of(value, items, rows=rows)
+
+    def told(self, items: list[str], ids: list[str], *, rows: bool, group: bool) -> list[str]:
+        """What was understood, in words."""
+        parts = [f"query in {self.query!r}"]
+        if items:
+            shape = "one item a row in" if rows else "a list of items in"
+            parts.append(f"{shape} {' or '.join(map(repr, items))}")
+            parts.append(f"ids in {' or '.join(map(repr, ids))}" if ids else "no ids")
+        if rows:
+            which = "all rows of a query" if group else "rows of a query that follow each other"
+            parts.append(f"{which} are a record")
+        return parts
+
+    def settings(self) -> dict[str, Any]:
+        """What the output depends on, by option."""
+        return {"query_field": self.query, "items_field": self.items, "id_field": self.ids}
+
 
 def _has_values(value: dict[str, Any], path: str) -> bool:
     found = find(value, path)
@@ -144,7 +250,7 @@ def to_record(
     rows: bool = False,
     table: bool = False,
     reserved: frozenset[str] = frozenset(),
-) -> Entry:
+) -> Record | BadRecord:
     """Check one parsed record.
 
     Args:

@@ -22,7 +22,7 @@ MAGICS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz"}
 REFUSED_MAGICS = {
     b"\x28\xb5\x2f\xfd": "compressed with zstd; pipe it in: zstd -dc FILE | packscore ... -",
     b"PK\x03\x04": "a zip archive; pipe one of its files in: unzip -p FILE | packscore ... -",
-    b"PAR1": "a parquet file; pass --format parquet",
+    b"PAR1": "a parquet file; pass --input-format parquet",
 }
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz")
 STANDARD_STREAMS = re.compile(r"/dev/(stdin|stdout|stderr|fd/\d+)|/proc/(self|\d+)/fd/\d+")
