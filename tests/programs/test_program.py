@@ -287,5 +287,6 @@ def test_buckets() -> None:
         [512, 4096],
         [512, 4096, 16_384],
     ]
-    assert program_key(12_000, 500, 65, by_tiles=True) == ProgramKey(16_384, 16_384, 128, 0, 1024)
+    # more labels than a program reads are read of hidden states
+    assert program_key(12_000, 500, 64, by_tiles=True) == ProgramKey(16_384, 16_384, 64, 0, 1024)
     assert max(LABELS) < VOCAB_SIZE
