@@ -25,7 +25,7 @@ class Usage:
 
     Args:
       prompt_tokens: tokens that scoring the items one by one would compute, each again for every
-        distinct beginning of labels of several tokens.
+        beginning of labels of several tokens that no other continues.
       computed_tokens: tokens that ran through the model, padding apart.
       computed_prefix_tokens: those of them that are a prefix's; 0 where all were in pages.
       prefix_tokens_saved: prompt_tokens - computed_tokens: the prefix tokens that items shared, the
