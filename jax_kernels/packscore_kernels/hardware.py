@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import jax
@@ -85,6 +85,26 @@ def vmem_capacity() -> int | None:
     except (ValueError, NotImplementedError):  # as where a kernel is interpreted
         return None
     return capacity
+
+
+class Core(NamedTuple):
+    """What a kernel has to itself: one core of a chip, which has one or two."""
+
+    vmem_bytes: int
+    flops: float  # bf16
+    hbm_bytes_per_s: float
+
+
+def core() -> Core:
+    """The core of the TPU that is traced for; where there is none, a v5e's."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    try:
+        info = pltpu.get_tpu_info()
+    except (ValueError, NotImplementedError):  # as where a kernel is interpreted
+        chip = CHIPS["v5e"]
+        return Core(chip.vmem_bytes, chip.peak_flops, chip.hbm_bytes_per_s)
+    return Core(info.vmem_capacity_bytes, info.bf16_ops_per_second, info.mem_bw_bytes_per_second)
 
 
 def deep_passes() -> bool:

@@ -27,8 +27,7 @@ from packscore_kernels import (
     project_qkv,
 )
 from packscore_kernels.hardware import cdiv
-from packscore_kernels.layer.mlp import mlp_tiles
-from packscore_kernels.layer.projections import num_passes, out_tile, qkv_tile
+from packscore_kernels.layer.walks import QkvSteps, mlp_walk, out_walk, qkv_walk
 
 
 def _is_one(module: nn.Module, classes: Iterable[Interface]) -> bool:
@@ -75,13 +74,14 @@ def grid_steps(
     """
     live, room = LiveTokens(num_tokens, key.tile), key.num_tokens
     heads = sizes.heads, sizes.kv_heads
-    into = qkv_tile(heads, sizes.hidden, itemsize, room, live)
-    back = out_tile(sizes.heads, sizes.hidden, itemsize, room, live)
-    mlp = mlp_tiles(room, sizes.hidden, sizes.inner, itemsize, live)
+    into = qkv_walk(heads, sizes.hidden, itemsize, room, live)
+    back = out_walk(sizes.heads, sizes.hidden, itemsize, room, live)
+    mlp = mlp_walk(sizes.hidden, sizes.inner, itemsize, room, live)
     if into is None or back is None or mlp is None:
         raise ValueError(f"{key} is of no model whose layers are kernels")
-    steps = cdiv(num_tokens, into) * (num_passes(*heads) + 1) + cdiv(num_tokens, back)
-    steps += cdiv(num_tokens, mlp.tokens) * (sizes.inner // mlp.width)
+    steps = cdiv(num_tokens, into.tokens) * QkvSteps.of(*heads, into.chunk).count
+    steps += cdiv(num_tokens, back.tokens) * (sizes.hidden // back.chunk)
+    steps += cdiv(num_tokens, mlp.tokens) * (sizes.inner // mlp.chunk)
     steps += sizes.kv_heads * cdiv(num_tokens, block_q) + bool(key.num_pages)
     return sizes.layers * steps
 
