@@ -91,7 +91,9 @@ def test_every_variant_compiles(chip, indices):
     assert gather["name"] == "vector gather"
     # The refusal that shows the check has teeth.
     assert "Cannot do int indexing on TPU" in gather["error"]
-    assert len(results) == len(indices or VARIANTS) + 3  # of page writers
+    assert (
+        len(results) == len(indices or VARIANTS) + 5
+    )  # of page writers, and kernels around attention
     for result in results:
         assert result["error"] is None, result
 
@@ -155,6 +157,22 @@ def test_whole_models_compile(command, hbm_bytes):
     assert out["aliased_bytes"] >= out["pool_bytes"] > 0
     assert out["argument_bytes"] + out["temporary_bytes"] <= hbm_bytes
     assert out["code_bytes"] <= 20e6
+
+
+@needs_libtpu
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "command",
+    ["v6e 14B", "v6e 32B", "v5e 8B", "v5p 8B", "v5p 32B", "tpu7x 8B", "tpu7x 14B", "tpu7x 32B"],
+)
+def test_layers_of_every_size_are_kernels(command):
+    """Two layers of real sizes, whose weights VMEM does not hold: these pass by in chunks."""
+    out = json.loads(output_of(PROGRAMS, *command.split(), 2))
+    print(command, out)
+    assert (out["num_tokens"], out["tile"]) == (16_384, 1024)
+    around = {"gated_mlp", "project_out", "project_qkv"}
+    assert set(out["kernels"]) == {*around, "segment_paged_attention", "write_kv_pages"}
+    assert out["squares"] == out["copies"] == []
 
 
 CAUSAL = [name for name, (architecture, _) in MODELS.items() if architecture.endswith("CausalLM")]
