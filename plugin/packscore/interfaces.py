@@ -212,6 +212,11 @@ FUSED_MLPS = tuple(
         "transformers.models.qwen3_moe.modeling_qwen3_moe:Qwen3MoeMLP",
     )
 )
+MIXTURE = Interface(
+    "transformers.models.qwen3_moe.modeling_qwen3_moe:Qwen3MoeSparseMoeBlock",
+    "a mixture whose experts run through a kernel",
+    "programs",
+)
 # Parts of a decoder that programs call one by one, from the first layer of layers that are equal:
 # of all, of those whose products run through kernels, and of a mixture.
 PARTS = {
@@ -228,7 +233,7 @@ PARTS = {
     ),
     "experts": (
         *("layers.0.mlp.experts.gate_up_proj", "layers.0.mlp.experts.down_proj"),
-        "layers.0.mlp.experts.act_fn",
+        *("layers.0.mlp.experts.act_fn", "layers.0.mlp.gate"),
     ),
 }
 # transformers: files of a checkpoint

@@ -2,20 +2,24 @@
 
 Traced as they are, the modules between the residual stream and attention become a dozen passes over
 memory: halves of heads are sliced, turned and joined, and arrays change their layout for attention.
-XLA computes the MLP's gate within its last product, which waits for it. Experts stay as they are.
+XLA computes the MLP's gate within its last product, which waits for it. A mixture's
+experts are grouped products.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+from jax.experimental.pallas import tpu as pltpu
 from torch import nn
 
-from packscore.interfaces import FUSED_LAYERS, FUSED_MLPS, Interface
+from packscore.interfaces import FUSED_LAYERS, FUSED_MLPS, MIXTURE, Interface
 from packscore.model.sizes import ModelSizes
+from packscore.programs.experts import grouped_experts
 from packscore.programs.sizes import ProgramKey
 from packscore.programs.traced_ops import KernelImplementation, LayerAttention
 from packscore_kernels import (
@@ -144,12 +148,23 @@ def fused_layer(
         )[None]
     hidden = x[None]
 
-    def through(name: str, x: jax.Array) -> jax.Array:
+    def through(name: str, x: jax.Array) -> Any:
         own = {
             key.removeprefix(f"{name}."): w[index]
             for key, w in weights.items()
             if key.startswith(f"{name}.")
         }
-        return call(getattr(layer, name), own, x)
+        return call(operator.attrgetter(name)(layer), own, x)
 
-    return hidden + through("mlp", through("post_attention_layernorm", hidden))
+    rows = through("post_attention_layernorm", hidden)
+    if not _is_one(layer.mlp, (MIXTURE,)):
+        return hidden + through("mlp", rows)
+    _, shares, chosen = through("mlp.gate", rows)
+    experts = "mlp.experts"
+    return hidden + grouped_experts(
+        *(rows[0], chosen, shares),
+        *(weights[f"{experts}.gate_up_proj"], weights[f"{experts}.down_proj"], index),
+        lambda gate: call(layer.mlp.experts.act_fn, {}, gate),
+        attend.schedule.counts[0],
+        pltpu.InterpretParams() if implementation == "pallas_interpret" else False,
+    )
