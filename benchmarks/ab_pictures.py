@@ -34,6 +34,7 @@ PARTS = {  # of a program's time: their names in the results, and their colours
     "attention": (("attention",), PREFIX_COLOUR),
     "other matmuls": (("matmuls",), ITEM_COLOURS[4]),
     "norms, rope, embedding, head": (("rest", "once"), ITEM_COLOURS[1]),
+    "steps of grids": (("grid steps",), DENSE_COLOUR),
 }
 SPREAD = ("min", "max")
 TABLE = r"(<!-- table: {} -->\n).*?(<!-- end -->)"

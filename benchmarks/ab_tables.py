@@ -100,12 +100,20 @@ def predicted_rows(programs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if refused := [one["refused"] for one in launches if "refused" in one]:
                 rows.append({**row, "refused": refused[0]})
                 continue
-            last = launches[-1]["ms"]
-            sums = {key: sum(one[key] for one in launches) for key in ("ms", "cycles_ms", "hbm_ms")}
+            last = launches[-1]["total_with_steps_ms"]
+            sums = {
+                key: sum(one[name] for one in launches)
+                for key, name in (
+                    ("ms", "total_with_steps_ms"),
+                    ("cycles_ms", "cycles_ms"),
+                    ("hbm_ms", "hbm_ms"),
+                )
+            }
             parts = {
                 name: sum(one["parts_ms"][name] for one in launches)
                 for name in launches[0]["parts_ms"]
             }
+            parts["grid steps"] = sum(one["grid_step_ms"] for one in launches)
             rows.append(
                 {
                     **row,

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.optimize import nnls
 
 import provenance
 from packscore.model.sizes import ModelSizes
@@ -53,8 +54,9 @@ def figures(chip: str) -> list[dict[str, Any]]:
 def fit(points: list[dict[str, Any]], clock_hz: float, peak_flops: float) -> dict[str, float]:
     """Coefficients of small errors relative to each point's whole program.
 
-    Each part is a least-squares fit. Points that it misses most gain weight (Lawson's algorithm),
-    and the fit whose worst point is best is kept.
+    Each part is fitted by itself: by least squares, with no coefficient below 0 (what no point
+    shows is 0). Points that it misses most gain weight (Lawson's algorithm), and the fit whose
+    worst point is best is kept.
     """
     cycles = {
         part: np.array([1e-3 * clock_hz * point["parts_ms"][part] for point in points])
@@ -90,20 +92,20 @@ def fit(points: list[dict[str, Any]], clock_hz: float, peak_flops: float) -> dic
             },
         ),
     )
-    weights, best, worst = np.ones(len(points)), {}, np.inf
-    for _ in range(100):
-        found, errors = {}, -np.ones(len(points)) + at_peak / total
-        for values, columns in parts:
-            scale = np.sqrt(weights) / total
-            matrix = np.stack(list(columns.values()), 1)
-            solved = np.linalg.lstsq(matrix * scale[:, None], values * scale, rcond=None)[0]
-            found |= dict(zip(columns, solved.tolist(), strict=True))
-            errors += matrix @ solved / total
-        if min(found.values()) > 0 and np.abs(errors).max() < worst:
-            best, worst = found, np.abs(errors).max()
-        weights *= np.abs(errors)
-        weights /= weights.sum()
-    return best
+    coefficients: dict[str, float] = {}
+    for values, columns in parts:
+        matrix, wanted = np.stack(list(columns.values()), 1) / total[:, None], values / total
+        weights, best, worst = np.ones(len(points)), np.zeros(len(columns)), np.inf
+        for _ in range(100):
+            root = np.sqrt(weights)
+            solved, _ = nnls(matrix * root[:, None], wanted * root)
+            errors = np.abs(matrix @ solved - wanted)
+            if errors.max() < worst:
+                best, worst = solved, errors.max()
+            weights *= errors
+            weights /= weights.sum()
+        coefficients |= dict(zip(columns, best.tolist(), strict=True))
+    return coefficients
 
 
 def pairs_of(point: dict[str, Any]) -> tuple[float, float]:

@@ -20,7 +20,7 @@ from packscore_kernels import Group, SegmentLayout, build_schedule, segment_page
 from packscore_kernels.attention.types import BlockSizes
 from predict_tpu import dense_attention
 from tolerances import KERNEL_FLOAT32, PROBABILITY_MAX_FLOAT32
-from tpu_compiler.program import instructions
+from tpu_compiler.program import Cost, instructions, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -72,6 +72,7 @@ def test_derived_numbers_follow_from_the_others(results: dict[str, Any]) -> None
                 assert one["ms"] >= 0.999 * max(one["cycles_ms"], one["hbm_ms"])
         for row in part["rows"]:
             if "ms" in row:
+                assert sum(row["parts_ms"].values()) == pytest.approx(row["ms"])
                 assert row["items_per_s"] == pytest.approx(500 / row["ms"] * 1e3)
     for one in results["measured"]["results"]:
         for row in one["rows"]:
@@ -211,7 +212,7 @@ def test_a_program_is_counted_by_its_text(tmp_path: Path) -> None:
     found = instructions(
         HLO,
         list(map(str, files)),
-        cost_of=lambda name, path: (1000.0, 5.0) if name == "fusion.9" else None,
+        cost_of=lambda name, path: Cost(1000.0, 5.0, 4) if name == "fusion.9" else None,
     )
     inner, last = found  # fusion.70 is of another program
     # in HBM: a layer's 64 x 64 and the result of 8 x 64, both padded to 128 lanes
@@ -219,3 +220,12 @@ def test_a_program_is_counted_by_its_text(tmp_path: Path) -> None:
     assert inner.milliseconds(clock_hz=1e6, hbm_bytes_per_s=1e6) == pytest.approx(28 * 18.432)
     assert (last.name, last.times, last.hbm_bytes) == ("fusion.9", 1, 5.0)
     assert last.milliseconds(clock_hz=1e6, hbm_bytes_per_s=1e6) == pytest.approx(1.0)
+    assert summary(found, 1e6, 1e6)["grid_step_ms"] == pytest.approx(4 * 90e-6)
+
+
+def test_a_loop_whose_turns_are_data_is_counted_as_told(tmp_path: Path) -> None:
+    schedule = tmp_path / "1-fusion.7-01-packed-bundles-post-ra.txt"
+    schedule.write_text("")
+    traced = HLO.replace("constant(28)", "get-tuple-element(%arg), index=3")
+    (inner,) = instructions(traced, [str(schedule)], turns_of=lambda line: 3 * ("%loop" in line))
+    assert (inner.name, inner.times) == ("fusion.7", 3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from packscore.errors import InputError, LoadError, PackscoreError
+from packscore.installed import version_of
 from packscore.interfaces import FIND_ADAPTER, FIND_FILE, FIND_QUIETLY, check_loading
 from packscore.model.family import EAGER_ONLY
 
@@ -165,8 +166,15 @@ def load_model(
     check_loading()
     with _told_by_name(name_or_path):
         _check_folder(name_or_path)
+        base = _base_of(name_or_path, hub)
+        if base is not None:
+            options: dict[str, Any] = {"dtype": dtype, "model_kwargs": model_kwargs}
+            adapted = load_model(base, device=device, **options, **{**hub, "revision": None})
+            if device != "meta":  # there are no weights to add it to
+                _add_adapter(adapted, name_or_path, hub)
+            return adapted
         given = dict(model_kwargs or {})
-        config = _config_of(name_or_path, hub)
+        config = AutoConfig.from_pretrained(name_or_path, **hub)
         if config.model_type in EAGER_ONLY:
             given.setdefault("attn_implementation", "eager")
         auto = _auto_class(config)
@@ -181,7 +189,7 @@ def load_model(
             **hub,
             **{"ignore_mismatched_sizes": True, **given},  # it is told below, by name
         )
-        _check_whole(name_or_path, found)
+        _check_whole(name_or_path, found["missing_keys"], found["mismatched_keys"])
     model: PreTrainedModel = loaded.eval()
     if "device_map" not in given and model.device != torch.device(device):
         # Any: `to` is untyped in transformers
@@ -190,14 +198,36 @@ def load_model(
     return model
 
 
-def _config_of(name_or_path: str | os.PathLike[str], hub: Mapping[str, Any]) -> Any:
-    """The model's configuration; of an adapter alone, that of the model it is for."""
-    if not _has_file(name_or_path, "config.json", hub):
-        adapter = FIND_ADAPTER()(os.fspath(name_or_path), **_of_files(hub))
-        if adapter is not None:
-            told = json.loads(Path(adapter).read_text(encoding="utf-8"))
-            name_or_path, hub = told["base_model_name_or_path"], {**hub, "revision": None}
-    return AutoConfig.from_pretrained(name_or_path, **hub)
+def _base_of(name_or_path: str | os.PathLike[str], hub: Mapping[str, Any]) -> str | None:
+    """The model that an adapter is for; None of a model."""
+    adapter = FIND_ADAPTER()(os.fspath(name_or_path), **_of_files(hub))
+    if adapter is None:
+        return None
+    if _has_file(name_or_path, "config.json", hub):
+        raise LoadError(
+            name_or_path,
+            "it is a model and an adapter in one, and transformers does not say whether the "
+            "model's weights are all there; keep adapter_config.json and its weights in a folder "
+            "of their own, or merge them into the model",
+        )
+    base: str = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    return base
+
+
+def _add_adapter(
+    model: PreTrainedModel, name_or_path: str | os.PathLike[str], hub: Mapping[str, Any]
+) -> None:
+    # Any: transformers types it as returning nothing
+    add: Any = model.load_adapter
+    found = add(os.fspath(name_or_path), adapter_kwargs=_of_files(hub))
+    if found is None:
+        raise LoadError(
+            name_or_path,
+            f"transformers {version_of('transformers')} does not say which weights of an adapter "
+            "it found; install transformers 5.7 or newer, or merge the adapter into the model and "
+            "save that",
+        )
+    _check_whole(name_or_path, found.missing_keys, found.mismatched_keys)
 
 
 def _auto_class(config: Any) -> Any:
@@ -206,12 +236,15 @@ def _auto_class(config: Any) -> Any:
     return AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
 
 
-def _check_whole(name_or_path: str | os.PathLike[str], found: Mapping[str, Any]) -> None:
+def _check_whole(
+    name_or_path: str | os.PathLike[str],
+    missing: Iterable[str],
+    mismatched: Iterable[tuple[Any, ...]],
+) -> None:
     # a head that is tied to the embeddings is not missing
-    missing, misshapen = found["missing_keys"], {name for name, *_ in found["mismatched_keys"]}
     for told, named in (
         ("no {}", missing),
-        ("{} of another shape than the configuration", misshapen),
+        ("{} of another shape than the configuration", (name for name, *_ in mismatched)),
     ):
         names = sorted(named)
         if names:

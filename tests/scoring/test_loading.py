@@ -10,6 +10,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from packscore import (
 from packscore.integrations.langchain import PackscoreReranker
 from packscore.integrations.llama_index import PackscoreRerank
 from packscore.integrations.rerankers import PackscoreRanker
+from packscore.loading import load_model
 
 QUERY, TEXTS = "shuffle a list", ["Shuffle list x in place.", "Open a file.", ""]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -124,19 +126,79 @@ def test_without_weights_it_encodes() -> None:
     assert scorer.encode(QUERY, TEXTS).prompt_tokens == whole.encode(QUERY, TEXTS).prompt_tokens
 
 
-def test_an_adapter_brings_its_model(tmp_path: Path) -> None:
+def save_adapter(base: Any, folder: Path) -> Any:
+    """LoRA over a model, as PEFT saves it with a tokenizer, and PEFT's model."""
     torch.manual_seed(0)
+    wrapped = get_peft_model(base, LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False))
+    wrapped.save_pretrained(folder)
+    for name in TOKENIZER:
+        shutil.copy(shipped_model_path() / name, folder)
+    return wrapped.eval()
+
+
+def load_adapter(folder: Path) -> MultiItemScorer:
+    return MultiItemScorer.from_pretrained(
+        folder, device="cpu", dtype="float32", label_token_ids=[5, 17]
+    )
+
+
+def test_an_adapter_brings_its_model(tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(shipped_model_path(), dtype=torch.float32).eval()
     before = MultiItemScorer(patch_model(base), label_token_ids=[5, 17]).score([1, 2], [[3]])
-    wrapped = get_peft_model(base, LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False))
-    expected = MultiItemScorer(wrapped.eval(), label_token_ids=[5, 17]).score([1, 2], [[3]])
-    wrapped.save_pretrained(tmp_path)
-    for name in TOKENIZER:
-        shutil.copy(shipped_model_path() / name, tmp_path)
-    loaded = MultiItemScorer.from_pretrained(
-        tmp_path, device="cpu", dtype="float32", label_token_ids=[5, 17]
-    )
-    assert loaded.score([1, 2], [[3]]) == expected != before
+    wrapped = save_adapter(base, tmp_path)
+    expected = MultiItemScorer(wrapped, label_token_ids=[5, 17]).score([1, 2], [[3]])
+    if tells_of_adapters():
+        assert load_adapter(tmp_path).score([1, 2], [[3]]) == expected != before
+    else:
+        with pytest.raises(LoadError, match="does not say which weights of an adapter it found"):
+            load_adapter(tmp_path)
+
+
+def test_of_an_adapter_the_configuration_alone_is_its_models(tmp_path: Path) -> None:
+    save_adapter(AutoModelForCausalLM.from_pretrained(shipped_model_path()), tmp_path)
+    assert load_model(tmp_path, device="meta").config.model_type == "qwen3"
+
+
+def tells_of_adapters() -> bool:
+    """Transformers 5.7 and newer say what of an adapter they found."""
+    return tuple(map(int, version("transformers").split(".")[:2])) >= (5, 7)
+
+
+def lose_a_weight(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    weights = load_file(file)
+    weights.pop(min(weights))
+    save_file(weights, file, {"format": "pt"})
+
+
+ADAPTERS: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
+    "its model lacks a weight": (
+        lambda base, _: without_head(base),
+        r"the checkpoint has no lm_head\.weight, so they would be random",
+    ),
+    "it lacks a weight": (
+        lambda _, adapter: lose_a_weight(adapter),
+        r"the checkpoint has no .*lora_A\.default\.weight, so they would be random",
+    ),
+    "it is a model too": (
+        lambda base, adapter: shutil.copy(base / "config.json", adapter),
+        "it is a model and an adapter in one",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_an_adapter_that_is_not_whole_is_refused_by_name(
+    checkpoint: Path, tmp_path: Path, case: str
+) -> None:
+    damage, message = ADAPTERS[case]
+    if case == "it lacks a weight" and not tells_of_adapters():
+        message = "does not say which weights of an adapter it found"
+    adapter = tmp_path / "adapter"
+    save_adapter(AutoModelForCausalLM.from_pretrained(checkpoint), adapter)
+    damage(checkpoint, adapter)
+    with pytest.raises(LoadError, match=message):
+        load_adapter(adapter)
 
 
 def test_families_whose_own_attention_is_needed_get_it(tmp_path: Path) -> None:
