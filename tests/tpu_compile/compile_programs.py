@@ -1,6 +1,7 @@
 """Compile a whole model for a TPU that is not there, and say what is in the program. One object.
 
-python compile_programs.py v6e 0.6B [--dense] [LAYERS]
+python compile_programs.py v6e 0.6B [--dense] [LAYERS]            a model of workloads.py
+python compile_programs.py v6e Llama-3.2-3B [--dense] [LAYERS]    or of model_chips.py
 """
 
 import json
@@ -8,6 +9,7 @@ import re
 import sys
 from math import prod
 
+import model_chips
 from packscore_kernels.hardware import CHIPS
 from tpu_compiler.schedule import configure
 from workloads import REFERENCE, VOCAB_SIZE, config_of
@@ -29,13 +31,17 @@ def main(chip, model, mask_impl, layers):
     from packscore.programs.ahead import compile_ahead
     from packscore_kernels import SegmentLayout
 
-    config = config_of(model)
-    config.num_hidden_layers = layers or config.num_hidden_layers
+    if model in model_chips.MODELS:
+        own = model_chips.MODELS[model]
+        config = own._replace(layers=layers or own.layers).config
+    else:
+        config = config_of(model)
+        config.num_hidden_layers = layers or config.num_hidden_layers
     layout = SegmentLayout.single(REFERENCE.prefix_len, REFERENCE.item_lens)
     ahead = compile_ahead(config, layout, chip=chip, mask_impl=mask_impl)
     text, tokens = ahead.compiled.as_text(), ahead.key.num_tokens
     found = {"squares": [], "logits": [], "constants": []}
-    layer = next(x for x in text.split("\n\n") if "%project_out" in x)
+    layer = next((x for x in text.split("\n\n") if "%project_out" in x), "")
     for sizes, line in shapes(text):
         own = [size for size in sizes if size > 1]
         if own.count(tokens) > 1:

@@ -175,6 +175,24 @@ def test_layers_of_every_size_are_kernels(command):
     assert out["squares"] == out["copies"] == []
 
 
+@needs_libtpu
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("model", "fused"),
+    [
+        ("Qwen3-30B-A3B", {"project_qkv", "project_out", "gmm"}),
+        *((name, set()) for name in ("Qwen2.5-7B", "Llama-3.2-1B", "Llama-3.2-3B")),
+        # 7 and 6 heads of q for each of k
+        *((f"mxbai-rerank-{size}-v2", set()) for size in ("base", "large")),
+    ],
+)
+def test_layers_of_other_models_compile(model, fused):
+    """Two layers of real sizes: experts, biases, heads of 64, groups of 3, 4, 6 and 7."""
+    out = json.loads(output_of(PROGRAMS, "v6e", model, 2))
+    assert set(out["kernels"]) == {*fused, "segment_paged_attention", "write_kv_pages"}
+    assert out["squares"] == out["logits"] == out["constants"] == out["copies"] == []
+
+
 CAUSAL = [name for name, (architecture, _) in MODELS.items() if architecture.endswith("CausalLM")]
 
 

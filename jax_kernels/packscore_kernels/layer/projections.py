@@ -97,19 +97,20 @@ def _qkv_kernel(
     def run(own: _Part | None, before: _Part | None, first: int) -> None:
         if before is None:
             prepare()
-        ready = before.out.shape[0] if before else 0
-        wanted = own.out.shape[0] if own else 0
+        ready, wanted = (part.out.shape[0] if part else 0 for part in (before, own))
         # a pair's columns take the next product as soon as they are finished: the matrix unit
         # multiplies one pair beside the finishing of another
         for pair in range(0, max(ready, wanted), PAIR):
-            for head in range(pair, min(pair + PAIR, ready)):
-                finish(before, head)
-            if pair < wanted:
+            if before is not None:
+                for head in range(pair, min(pair + PAIR, ready)):
+                    finish(before, head)
+            if own is not None and pair < wanted:
                 start, size = pair * HEAD_DIM, min(PAIR, wanted - pair) * HEAD_DIM
                 weight = chunk_of(own.weight, step - first, wanted * HEAD_DIM, start, size)
                 raw[:, start : start + size] = product(rows[...], weight)
 
-    first, before = 0, None
+    first = 0
+    before: _Part | None = None
     parts = (
         _Part(wq, q, q_norm, steps.q),
         _Part(wk, k, k_norm, steps.kv),
