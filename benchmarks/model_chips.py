@@ -28,7 +28,7 @@ from packscore_kernels.hardware import CHIPS, KNOWN_ERROR, Chip
 from predict_tpu import counted_instructions, layout_of
 from tpu_compiler import program
 from tpu_compiler.kernel import Job
-from tpu_compiler.schedule import configure
+from tpu_compiler.schedule import configure, tracing_for
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "model_chips.json"
@@ -160,20 +160,16 @@ def kernels_of(model: Model) -> str:
 def cells_of(chip: str) -> dict[str, dict[str, Any]]:
     """What follows from sizes alone, of every model on one chip."""
     configure(CHIPS[chip].topology)
-    import jax
-
-    from packscore.programs.compiling import tracing_on
-    from packscore.programs.interfaces import TOPOLOGY
-
-    name, bounds = CHIPS[chip].topology, {"chips_per_host_bounds": (1, 1, 1)}
-    (device, *_) = TOPOLOGY()(platform="tpu", topology_name=name, **bounds).devices
     cells = {}
     for own, model in MODELS.items():
         memory = memory_of(model)
-        with tracing_on(jax.sharding.Mesh([device], ("x",)).abstract_mesh):
+        with tracing_for(CHIPS[chip].topology):
             kernels = kernels_of(model)
-        slice_ = chips_for(memory, CHIPS[chip])
-        cells[own] = {"kernels": kernels, "memory": memory, "chips": slice_}
+        cells[own] = {
+            "kernels": kernels,
+            "memory": memory,
+            "chips": chips_for(memory, CHIPS[chip]),
+        }
     return cells
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from packscore_kernels.hardware import Chip, cdiv
 from tpu_compiler.kernel import Job, layer_cycles, read_costs
 from tpu_compiler.program import KERNEL, Cost
-from tpu_compiler.schedule import pipelined_cycles, regions
+from tpu_compiler.schedule import pipelined_cycles, regions, tracing_for
 
 if TYPE_CHECKING:
     from packscore.programs.sizes import ProgramKey
@@ -115,7 +115,7 @@ def costs_of_kernels(
     def projections(path: str) -> Cost:
         walk, tiles = walked(qkv_walk(heads, hidden, 2, num_tokens, live))
         steps = QkvSteps.of(*heads, walk.chunk)
-        runs = qkv_runs(tiles * steps.count, steps)
+        runs = qkv_runs(tiles * steps.per_tile, steps)
         own, others = head_bytes * job.num_q_heads, 2 * head_bytes * job.num_kv_heads
         # what is held, and the first chunk of what passes by, arrive before anything runs
         first = fetched(others + (head_bytes * walk.chunk if walk.passes else own))
@@ -158,6 +158,7 @@ def costs_of_kernels(
 
     def cost(name: str, path: str) -> Cost | None:
         own = (of for kernel, of in kernels.items() if name.startswith(kernel))
-        return next((of(path) for of in own), None)
+        with tracing_for(chip.topology):
+            return next((of(path) for of in own), None)
 
     return cost

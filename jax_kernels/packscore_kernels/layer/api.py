@@ -102,7 +102,7 @@ def project_qkv(
         _as_array(layer),
         eps=eps,
         live=live,
-        interpret=_interpret(implementation),
+        interpret=interpret_of(implementation),
     )
 
 
@@ -132,7 +132,7 @@ def project_out(
     if implementation == "xla":
         rows = attended.transpose(1, 0, 2).reshape(len(x), -1)
         return (x.astype(jnp.float32) + product(rows, weight[layer])).astype(x.dtype)
-    interpret = _interpret(implementation)
+    interpret = interpret_of(implementation)
     layer = _as_array(layer)
     return project_out_pallas(attended, weight, x, layer, live=live, interpret=interpret)
 
@@ -183,7 +183,7 @@ def gated_mlp(
             f"{hidden_size=} must be a multiple of 128 and {intermediate_size=} of "
             f"{COLUMNS}, small enough for the chip; pass implementation='xla'"
         )
-    interpret = _interpret(implementation)
+    interpret = interpret_of(implementation)
     return gated_mlp_pallas(
         x, x_norm, weights, _as_array(layer), walk, eps=eps, live=live, interpret=interpret
     )
@@ -193,5 +193,6 @@ def _as_array(layer: Layer) -> jax.Array:
     return jnp.asarray(layer, jnp.int32).reshape(1)
 
 
-def _interpret(implementation: ProjectionImplementation) -> Any:
+def interpret_of(implementation: ProjectionImplementation) -> Any:
+    """What a kernel is told of how it is run."""
     return pltpu.InterpretParams() if implementation == "pallas_interpret" else False

@@ -25,7 +25,7 @@ class MlpRuns(NamedTuple):
 
 def qkv_runs(num_steps: int, steps: QkvSteps) -> QkvRuns:
     """Of a grid of tiles x steps: the first step of q, k and v is a piece each, and the others."""
-    tiles = num_steps // steps.count
+    tiles = num_steps // steps.per_tile
     parts = (steps.q, steps.kv, steps.kv)
     pieces = (
         n for count in parts for n in ((tiles, tiles * (count - 1)) if count > 1 else (tiles,))

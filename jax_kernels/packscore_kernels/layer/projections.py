@@ -163,7 +163,7 @@ def project_qkv_pallas(
         functools.partial(_qkv_kernel, steps=steps, eps=eps),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(num_tiles(num_tokens, tokens, live), steps.count),
+            grid=(num_tiles(num_tokens, tokens, live), steps.per_tile),
             in_specs=[
                 tile(hidden_size),
                 whole(x_norm),

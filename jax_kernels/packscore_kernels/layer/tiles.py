@@ -89,9 +89,10 @@ def chunk_of(
       count: of rows; None: all of the chunk.
     """
     count = rows if count is None else count
-    if weight.shape[0] == rows:
-        return weight[first : first + count]
-    return weight[pl.ds(pl.multiple_of(step * rows, LANES) + first, count)]
+    is_chunk = weight.shape[0] == rows
+    start = first if is_chunk else pl.multiple_of(step * rows, LANES) + first
+    found: jax.Array = weight[pl.ds(start, count)]
+    return found
 
 
 def product(

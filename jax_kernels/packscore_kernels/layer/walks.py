@@ -75,7 +75,7 @@ class QkvSteps(NamedTuple):
         return cls(q, kv, num_q_heads // q, num_kv_heads // kv)
 
     @property
-    def count(self) -> int:
+    def per_tile(self) -> int:
         """Of a tile."""
         return self.q + 2 * self.kv + 1
 
@@ -157,7 +157,7 @@ def qkv_walk(
         return Need(
             (held + walk.passes * walk.chunk) * head_bytes + walk.tokens * (rows + wide),
             walk.tokens * steps.heads_in_code * head_bytes,
-            steps.count,
+            steps.per_tile,
             held * head_bytes,
             walk.passes * heads[0] * head_bytes,
         )

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-from jax.experimental.pallas import tpu as pltpu
 from torch import nn
 
 from packscore.interfaces import FUSED_LAYERS, FUSED_MLPS, MIXTURE, Interface
@@ -31,6 +30,7 @@ from packscore_kernels import (
     project_qkv,
 )
 from packscore_kernels.hardware import cdiv
+from packscore_kernels.layer.api import interpret_of
 from packscore_kernels.layer.walks import QkvSteps, mlp_walk, out_walk, qkv_walk
 
 
@@ -83,7 +83,7 @@ def grid_steps(
     mlp = mlp_walk(sizes.hidden, sizes.inner, itemsize, room, live)
     if into is None or back is None or mlp is None:
         raise ValueError(f"{key} is of no model whose layers are kernels")
-    steps = cdiv(num_tokens, into.tokens) * QkvSteps.of(*heads, into.chunk).count
+    steps = cdiv(num_tokens, into.tokens) * QkvSteps.of(*heads, into.chunk).per_tile
     steps += cdiv(num_tokens, back.tokens) * (sizes.hidden // back.chunk)
     steps += cdiv(num_tokens, mlp.tokens) * (sizes.inner // mlp.chunk)
     steps += sizes.kv_heads * cdiv(num_tokens, block_q) + bool(key.num_pages)
@@ -158,7 +158,8 @@ def fused_layer(
 
     rows = through("post_attention_layernorm", hidden)
     if not _is_one(layer.mlp, (MIXTURE,)):
-        return hidden + through("mlp", rows)
+        plain: jax.Array = hidden + through("mlp", rows)
+        return plain
     _, shares, chosen = through("mlp.gate", rows)
     experts = "mlp.experts"
     return hidden + grouped_experts(
@@ -166,5 +167,5 @@ def fused_layer(
         *(weights[f"{experts}.gate_up_proj"], weights[f"{experts}.down_proj"], index),
         lambda gate: call(layer.mlp.experts.act_fn, {}, gate),
         attend.schedule.counts[0],
-        pltpu.InterpretParams() if implementation == "pallas_interpret" else False,
+        interpret_of(implementation),
     )
