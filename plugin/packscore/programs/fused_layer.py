@@ -18,7 +18,6 @@ from torch import nn
 
 from packscore.interfaces import FUSED_LAYERS, FUSED_MLPS, MIXTURE, Interface
 from packscore.model.sizes import ModelSizes
-from packscore.programs.experts import grouped_experts
 from packscore.programs.sizes import ProgramKey
 from packscore.programs.traced_ops import KernelImplementation, LayerAttention
 from packscore_kernels import (
@@ -31,6 +30,7 @@ from packscore_kernels import (
 )
 from packscore_kernels.hardware import cdiv
 from packscore_kernels.layer.api import interpret_of
+from packscore_kernels.layer.experts import grouped_experts
 from packscore_kernels.layer.walks import QkvSteps, mlp_walk, out_walk, qkv_walk
 
 

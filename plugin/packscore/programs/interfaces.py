@@ -39,9 +39,6 @@ ABSTRACT_MESH = Interface(
 )
 PROFILE = Interface("jax.profiler:ProfileData", "what the parts of a request take")
 RAGGED_PRODUCT = Interface("jax.lax:ragged_dot", "the products of a mixture's experts")
-GROUPED_PRODUCT = Interface(
-    "jax.experimental.pallas.ops.tpu.megablox.gmm:gmm", "the products of a mixture's experts"
-)
 RUNTIME_ERROR = Interface("jax.errors:JaxRuntimeError", "knowing that a device has no room")
 KERNELS = tuple(
     Interface(f"{module}:{name}", "the kernels")
@@ -50,7 +47,7 @@ KERNELS = tuple(
 )
 JAX: tuple[Interface, ...] = (
     *(RESET_CACHE, *CACHE_OPTIONS, TOPOLOGY, TRACER, USE_MESH, ABSTRACT_MESH),
-    *(PROFILE, RAGGED_PRODUCT, GROUPED_PRODUCT, RUNTIME_ERROR, *KERNELS),
+    *(PROFILE, RAGGED_PRODUCT, RUNTIME_ERROR, *KERNELS),
 )
 
 DEFAULT_ENVIRONMENT = Interface("torchax:default_env", "tracing a model")

@@ -16,7 +16,6 @@ from torch import nn
 from packscore.errors import InputError
 from packscore.interfaces import FUNCTION_MODES, NO_DISPATCH_MODES, POP_FUNCTION_MODE
 from packscore.model.place import TORCHTPU_STANDS_BEFORE_TORCHAX, torchtpu_is_loaded
-from packscore.programs.experts import ragged_product, through_experts
 from packscore.programs.interfaces import (
     DEFAULT_ENVIRONMENT,
     DEVICE_MODULE,
@@ -30,6 +29,7 @@ from packscore_kernels import (
     segment_paged_attention,
     write_kv_pages,
 )
+from packscore_kernels.layer.experts import ragged_product, through_experts
 
 # under which transformers finds both; no name of its own
 NAME = "packscore_program"
@@ -150,7 +150,7 @@ def program_experts(
     top_k_index: torch.Tensor,  # i64[num_tokens, num_chosen]
     top_k_weights: torch.Tensor,  # [num_tokens, num_chosen]
 ) -> torch.Tensor:
-    """The experts of a mixture while they are traced; see `packscore.programs.experts`."""
+    """The experts of a mixture while they are traced; see `packscore_kernels.layer.experts`."""
     env = torchax_environment()
     experts: Any = module
     tensors = (hidden_states, top_k_index, top_k_weights, experts.gate_up_proj, experts.down_proj)

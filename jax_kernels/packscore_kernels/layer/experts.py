@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from packscore.programs.interfaces import GROUPED_PRODUCT, RAGGED_PRODUCT
 from packscore_kernels.hardware import LANES, precision_of
 
 # Rows of a tile: an expert's last one is full of others' rows, which are computed in vain.
@@ -91,7 +90,7 @@ def ragged_product(chosen: jax.Array, num_groups: int) -> Product:
 
     def product(rows: jax.Array, matrices: jax.Array) -> jax.Array:
         turned, precision = jnp.swapaxes(matrices, 1, 2), precision_of(rows.dtype)
-        out: jax.Array = RAGGED_PRODUCT()(rows, turned, sizes, precision=precision)
+        out: jax.Array = jax.lax.ragged_dot(rows, turned, sizes, precision=precision)
         return out
 
     return product
@@ -99,6 +98,9 @@ def ragged_product(chosen: jax.Array, num_groups: int) -> Product:
 
 def kernel_product(chosen: jax.Array, num_groups: int, interpret: Any) -> Product:
     """By the kernel, whose grid ends with the last row of a group."""
+    # imported here: whoever has no mixture needs none of it
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+
     sizes = sizes_of(chosen, num_groups)
 
     def product(rows: jax.Array, matrices: jax.Array) -> jax.Array:
@@ -107,7 +109,7 @@ def kernel_product(chosen: jax.Array, num_groups: int, interpret: Any) -> Produc
         tile = math.gcd(count, TILE_ROWS), inner, columns_of_step(columns, most)
         # the kernel says nothing of it, and refuses bfloat16 more than the one pass that it needs
         with jax.default_matmul_precision(precision_of(rows.dtype).name.lower()):
-            out: jax.Array = GROUPED_PRODUCT()(
+            out: jax.Array = gmm(
                 *(rows, matrices, sizes, rows.dtype, tile), transpose_rhs=True, interpret=interpret
             )
         return out

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from packscore.programs.experts import columns_of_step, grouped_experts
+from packscore_kernels.layer.experts import columns_of_step, grouped_experts
 
 LAYERS, EXPERTS, CHOSEN, HIDDEN, COLUMNS = 3, 5, 2, 128, 64
 RNG = np.random.default_rng(0)
