@@ -203,7 +203,10 @@ def count(chip: str, name: str) -> dict[str, Any]:
         "ms": round(got["ms"] + got["grid_step_ms"], 1),
         "parts_ms": {part: round(ms, 2) for part, ms in got["parts_ms"].items()},
         "temporary_bytes": ahead.temporary_bytes,
-        **provenance.made(" ".join(sys.argv), "jax", "libtpu", "transformers"),
+        **provenance.made(
+            f"python benchmarks/model_chips.py --count --chip {chip} --model {name}",
+            *("jax", "libtpu", "transformers"),
+        ),
     }
 
 

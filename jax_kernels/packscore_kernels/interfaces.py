@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# By module, with the grouped product of a mixture's experts; whoever imports the kernels may ask for
+# By module, with the grouped product of a mixture's experts; who imports the kernels may ask for
 # these first.
 PALLAS = {
     "jax.experimental.pallas": (
