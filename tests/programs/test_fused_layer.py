@@ -97,6 +97,7 @@ def test_a_layer_with_another_mlp_is_exact() -> None:
     assert np.abs(np.array(found) - expected.numpy()).max() <= PROBABILITY_MAX_FLOAT32
 
 
+@pytest.mark.long
 def test_a_mixture_is_exact() -> None:
     """Its attention and its experts through kernels."""
     sizes = {"head_dim": 128, "hidden_size": 128, "num_attention_heads": 2}
