@@ -31,7 +31,7 @@ def grouped_experts(
     weights: jax.Array,  # [num_tokens, num_chosen]
     gate_up: jax.Array,  # [num_layers, num_experts, 2 * columns, hidden_size]
     down: jax.Array,  # [num_layers, num_experts, hidden_size, columns]
-    layer: jax.Array,  # i32[]
+    layer: int | jax.Array,  # i32[]
     activation: Callable[[jax.Array], jax.Array],
     count: int | jax.Array,  # i32[]
     interpret: Any,
