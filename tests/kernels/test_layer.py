@@ -284,6 +284,15 @@ def test_what_fits_is_held_and_what_does_not_passes_by(monkeypatch: pytest.Monke
     assert qkv_walk((64, 8), 5120, 2, 16_384, live).tokens == 1024
 
 
+def test_keys_and_values_alone_walk_in_short_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer has them: its code is short where the others' is long."""
+    live = tiles.LiveTokens(0, 1024)
+    for chip in ("v5e", "v6e"):
+        on(monkeypatch, chip)
+        assert qkv_walk((0, 8), 1024, 2, 16_384, live)[:3] == (256, 8, False)
+        assert qkv_walk((0, 8), 5120, 2, 16_384, live).tokens == 256
+
+
 def test_tiles_are_even() -> None:
     assert mlp_walk(2560, 9728, 2, 2304).tokens == 768
     assert mlp_walk(1024, 3072, 2, 100).tokens == 100

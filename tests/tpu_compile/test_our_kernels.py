@@ -46,3 +46,5 @@ def test_pieces_of_the_projections_count_as_often_as_they_run() -> None:
     assert our_kernels.qkv_cycles("", runs) == 2 * 300 + 6 * 250 + 2 * 190 + 10 * 20
     # two tiles of four steps of q, one of k, one of v, and one that ends them
     assert qkv_runs(14, QkvSteps.of(16, 4, 4)) == QkvRuns(14, 2, (2, 6, 2, 2))
+    # and without q: two tiles of two steps of k, two of v, and one that ends them
+    assert qkv_runs(10, QkvSteps.of(0, 8, 4)) == QkvRuns(10, 2, (2, 2, 2, 2))
