@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from packscore_kernels import Group, SegmentLayout
-from packscore_kernels.hardware import CHIPS, KNOWN_ERROR, cdiv
+from packscore_kernels.hardware import CHIPS, KNOWN_ERROR, Chip, cdiv
 from tpu_compiler import program
 from tpu_compiler.kernel import Job
 from tpu_compiler.our_kernels import costs_of_kernels
@@ -97,6 +98,46 @@ def floor_ms(shape: dict[str, Any], job: Job, peak_flops: float) -> float:
     return 1e3 * flops / peak_flops
 
 
+def counted_instructions(
+    ahead: Any,
+    config: Any,
+    job: Job,
+    dump: str,
+    chip: Chip,
+    stands_for: Mapping[int, int] | None = None,
+) -> list[program.Instruction]:
+    """What a program compiled ahead of time takes, instruction by instruction.
+
+    Args:
+      ahead: the program, an `AheadOfTime`.
+      config: of its model.
+      job: of its attention.
+      dump: the folder that the compiler left its schedules in.
+      chip: that runs it.
+      stands_for: turns of a loop to those that it is counted with.
+    """
+    from packscore.programs.head import HEAD_STEP, rows_step
+
+    count = int(ahead.inputs.num_rows)
+
+    def turns_of(line: str) -> int:
+        """Of the loops over rows that are read, and over the vocabulary, which nobody asked for."""
+        if "label_head" in line:
+            return 0
+        return cdiv(
+            count, HEAD_STEP if "read_rows/while/body" in line else rows_step(ahead.key.num_rows)
+        )
+
+    return program.instructions(
+        ahead.compiled.as_text(),
+        find(dump),
+        costs_of_kernels(config, job, ahead.key, ahead.inputs, chip),
+        turns_of,
+        config.num_hidden_layers,
+        stands_for,
+    )
+
+
 def predict(
     chip: str, model: str, job: Job, dump: str, mask: str = "segment", flow: str = "packed"
 ) -> dict[str, Any]:
@@ -109,7 +150,6 @@ def predict(
     from packscore.model.sizes import ModelSizes
     from packscore.programs import traced_ops
     from packscore.programs.ahead import compile_ahead
-    from packscore.programs.head import HEAD_STEP, rows_step
     from packscore.programs.pages import pages_within
     from packscore.programs.sizes import computed_tokens, token_bucket
 
@@ -142,23 +182,7 @@ def predict(
         )
     except jax.errors.JaxRuntimeError as error:
         return {**row, "refused": str(error).partition("\n\n")[0][:2000]}
-    count = int(ahead.inputs.num_rows)
-
-    def turns_of(line: str) -> int:
-        """Of the loops over rows that are read, and over the vocabulary, which nobody asked for."""
-        if "label_head" in line:
-            return 0
-        return cdiv(
-            count, HEAD_STEP if "read_rows/while/body" in line else rows_step(ahead.key.num_rows)
-        )
-
-    found = program.instructions(
-        ahead.compiled.as_text(),
-        find(dump),
-        costs_of_kernels(config, job, ahead.key, ahead.inputs, facts),
-        turns_of,
-        config.num_hidden_layers,
-    )
+    found = counted_instructions(ahead, config, job, dump, facts)
     row["num_tokens"] = computed_tokens(layout.num_tokens, by_tiles=bool(ahead.key.tile))
     counted = program.summary(found, facts.clock_hz, facts.hbm_bytes_per_s)
     floor = floor_ms(MODELS[model], job, facts.peak_flops)

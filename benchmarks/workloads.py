@@ -30,8 +30,11 @@ REFERENCE = Request(prefix_len=2000, num_items=500, item_len=20)
 
 MODELS = {
     "0.6B": {"hidden": 1024, "intermediate": 3072, "layers": 28, "heads": 16, "tied": True},
+    "1.7B": {"hidden": 2048, "intermediate": 6144, "layers": 28, "heads": 16, "tied": True},
     "4B": {"hidden": 2560, "intermediate": 9728, "layers": 36, "heads": 32, "tied": True},
     "8B": {"hidden": 4096, "intermediate": 12288, "layers": 36, "heads": 32, "tied": False},
+    "14B": {"hidden": 5120, "intermediate": 17408, "layers": 40, "heads": 40, "tied": False},
+    "32B": {"hidden": 5120, "intermediate": 25600, "layers": 64, "heads": 64, "tied": False},
 }
 KV_HEADS, HEAD_DIM, VOCAB_SIZE = 8, 128, 151_936
 PEERS_VOCAB_SIZE = 4096  # of a model of which only labels are read

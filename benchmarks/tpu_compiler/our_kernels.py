@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from packscore_kernels.hardware import Chip, cdiv
 from tpu_compiler.kernel import Job, layer_cycles, read_costs
 from tpu_compiler.program import KERNEL, Cost
-from tpu_compiler.schedule import pipelined_cycles, regions
+from tpu_compiler.schedule import pipelined_cycles, regions, tracing_for
 
 if TYPE_CHECKING:
     from packscore.programs.launch_inputs import LaunchInputs
     from packscore.programs.sizes import ProgramKey
-    from packscore_kernels.layer.counts import MlpRuns
+    from packscore_kernels.layer.counts import MlpRuns, QkvRuns
+    from packscore_kernels.layer.walks import Walk
     from packscore_kernels.row_attention.counts import RowRuns
 
 # A piece of a kernel's schedule of so many bundles stands behind a guard; what every step of a grid
@@ -72,6 +73,17 @@ def row_cycles(path: str, runs: RowRuns, num_kv_heads: int) -> int:
     return cycles
 
 
+def qkv_cycles(path: str, runs: QkvRuns) -> int:
+    """Cycles of the projections: their products, and what ends a tile."""
+    cycles, times = 0, list(runs.products)
+    for region in regions(path):
+        if region.has("vmatmul"):
+            cycles += region.bundles * times.pop(0)
+        elif region.depth:
+            cycles += region.bundles * (runs.tiles if region.bundles >= LONG_PIECE else runs.steps)
+    return cycles
+
+
 def costs_of_kernels(
     config: Any,
     job: Job,
@@ -90,9 +102,8 @@ def costs_of_kernels(
     """
     from packscore.programs.head import rows_step
     from packscore_kernels.layer.counts import mlp_runs, qkv_runs
-    from packscore_kernels.layer.mlp import mlp_tiles
-    from packscore_kernels.layer.projections import num_passes, out_tile, qkv_tile
     from packscore_kernels.layer.tiles import LiveTokens
+    from packscore_kernels.layer.walks import QkvSteps, mlp_walk, out_walk, qkv_walk
     from packscore_kernels.page_writes import write_runs
     from packscore_kernels.row_attention.blocks import BLOCK_KEYS
     from packscore_kernels.row_attention.counts import row_runs
@@ -102,15 +113,21 @@ def costs_of_kernels(
     count = int(schedule.counts[0])
     live = LiveTokens(count, key.tile) if key.tile else None
 
-    def tiles(tile: int | None) -> int:
-        """Of the tokens that run, a kernel's."""
-        return cdiv(count if key.tile else num_tokens, tile or num_tokens)
+    def walked(walk: Walk | None) -> tuple[Walk, int]:
+        """A kernel's walk, and its tiles of the tokens that run."""
+        if walk is None:
+            raise ValueError("a program has a kernel that takes none of the model's sizes")
+        return walk, cdiv(count if key.tile else num_tokens, walk.tokens)
 
     head_bytes = 2 * hidden * job.head_dim  # of a head's weights
 
     def fetched(count: float) -> float:
         """Cycles for which the chip waits for so many bytes of HBM."""
         return count / chip.hbm_bytes_per_s * chip.clock_hz
+
+    def moved(walk: Walk, tiles: int, columns: int, weights: int, passing: int) -> float:
+        """Bytes of a kernel's rows, of its weights, and of those of them that pass by again."""
+        return 2 * tiles * walk.tokens * columns + weights + (tiles - 1) * passing
 
     def attention(path: str) -> Cost:
         costs = read_costs(path, schedule.block_sizes)
@@ -119,41 +136,48 @@ def costs_of_kernels(
 
     def projections(path: str, num_q_heads: int = job.num_q_heads) -> Cost:
         heads = num_q_heads, job.num_kv_heads
-        steps = tiles(qkv_tile(heads, hidden, 2, num_tokens, live)) * (num_passes(*heads) + 1)
-        runs = qkv_runs(steps, *heads)
-        weights = head_bytes * (num_q_heads + 2 * job.num_kv_heads)
-        return Cost(guarded_cycles(path, runs.tiles, steps) + fetched(weights), None, steps)
+        walk, tiles = walked(qkv_walk(heads, hidden, 2, num_tokens, live))
+        steps = QkvSteps.of(*heads, walk.chunk)
+        runs = qkv_runs(tiles * steps.per_tile, steps)
+        own, others = head_bytes * num_q_heads, 2 * head_bytes * job.num_kv_heads
+        # what is held, and the first chunk of what passes by, arrive before anything runs
+        first = fetched(others + (head_bytes * walk.chunk if walk.passes else own))
+        columns = hidden + job.head_dim * (num_q_heads + 2 * job.num_kv_heads)
+        bytes_ = moved(walk, tiles, columns, own + others, own if walk.passes else 0)
+        return Cost(qkv_cycles(path, runs) + first, bytes_, runs.steps)
 
     def projection_back(path: str) -> Cost:
-        steps = tiles(out_tile(job.num_q_heads, hidden, 2, num_tokens, live))
-        weights = fetched(head_bytes * job.num_q_heads)
-        return Cost(pipelined_cycles(path, steps) + weights, None, steps)
+        walk, tiles = walked(out_walk(job.num_q_heads, hidden, 2, num_tokens, live))
+        steps, weights = tiles * (hidden // walk.chunk), head_bytes * job.num_q_heads
+        first = fetched(weights * walk.chunk / hidden if walk.passes else weights)
+        columns = 2 * hidden + job.head_dim * job.num_q_heads
+        bytes_ = moved(walk, tiles, columns, weights, weights if walk.passes else 0)
+        return Cost(pipelined_cycles(path, steps) + first, bytes_, steps)
 
     def mlp(path: str) -> Cost:
-        tile, chunk = mlp_tiles(num_tokens, hidden, width, 2, live)
-        runs = mlp_runs(tiles(tile) * (width // chunk), width // chunk)
+        walk, tiles = walked(mlp_walk(hidden, width, 2, num_tokens, live))
+        runs = mlp_runs(tiles * (width // walk.chunk), width // walk.chunk)
         weights = 2 * 3 * hidden * width
-        # the first chunk arrives before anything runs, the others beside the products; each tile of
-        # tokens reads all weights
-        first = fetched(weights * chunk / width)
-        cycles = max(mlp_cycles(path, runs), fetched(runs.first * weights)) + first
-        return Cost(cycles, None, runs.steps)
+        # the first chunk arrives before anything runs, the others beside the products
+        first = fetched(weights * walk.chunk / width)
+        bytes_ = moved(walk, tiles, 2 * hidden, weights, weights)
+        return Cost(mlp_cycles(path, runs) + first, bytes_, runs.steps)
 
     def page_writer(path: str) -> Cost:
         # whole pages are copied together; each other one waits for its keys, values and old slots,
         # is merged, and waits for its way back
         runs = write_runs(inputs.page_writes)
-        moved = 2 * 2 * job.num_kv_heads * job.head_dim * runs.moved_tokens
+        bytes_ = 2 * 2 * job.num_kv_heads * job.head_dim * runs.moved_tokens
         cycles = guarded_cycles(path, runs.merged, runs.whole + runs.merged)
-        return Cost(cycles + fetched(moved), moved, 1)
+        return Cost(cycles + fetched(bytes_), bytes_, 1)
 
     def rows_read(path: str) -> Cost:
         rows = inputs.rows[: rows_step(len(inputs.rows))]
         group = job.num_q_heads // job.num_kv_heads
         runs = row_runs(schedule, rows, group, has_pages=bool(key.num_pages))
         blocks = runs.packed.blocks + runs.cached.blocks
-        moved = 2 * job.head_dim * 2 * (job.num_kv_heads * blocks * BLOCK_KEYS)
-        return Cost(row_cycles(path, runs, job.num_kv_heads), moved, runs.steps)
+        bytes_ = 2 * job.head_dim * 2 * (job.num_kv_heads * blocks * BLOCK_KEYS)
+        return Cost(row_cycles(path, runs, job.num_kv_heads), bytes_, runs.steps)
 
     kernels = {
         KERNEL: attention,
@@ -167,6 +191,7 @@ def costs_of_kernels(
 
     def cost(name: str, path: str) -> Cost | None:
         own = (of for kernel, of in kernels.items() if name.startswith(kernel))
-        return next((of(path) for of in own), None)
+        with tracing_for(chip.topology):
+            return next((of(path) for of in own), None)
 
     return cost

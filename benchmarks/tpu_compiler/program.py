@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -134,6 +134,7 @@ def instructions(
     cost_of: Callable[[str, str], Cost | None] = lambda name, path: None,
     turns_of: Callable[[str], int] = lambda line: 1,
     layers: int = 1,
+    stands_for: Mapping[int, int] | None = None,
 ) -> list[Instruction]:
     """Every scheduled instruction of a program.
 
@@ -144,6 +145,7 @@ def instructions(
       turns_of: a loop's line to its turns, where these are data.
       layers: over which weights and pages are stacked: one layer reads its own. What stands in no
         loop and gives a stack gives all of it.
+      stands_for: turns of a loop to those that it is counted with: a few layers stand for all.
 
     Fusions of the same code share the schedule of one of them.
     """
@@ -163,7 +165,7 @@ def instructions(
             if opcode == "while" and (loop := WHILE.search(rest)):
                 bounds = BOUND.findall("\n".join(bodies[loop[1]][1]))
                 count = int(bounds[0]) if bounds else turns_of(line)
-                walk(loop[2], times * count, count)
+                walk(loop[2], times * (stands_for or {}).get(count, count), count)
             elif own in files:
                 path = files[own]
                 operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])

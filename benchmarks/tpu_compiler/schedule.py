@@ -22,6 +22,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,17 +62,29 @@ def compile_for_tpu(fn: Callable[..., Any], args: Any, topology: str | None = No
       topology: default: the configured one.
     """
     import jax
+
+    with tracing_for(topology or os.environ["TPU_TOPOLOGY_NAME"]) as device:
+        sharding = jax.sharding.SingleDeviceSharding(device)
+        struct: Any = jax.ShapeDtypeStruct
+        args = jax.tree.map(lambda a: struct(a.shape, a.dtype, sharding=sharding), args)
+        return jax.jit(fn).lower(*args).compile()
+
+
+@contextmanager
+def tracing_for(topology: str) -> Iterator[Any]:
+    """Within the block kernels are planned and traced for one device of a topology, which it has.
+
+    Kernels ask the mesh what chip they are for; where there is none, they are planned for a v5e.
+    """
+    import jax
     from jax.experimental import topologies
 
-    name = topology or os.environ["TPU_TOPOLOGY_NAME"]
-    single = set(name.split(":")[1].split("x")) == {"1"}
+    single = set(topology.split(":")[1].split("x")) == {"1"}
     bounds = {"chips_per_host_bounds": (1, 1, 1)} if single else {}
-    device = topologies.get_topology_desc(platform="tpu", topology_name=name, **bounds).devices[0]
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
-    mesh = jax.sharding.Mesh([device], ("x",)).abstract_mesh
-    with jax.sharding.use_abstract_mesh(mesh):
-        return jax.jit(fn).lower(*args).compile()
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **bounds)
+    device, *_ = found.devices
+    with jax.sharding.use_abstract_mesh(jax.sharding.Mesh([device], ("x",)).abstract_mesh):
+        yield device
 
 
 @dataclass(frozen=True)

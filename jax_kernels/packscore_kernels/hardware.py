@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import jax
@@ -38,19 +38,21 @@ class Chip:
     clock_hz: float
     peak_flops: float  # bf16, of one chip
     hbm_bytes_per_s: float
+    hbm_bytes: int
+    devices: int  # that jax makes of one such chip
     topology: str  # what libtpu calls one such chip
 
 
-_MIB = 2**20
+_MIB, _GIB = 2**20, 2**30
 # Published peaks; clocks follow from them and the matrix units' number and size.
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 16 * _MIB, 1.05e9, 275e12, 1.2e12, "v4:1x1x1"),
-        Chip("v5e", 128 * _MIB, 1.5e9, 197e12, 0.82e12, "v5e:1x1"),
-        Chip("v5p", 64 * _MIB, 1.75e9, 459e12, 2.76e12, "v5p:1x1x1"),
-        Chip("v6e", 128 * _MIB, 1.75e9, 918e12, 1.64e12, "v6e:1x1"),
-        Chip("tpu7x", 64 * _MIB, 2.2e9, 2307e12, 7.4e12, "tpu7x:1x1x1"),
+        Chip("v4", 16 * _MIB, 1.05e9, 275e12, 1.2e12, 32 * _GIB, 1, "v4:1x1x1"),
+        Chip("v5e", 128 * _MIB, 1.5e9, 197e12, 0.82e12, 16 * _GIB, 1, "v5e:1x1"),
+        Chip("v5p", 64 * _MIB, 1.75e9, 459e12, 2.76e12, 95 * _GIB, 1, "v5p:1x1x1"),
+        Chip("v6e", 128 * _MIB, 1.75e9, 918e12, 1.64e12, 32 * _GIB, 1, "v6e:1x1"),
+        Chip("tpu7x", 64 * _MIB, 2.2e9, 2307e12, 7.4e12, 192 * _GIB, 2, "tpu7x:1x1x1"),
     )
 }
 # Of all that is predicted from a compiler's schedule: what `benchmarks/public_points.py` found.
@@ -85,6 +87,26 @@ def vmem_capacity() -> int | None:
     except (ValueError, NotImplementedError):  # as where a kernel is interpreted
         return None
     return capacity
+
+
+class Core(NamedTuple):
+    """What a kernel has to itself: one core of a chip, which has one or two."""
+
+    vmem_bytes: int
+    flops: float  # bf16
+    hbm_bytes_per_s: float
+
+
+def core() -> Core:
+    """The core of the TPU that is traced for; where there is none, a v5e's."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    try:
+        info = pltpu.get_tpu_info()
+    except (ValueError, NotImplementedError):  # as where a kernel is interpreted
+        chip = CHIPS["v5e"]
+        return Core(chip.vmem_bytes, chip.peak_flops, chip.hbm_bytes_per_s)
+    return Core(info.vmem_capacity_bytes, info.bf16_ops_per_second, info.mem_bw_bytes_per_second)
 
 
 def deep_passes() -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-# By module; whoever imports the kernels may ask for these first.
+# By module, with the grouped product of a mixture's experts; who imports the kernels may ask for
+# these first.
 PALLAS = {
     "jax.experimental.pallas": (
         *("ANY", "BlockSpec", "Buffered", "cdiv", "ds", "loop", "multiple_of", "pallas_call"),
@@ -12,4 +13,5 @@ PALLAS = {
         *("CompilerParams", "InterpretParams", "PrefetchScalarGridSpec", "SMEM", "SemaphoreType"),
         *("VMEM", "get_tpu_info", "make_async_copy", "roll"),
     ),
+    "jax.experimental.pallas.ops.tpu.megablox.gmm": ("gmm",),
 }

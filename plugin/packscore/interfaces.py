@@ -214,19 +214,18 @@ EXPERTS_NAME_KEPT = Interface(
     "programs",
     mark="_experts_implementation_internal",
 )
+_QWEN3 = "transformers.models.qwen3.modeling_qwen3:Qwen3"
+_QWEN3_MOE = "transformers.models.qwen3_moe.modeling_qwen3_moe:Qwen3Moe"
 FUSED_LAYERS = tuple(
-    Interface(path, "layers whose products run through kernels", "programs")
-    for path in (
-        "transformers.models.qwen3.modeling_qwen3:Qwen3DecoderLayer",
-        "transformers.models.qwen3_moe.modeling_qwen3_moe:Qwen3MoeDecoderLayer",
-    )
+    Interface(f"{family}DecoderLayer", "layers whose products run through kernels", "programs")
+    for family in (_QWEN3, _QWEN3_MOE)
 )
 FUSED_MLPS = tuple(
-    Interface(path, "MLPs that run through a kernel", "programs")
-    for path in (
-        "transformers.models.qwen3.modeling_qwen3:Qwen3MLP",
-        "transformers.models.qwen3_moe.modeling_qwen3_moe:Qwen3MoeMLP",
-    )
+    Interface(f"{family}MLP", "MLPs that run through a kernel", "programs")
+    for family in (_QWEN3, _QWEN3_MOE)
+)
+MIXTURE = Interface(
+    f"{_QWEN3_MOE}SparseMoeBlock", "a mixture whose experts run through a kernel", "programs"
 )
 # Parts of a decoder that programs call one by one, from the first layer of layers that are equal:
 # of all, of those whose products run through kernels, and of a mixture.
@@ -244,7 +243,7 @@ PARTS = {
     ),
     "experts": (
         *("layers.0.mlp.experts.gate_up_proj", "layers.0.mlp.experts.down_proj"),
-        "layers.0.mlp.experts.act_fn",
+        *("layers.0.mlp.experts.act_fn", "layers.0.mlp.gate"),
     ),
 }
 # transformers: files of a checkpoint

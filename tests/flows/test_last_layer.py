@@ -139,15 +139,16 @@ def pages_of(scorer: MultiItemScorer) -> np.ndarray:
     """What the pages hold of PREFIX, of every layer: [layers, kv heads, 2, tokens, head_dim]."""
     engine = engine_of(scorer)
     with scorer.prefix(PREFIX) as held:
-        assert held._lease is not None
-        (page,) = held._lease.pages.tolist()
+        own = held._held
+        assert own is not None
+        assert own._lease is not None
+        (page,) = own._lease.pages.tolist()
         if isinstance(engine._pages, KvPages):
             slots = torch.arange(len(PREFIX)) + page * engine._pages.page_size
             found = torch.stack([engine._pages._layers[i][:, :, slots] for i in (0, 1)])
             return found.transpose(1, 2).numpy()
         array = np.asarray(engine._pages._array)
-        own = array[[page, page + engine.pool.num_pages]]
-        return own[:, :, :, : len(PREFIX)]
+        return array[[page, page + engine.pool.num_pages]][:, :, :, : len(PREFIX)]
 
 
 def whole_reader(self: Any, read: Any, *args: Any, **_: Any) -> Any:

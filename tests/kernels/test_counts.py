@@ -28,8 +28,9 @@ from packscore_kernels import (
 from packscore_kernels.attention.counts import PIECES, count_runs, moved_bytes, pieces_of
 from packscore_kernels.attention.launch import segment_attention_pallas
 from packscore_kernels.attention.schedule import visited_blocks
-from packscore_kernels.layer import mlp, projections, tiles
+from packscore_kernels.layer import api, mlp, projections
 from packscore_kernels.layer.counts import mlp_runs, qkv_runs
+from packscore_kernels.layer.walks import QkvSteps, Walk
 from packscore_kernels.page_writes import write_runs
 
 PAGE_SIZE = 16
@@ -123,13 +124,20 @@ def test_masked_parts_are_two_of_a_wide_tile() -> None:
     assert (runs.uses, runs.masked_parts) == (2, 2)
 
 
-# one tile, and three with a partial one; a pass for each of q, k and v, and two for q
+# one tile, and three with a partial one; a step for each of q, k and v, and more for q, and for all
 @pytest.mark.parametrize("num_tokens", [16, 600])
-@pytest.mark.parametrize(("num_q_heads", "num_kv_heads"), [(2, 1), (10, 2)])
+@pytest.mark.parametrize(
+    ("num_q_heads", "num_kv_heads", "chunk"), [(2, 1, 2), (10, 2, 5), (6, 4, 2)]
+)
 def test_the_projections_run_what_is_counted(
-    num_tokens: int, num_q_heads: int, num_kv_heads: int, monkeypatch: pytest.MonkeyPatch
+    num_tokens: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    chunk: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tiles, "TILE_TOKENS", (256,))
+    tokens, own = min(num_tokens, 256), QkvSteps.of(num_q_heads, num_kv_heads, chunk)
+    monkeypatch.setattr(projections, "qkv_walk", lambda *_: Walk(tokens, chunk, True))
     multiplied = Executions(monkeypatch, "product", projections)
     normed = Executions(monkeypatch, "rms_norm", projections)
     stepped = Executions(monkeypatch, "program_id", pl)
@@ -141,10 +149,14 @@ def test_the_projections_run_what_is_counted(
         eps=1e-6, implementation="pallas_interpret",
     )  # fmt: skip
     (steps,) = set(stepped.take())
-    runs = qkv_runs(steps, num_q_heads, num_kv_heads)
-    assert runs == (steps, 1 if num_tokens == 16 else 3)
-    assert set(multiplied.take()) == {runs.tiles}
-    assert set(normed.take()) == {runs.tiles}
+    runs = qkv_runs(steps, own)
+    assert runs.tiles == (1 if num_tokens == 16 else 3)
+    # each piece has a product for each pair of its heads
+    heads = [own.q_heads] * min(own.q, 2) + [own.kv_heads] * 2 * min(own.kv, 2)
+    pieces = zip(runs.products, heads, strict=True)
+    assert multiplied.take() == [n for n, of_piece in pieces for _ in range(-(-of_piece // 2))]
+    # of a tile, and of every head of q and k
+    assert sum(normed.take()) == runs.tiles * (1 + own.q_heads * own.q + own.kv_heads * own.kv)
 
 
 # one tile, and two; one chunk, and three
@@ -154,8 +166,7 @@ def test_the_mlp_runs_what_is_counted(
     num_tokens: int, num_chunks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hidden, width = 128, 256
-    monkeypatch.setattr(mlp, "TILE_TOKENS", (256,))
-    monkeypatch.setattr(tiles, "vmem_room", lambda: mlp.mlp_vmem_bytes(hidden, width, 4, 256))
+    monkeypatch.setattr(api, "mlp_walk", lambda *_: Walk(min(num_tokens, 256), width, True))
     multiplied = Executions(monkeypatch, "product", mlp)
     normed = Executions(monkeypatch, "rms_norm", mlp)
     stepped = Executions(monkeypatch, "program_id", pl)

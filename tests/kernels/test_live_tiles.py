@@ -22,6 +22,8 @@ from packscore_kernels import (
     project_qkv,
     segment_paged_attention,
 )
+from packscore_kernels.layer import projections
+from packscore_kernels.layer.walks import Walk
 from tolerances import assert_close
 
 TILE, CAPACITY, HIDDEN, HEADS = 128, 512, 128, 2
@@ -54,9 +56,21 @@ def mlp(x: jax.Array, live: LiveTokens | None) -> Any:
     return gated_mlp(x, NORM, (*MLP, DOWN), 0, **options)
 
 
-@pytest.mark.parametrize("kernel", [qkv, out, mlp])
-def test_tiles_of_tokens_are_data(kernel: Any) -> None:
+# weights that are held, and such as pass by
+@pytest.mark.parametrize(
+    ("kernel", "walk"),
+    [
+        *((kernel, None) for kernel in (qkv, out, mlp)),
+        pytest.param(qkv, ("qkv_walk", Walk(TILE, 1, True)), id="qkv-passing"),
+        pytest.param(out, ("out_walk", Walk(TILE, 64, True)), id="out-passing"),
+    ],
+)
+def test_tiles_of_tokens_are_data(
+    kernel: Any, walk: tuple[str, Walk] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What memory nobody wrote holds is NaN where a kernel is interpreted."""
+    if walk:
+        monkeypatch.setattr(projections, walk[0], lambda *_: walk[1])
     x = draw(CAPACITY, HIDDEN)
     run = jax.jit(lambda x, count: kernel(x, LiveTokens(count, TILE)))
     whole = [np.asarray(part) for part in jax.tree.leaves(kernel(x, None))]

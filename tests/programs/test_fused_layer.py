@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeMLP
 
-from helpers import LABELS, one_by_one, random_ids, random_qwen3
+from helpers import LABELS, one_by_one, random_decoder, random_ids, random_qwen3
 from packscore import MultiItemScorer, patch_model, program_of
 from packscore.programs import fused_layer
 from tolerances import (
@@ -95,3 +95,17 @@ def test_a_layer_with_another_mlp_is_exact() -> None:
     expected = one_by_one(model, PREFIX, ITEMS, LABELS)
     found = interpreted(model).score(PREFIX, ITEMS)
     assert np.abs(np.array(found) - expected.numpy()).max() <= PROBABILITY_MAX_FLOAT32
+
+
+@pytest.mark.long
+def test_a_mixture_is_exact() -> None:
+    """Its attention and its experts through kernels."""
+    sizes = {"head_dim": 128, "hidden_size": 128, "num_attention_heads": 2}
+    mixture = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    options = {**sizes, **mixture, "num_key_value_heads": 1, "norm_topk_prob": True}
+    model = random_decoder("qwen3_moe", **options)
+    expected = one_by_one(model, PREFIX, ITEMS, LABELS)
+    scorer = interpreted(model)
+    for _ in ("packed", "extend"):
+        found = scorer.score(PREFIX, ITEMS)
+        assert np.abs(np.array(found) - expected.numpy()).max() <= PROBABILITY_MAX_FLOAT32

@@ -1,6 +1,7 @@
 """Compile a whole model for a TPU that is not there, and say what is in the program. One object.
 
-python compile_programs.py v6e 0.6B [--dense]
+python compile_programs.py v6e 0.6B [--dense] [LAYERS]            a model of workloads.py
+python compile_programs.py v6e Llama-3.2-3B [--dense] [LAYERS]    or of model_chips.py
 """
 
 import json
@@ -8,13 +9,12 @@ import re
 import sys
 from math import prod
 
+import model_chips
 from packscore_kernels.hardware import CHIPS
 from tpu_compiler.schedule import configure
 from workloads import REFERENCE, VOCAB_SIZE, config_of
 
 KERNEL = r"%(\w+)\.\d+ = .*? custom-call\(.*?custom_call_target=\"tpu_custom_call\""
-# Of the 8B fewer, for the number of tokens of the bucket must not be that of its intermediate size.
-NUM_ITEMS = {"0.6B": REFERENCE.num_items, "4B": REFERENCE.num_items, "8B": 450}
 
 
 def shapes(text):
@@ -26,17 +26,22 @@ def shapes(text):
                 yield [int(size) for size in dims.split(",")], line
 
 
-def main(chip, model, mask_impl):
+def main(chip, model, mask_impl, layers):
     configure(CHIPS[chip].topology)
     from packscore.programs.ahead import compile_ahead
     from packscore_kernels import SegmentLayout
 
-    items = [REFERENCE.item_len] * NUM_ITEMS[model]
-    config, layout = config_of(model), SegmentLayout.single(REFERENCE.prefix_len, items)
+    if model in model_chips.MODELS:
+        own = model_chips.MODELS[model]
+        config = own._replace(layers=layers or own.layers).config
+    else:
+        config = config_of(model)
+        config.num_hidden_layers = layers or config.num_hidden_layers
+    layout = SegmentLayout.single(REFERENCE.prefix_len, REFERENCE.item_lens)
     ahead = compile_ahead(config, layout, chip=chip, mask_impl=mask_impl)
     text, tokens = ahead.compiled.as_text(), ahead.key.num_tokens
     found = {"squares": [], "logits": [], "constants": []}
-    layer = next(x for x in text.split("\n\n") if "%project_out" in x)
+    layer = next((x for x in text.split("\n\n") if "%project_out" in x), "")
     for sizes, line in shapes(text):
         own = [size for size in sizes if size > 1]
         if own.count(tokens) > 1:
@@ -71,4 +76,5 @@ def main(chip, model, mask_impl):
 
 if __name__ == "__main__":
     mask_impl = "dense" if "--dense" in sys.argv else "segment"
-    main(sys.argv[1], sys.argv[2], mask_impl)
+    layers = next((int(given) for given in sys.argv[3:] if given.isdigit()), 0)
+    main(sys.argv[1], sys.argv[2], mask_impl, layers)

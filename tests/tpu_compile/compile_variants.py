@@ -4,6 +4,7 @@ python compile_variants.py v6e [INDEX ...]       all variants, or those
 python compile_variants.py picked INDEX [...]    cases of kernels/picked_tiles.py, all of one chip
 """
 
+import functools
 import json
 import os
 import sys
@@ -120,6 +121,32 @@ def page_writer(dtype, head_dim, page_size):
     compile_for_tpu(op, [pool, kv, kv])
 
 
+def passing(name, chip):
+    """The kernels whose weights may pass by, with a walk in which they do; three heads a step."""
+    import jax
+    import jax.numpy as jnp
+
+    from packscore_kernels.layer import projections
+    from packscore_kernels.layer.walks import Walk
+
+    num_tokens, hidden, heads, kv_heads, chunk = 512, 512, 6, 2, {"qkv": 3, "out": 256}[name]
+    walk = Walk(256, chunk, True, 2**23)
+    setattr(projections, f"{name}_walk", lambda *_: walk)
+
+    def shape(*s, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(s, dtype)
+
+    x, layer, norm = shape(num_tokens, hidden), shape(1, dtype=jnp.int32), shape(128)
+    if name == "out":
+        attended, weight = shape(heads, num_tokens, 128), shape(2, hidden, heads * 128)
+        compile_for_tpu(projections.project_out_pallas, [attended, weight, x, layer])
+        return
+    weights = tuple(shape(2, n * 128, hidden) for n in (heads, kv_heads, kv_heads))
+    rotary = (shape(num_tokens, 128),) * 2
+    op = functools.partial(projections.project_qkv_pallas, eps=1e-6)
+    compile_for_tpu(op, [x, shape(hidden), weights, (norm, norm), rotary, layer])
+
+
 def vector_gather():
     """The access that crashed the kernel this project began with: a ref indexed with a vector."""
     import jax
@@ -169,6 +196,10 @@ def main(chip, *indices):
         attempt(str(VARIANTS[i]), attention, VARIANTS[i], chip)
     for variant in (("float32", 64, 16), ("bfloat16", 128, 256), ("bfloat16", 256, 32)):
         attempt(f"page writer {variant}", page_writer, *variant)
+    # of both one by default, each on some chips
+    names = ("qkv", "out")
+    for name in names if not indices else names[sorted(CHIPS).index(chip) % 2 :][:1]:
+        attempt(f"{name}, its weights passing by", passing, name, chip)
     attempt("vector gather", vector_gather)
 
 

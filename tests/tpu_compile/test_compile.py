@@ -33,6 +33,8 @@ ROWS = Path(__file__).with_name("compile_rows.py")
 SCRIPT = Path(__file__).with_name("compile_variants.py")
 TESTS = Path(__file__).parents[1]
 BENCHMARKS = TESTS.parent / "benchmarks"
+AROUND = {"project_kv", "project_out", "project_qkv"}
+ATTENTION = {"row_attention", "segment_paged_attention", "write_kv_pages"}
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed here")
 
@@ -91,7 +93,8 @@ def test_every_variant_compiles(chip, indices):
     assert gather["name"] == "vector gather"
     # The refusal that shows the check has teeth.
     assert "Cannot do int indexing on TPU" in gather["error"]
-    assert len(results) == len(indices or VARIANTS) + 3  # of page writers
+    # three page writers, and a kernel around attention, or both
+    assert len(results) == len(indices or VARIANTS) + (4 if indices else 5)
     for result in results:
         assert result["error"] is None, result
 
@@ -149,13 +152,44 @@ def test_whole_models_compile(command, hbm_bytes):
     assert out["argument_bytes"] >= out["weight_bytes"] + out["pool_bytes"]
     # K, V and what attention found pass between the kernels as they are
     assert out["copies"] == []
-    around = {"gated_mlp", "project_kv", "project_out", "project_qkv"}
-    attention = {"row_attention", "segment_paged_attention"}
-    assert set(out["kernels"]) == {*around, *attention, "write_kv_pages"}
+    assert set(out["kernels"]) == {"gated_mlp", *AROUND, *ATTENTION}
     # the pool is changed in place
     assert out["aliased_bytes"] >= out["pool_bytes"] > 0
     assert out["argument_bytes"] + out["temporary_bytes"] <= hbm_bytes
     assert out["code_bytes"] <= 20e6
+
+
+@needs_libtpu
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "command",
+    ["v6e 14B", "v6e 32B", "v5e 8B", "v5p 8B", "v5p 32B", "tpu7x 8B", "tpu7x 14B", "tpu7x 32B"],
+)
+def test_layers_of_every_size_are_kernels(command):
+    """Three layers of real sizes, whose weights VMEM does not hold: these pass by in chunks."""
+    out = json.loads(output_of(PROGRAMS, *command.split(), 3))
+    print(command, out)
+    assert (out["num_tokens"], out["tile"]) == (16_384, 1024)
+    assert set(out["kernels"]) == {"gated_mlp", *AROUND, *ATTENTION}
+    assert out["squares"] == out["copies"] == []
+
+
+@needs_libtpu
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("model", "fused"),
+    [
+        ("Qwen3-30B-A3B", {"gmm", *AROUND}),
+        *((name, set()) for name in ("Qwen2.5-7B", "Llama-3.2-1B", "Llama-3.2-3B")),
+        # 7 and 6 heads of q for each of k
+        *((f"mxbai-rerank-{size}-v2", set()) for size in ("base", "large")),
+    ],
+)
+def test_layers_of_other_models_compile(model, fused):
+    """Three layers of real sizes: experts, biases, heads of 64, groups of 3, 4, 6 and 7."""
+    out = json.loads(output_of(PROGRAMS, "v6e", model, 3))
+    assert set(out["kernels"]) == {*fused, *ATTENTION}
+    assert out["squares"] == out["logits"] == out["constants"] == []
 
 
 CAUSAL = [name for name, (architecture, _) in MODELS.items() if architecture.endswith("CausalLM")]

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from packscore_kernels.layer.counts import MlpRuns, mlp_runs
+from packscore_kernels.layer.counts import MlpRuns, QkvRuns, mlp_runs, qkv_runs
+from packscore_kernels.layer.walks import QkvSteps
 from tpu_compiler import our_kernels
 from tpu_compiler.schedule import Region
 
@@ -37,3 +38,13 @@ def test_pieces_count_as_often_as_they_run() -> None:
     runs = mlp_runs(6, 3)
     assert runs == MlpRuns(steps=6, first=2, others=4)
     assert our_kernels.mlp_cycles("", runs) == 2 * 300 + 4 * 250 + 2 * 190 + 6 * 20
+
+
+@pytest.mark.usefixtures("schedule")
+def test_pieces_of_the_projections_count_as_often_as_they_run() -> None:
+    runs = QkvRuns(steps=10, tiles=2, products=(2, 6))
+    assert our_kernels.qkv_cycles("", runs) == 2 * 300 + 6 * 250 + 2 * 190 + 10 * 20
+    # two tiles of four steps of q, one of k, one of v, and one that ends them
+    assert qkv_runs(14, QkvSteps.of(16, 4, 4)) == QkvRuns(14, 2, (2, 6, 2, 2))
+    # and without q: two tiles of two steps of k, two of v, and one that ends them
+    assert qkv_runs(10, QkvSteps.of(0, 8, 4)) == QkvRuns(10, 2, (2, 2, 2, 2))

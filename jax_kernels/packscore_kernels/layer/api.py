@@ -10,15 +10,17 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from packscore_kernels.errors import ArgumentError
-from packscore_kernels.layer.mlp import COLUMNS, gated_mlp_pallas, mlp_tiles
-from packscore_kernels.layer.projections import (
-    HEAD_DIM,
-    out_tile,
-    project_out_pallas,
-    project_qkv_pallas,
-    qkv_tile,
-)
+from packscore_kernels.layer.mlp import gated_mlp_pallas
+from packscore_kernels.layer.projections import project_out_pallas, project_qkv_pallas
 from packscore_kernels.layer.tiles import LiveTokens, product, rms_norm
+from packscore_kernels.layer.walks import (
+    COLUMNS,
+    HEAD_DIM,
+    TILE_TOKENS,
+    mlp_walk,
+    out_walk,
+    qkv_walk,
+)
 
 ProjectionImplementation = Literal["pallas", "pallas_interpret", "xla"]
 Weights3 = tuple[jax.Array, jax.Array, jax.Array]
@@ -28,13 +30,13 @@ Layer = int | jax.Array  # the number of a layer, which may be traced
 def can_project(
     num_q_heads: int, num_kv_heads: int, head_dim: int, hidden_size: int, itemsize: int
 ) -> bool:
-    """Whether the kernels take these heads, and the chip that is traced for holds their weights."""
+    """Whether the kernels take these heads on the chip that is traced for."""
     if head_dim != HEAD_DIM or hidden_size % HEAD_DIM:
         return False
     heads = num_q_heads, num_kv_heads
     return bool(
-        qkv_tile(heads, hidden_size, itemsize, 1)
-        and out_tile(num_q_heads, hidden_size, itemsize, 1)
+        qkv_walk(heads, hidden_size, itemsize, min(TILE_TOKENS))
+        and out_walk(num_q_heads, hidden_size, itemsize, min(TILE_TOKENS))
     )
 
 
@@ -154,7 +156,7 @@ def _projected(
         _as_array(layer),
         eps=eps,
         live=live,
-        interpret=_interpret(implementation),
+        interpret=interpret_of(implementation),
     )
 
 
@@ -184,14 +186,14 @@ def project_out(
     if implementation == "xla":
         rows = attended.transpose(1, 0, 2).reshape(len(x), -1)
         return (x.astype(jnp.float32) + product(rows, weight[layer])).astype(x.dtype)
-    interpret = _interpret(implementation)
+    interpret = interpret_of(implementation)
     layer = _as_array(layer)
     return project_out_pallas(attended, weight, x, layer, live=live, interpret=interpret)
 
 
 def can_gate(hidden_size: int, intermediate_size: int, itemsize: int) -> bool:
     """Whether `gated_mlp` takes an MLP of these sizes on the chip that is traced for."""
-    return mlp_tiles(1, hidden_size, intermediate_size, itemsize) is not None
+    return mlp_walk(hidden_size, intermediate_size, itemsize, min(TILE_TOKENS)) is not None
 
 
 @jax.named_scope("gated_mlp")  # by which a profile knows it
@@ -229,15 +231,15 @@ def gated_mlp(
         gated = (jax.nn.silu(gate) * up).astype(x.dtype)
         return (x.astype(jnp.float32) + product(gated, weights[2][layer])).astype(x.dtype)
     (num_tokens, hidden_size), intermediate_size = x.shape, weights[0].shape[1]
-    tiles = mlp_tiles(num_tokens, hidden_size, intermediate_size, x.dtype.itemsize, live)
-    if tiles is None:
+    walk = mlp_walk(hidden_size, intermediate_size, x.dtype.itemsize, num_tokens, live)
+    if walk is None:
         raise ArgumentError(
             f"{hidden_size=} must be a multiple of 128 and {intermediate_size=} of "
             f"{COLUMNS}, small enough for the chip; pass implementation='xla'"
         )
-    interpret = _interpret(implementation)
+    interpret = interpret_of(implementation)
     return gated_mlp_pallas(
-        x, x_norm, weights, _as_array(layer), tiles, eps=eps, live=live, interpret=interpret
+        x, x_norm, weights, _as_array(layer), walk, eps=eps, live=live, interpret=interpret
     )
 
 
@@ -245,5 +247,6 @@ def _as_array(layer: Layer) -> jax.Array:
     return jnp.asarray(layer, jnp.int32).reshape(1)
 
 
-def _interpret(implementation: ProjectionImplementation) -> Any:
+def interpret_of(implementation: ProjectionImplementation) -> Any:
+    """What a kernel is told of how it is run."""
     return pltpu.InterpretParams() if implementation == "pallas_interpret" else False

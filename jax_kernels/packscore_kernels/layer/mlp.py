@@ -8,66 +8,24 @@ them: the order in which they are written here is the order the compiler keeps.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from packscore_kernels.hardware import LANES, shape_of, vmem_limit
+from packscore_kernels.hardware import shape_of, vmem_limit
 from packscore_kernels.layer.tiles import (
-    TILE_TOKENS,
     LiveTokens,
     Ref,
     num_tiles,
     of_tiles,
-    one_tile,
     product,
     rms_norm,
-    suits,
     whole,
 )
-
-# Columns of gate and up that are multiplied between two gatings.
-COLUMNS = 256
-# Of the longest code, what a chunk's may have: it is there twice, and twice as long gains 2 %.
-SHARE = 1 / 4
-
-
-class MlpTiles(NamedTuple):
-    """How the kernel walks: over tiles of tokens, and for each over chunks of the width."""
-
-    tokens: int
-    width: int  # columns of gate and up in a chunk
-
-
-def mlp_vmem_bytes(hidden_size: int, width: int, itemsize: int, tokens: int) -> int:
-    """What the kernel holds with tiles of so many tokens and chunks of so many columns."""
-    weights = 2 * 3 * hidden_size * width * itemsize
-    tiles = tokens * (5 * hidden_size + width) * itemsize
-    return weights + tiles + tokens * (2 * hidden_size + 4 * COLUMNS) * 4
-
-
-def mlp_tiles(
-    num_tokens: int,
-    hidden_size: int,
-    intermediate_size: int,
-    itemsize: int,
-    live: LiveTokens | None = None,
-) -> MlpTiles | None:
-    """Tiles for an MLP, or None where its sizes do not suit the kernel."""
-    if hidden_size % LANES or intermediate_size % COLUMNS:
-        return None
-    steps = intermediate_size // COLUMNS
-    for most in TILE_TOKENS:
-        for chunks in range(1, steps + 1):
-            width = intermediate_size // chunks
-            chunk_bytes = 3 * hidden_size * width * itemsize
-            held = mlp_vmem_bytes(hidden_size, width, itemsize, most)
-            if steps % chunks == 0 and suits(most, chunk_bytes, held, SHARE):
-                return MlpTiles(one_tile(num_tokens, most, live), width)
-    return None
+from packscore_kernels.layer.walks import COLUMNS, DOWN_COLUMNS, Walk
 
 
 def _mlp_kernel(
@@ -106,8 +64,11 @@ def _mlp_kernel(
                 own, other = raw[(i - 1) % 2, 0], raw[(i - 1) % 2, 1]
                 columns = slice((i - 1) * COLUMNS, i * COLUMNS)
                 gated[:, columns] = (jax.nn.silu(own) * other).astype(gated.dtype)
-        before = x[...].astype(jnp.float32) if is_first else sums[...]
-        sums[...] = before + product(gated[...], down[...])
+        # in parts, so that few sums wait beside `sums` itself
+        for first in range(0, down.shape[0], DOWN_COLUMNS):
+            part = slice(first, first + DOWN_COLUMNS)
+            before = x[:, part].astype(jnp.float32) if is_first else sums[:, part]
+            sums[:, part] = before + product(gated[...], down[part])
 
     # two straight pieces, so that the norm runs beside the first products
     pl.when(chunk == 0)(lambda: multiply(True))
@@ -124,20 +85,19 @@ def gated_mlp_pallas(
     x_norm: jax.Array,  # [hidden_size]
     weights: tuple[jax.Array, jax.Array, jax.Array],  # of all layers
     layer: jax.Array,  # i32[1]
-    tiles: MlpTiles,
+    walk: Walk,
     *,
     eps: float,
     live: LiveTokens | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """The kernel behind `gated_mlp`."""
-    (num_tokens, hidden_size), (tokens, width) = x.shape, tiles
+    (num_tokens, hidden_size), tokens, width = x.shape, walk.tokens, walk.chunk
     chunks = weights[0].shape[1] // width
     x_norm = x_norm[None]
     tile = pl.BlockSpec((tokens, hidden_size), lambda t, c, layer: (t, 0))
     across = pl.BlockSpec((None, width, hidden_size), lambda t, c, layer: (layer[0], c, 0))
     back = pl.BlockSpec((None, hidden_size, width), lambda t, c, layer: (layer[0], 0, c))
-    held = mlp_vmem_bytes(hidden_size, width, x.dtype.itemsize, tokens)
     out: jax.Array = pl.pallas_call(
         functools.partial(_mlp_kernel, chunks=chunks, eps=eps),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -155,7 +115,7 @@ def gated_mlp_pallas(
         out_shape=shape_of(x.shape, x.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=(of_tiles(live, interpret), "arbitrary"),
-            vmem_limit_bytes=vmem_limit(held),
+            vmem_limit_bytes=vmem_limit(walk.vmem_bytes),
         ),
         interpret=interpret,
         name="gated_mlp",

@@ -1,14 +1,14 @@
-"""The projections in Pallas: both kernels hold their weights in VMEM and walk over tiles of tokens.
+"""The projections in Pallas: both kernels walk over tiles of tokens, and over chunks of weights.
 
-The matrix unit multiplies the heads of one pass while the vector and lane units normalise and
-rotate those of the pass before.
+The matrix unit multiplies the heads of one step while the vector and lane units normalise and
+rotate those of the step before.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,38 +17,39 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from packscore_kernels.errors import ArgumentError
-from packscore_kernels.hardware import LANES, cdiv, shape_of, vmem_limit
+from packscore_kernels.hardware import shape_of, vmem_limit
 from packscore_kernels.layer.tiles import (
     LiveTokens,
     Ref,
+    chunk_of,
     num_tiles,
     of_layer,
     of_tiles,
+    passing,
     product,
     rms_norm,
-    tile_tokens,
     whole,
 )
+from packscore_kernels.layer.walks import HEAD_DIM, QkvSteps, out_walk, qkv_walk
 
-HEAD_DIM = LANES  # the width of a vector register, within which a head is turned
-# Heads that one pass multiplies. Few leave the matrix unit idle at each pass's ends; all at once
-# is one long piece of code, which the compiler schedules worse than several short ones.
-HEADS = 8
-# Tokens of a tile without queries, as one layer has: a long tile is long code, for 2 % of a layer.
-KV_TOKENS = 256
+PAIR = 2  # heads whose columns fill a pass of the matrix unit
 
 
 def too_large(hidden_size: int, num_heads: int) -> ArgumentError:
-    """Weights that the chip's VMEM does not hold, or that would compile for minutes."""
+    """Weights of which the chip's VMEM holds no chunk beside a tile of tokens."""
     return ArgumentError(
         f"{hidden_size=} times {num_heads=} is more than the kernel takes on this chip; "
         "pass implementation='xla', and see can_project"
     )
 
 
-def num_passes(num_q_heads: int, num_kv_heads: int) -> int:
-    """Passes over the heads of q, k and v."""
-    return sum(cdiv(n, HEADS) for n in (num_q_heads, num_kv_heads, num_kv_heads))
+class _Part(NamedTuple):
+    """What becomes of one of the three weights."""
+
+    weight: Ref
+    out: Ref
+    norm: Ref | None
+    steps: int
 
 
 def _qkv_kernel(
@@ -57,61 +58,70 @@ def _qkv_kernel(
     # inputs
     x: Ref,  # [block_tokens, hidden_size]
     x_norm: Ref,  # [1, hidden_size]
-    wq: Ref | None,  # [num_q_heads * head_dim, hidden_size]; without it no queries are made
+    wq: Ref | None,  # [num_q_heads * head_dim, hidden_size], or of a step's heads; None: no queries
     wk: Ref,  # [num_kv_heads * head_dim, hidden_size]
     wv: Ref,  # [num_kv_heads * head_dim, hidden_size]
     q_norm: Ref | None,  # [1, head_dim]
     k_norm: Ref,  # [1, head_dim]
     cos: Ref,  # [block_tokens, head_dim]
     sin: Ref,  # [block_tokens, head_dim]
-    # outputs
-    q: Ref | None,  # [num_q_heads, block_tokens, head_dim]
-    k: Ref,  # [num_kv_heads, block_tokens, head_dim]
-    v: Ref,  # [num_kv_heads, block_tokens, head_dim]
+    # outputs: of the heads of the step before
+    q: Ref | None,  # [q_heads, block_tokens, head_dim]
+    k: Ref,  # [kv_heads, block_tokens, head_dim]
+    v: Ref,  # [kv_heads, block_tokens, head_dim]
     # scratch
     rows: Ref,  # [block_tokens, hidden_size]
-    raw: Ref,  # float32[2, block_tokens, HEADS * head_dim]: products, one of them being finished
+    raw: Ref,  # float32[block_tokens, heads of a step * head_dim]: products that wait
     turn: Ref,  # float32[2, block_tokens, head_dim]: cosine and signed sine
     *,
+    steps: QkvSteps,
     eps: float,
 ) -> None:
     del layer
-    head_dim = k.shape[2]
-    half = head_dim // 2
+    step = pl.program_id(1)
 
-    @pl.when(pl.program_id(1) == 0)
     def prepare() -> None:
         rows[...] = rms_norm(x[...], x_norm[...], eps).astype(rows.dtype)
         # turning by half a head puts x2 before x1, and rotate_half wants -x2 before x1
         lane = lax.broadcasted_iota(jnp.int32, sin.shape, 1)
         sine = sin[...].astype(jnp.float32)
         turn[0] = cos[...].astype(jnp.float32)
-        turn[1] = jnp.where(lane < half, -sine, sine)
+        turn[1] = jnp.where(lane < HEAD_DIM // 2, -sine, sine)
 
-    passes = [
-        (weight, out, norm, first, min(HEADS, out.shape[0] - first))
-        for weight, out, norm in ((wq, q, q_norm), (wk, k, k_norm), (wv, v, None))
-        if weight is not None and out is not None
-        for first in range(0, out.shape[0], HEADS)
-    ]
+    def finish(part: _Part, head: int) -> None:
+        values = raw[:, head * HEAD_DIM : (head + 1) * HEAD_DIM]
+        if part.norm is not None:
+            values = rms_norm(values, part.norm[...], eps)
+            values = values * turn[0] + pltpu.roll(values, HEAD_DIM // 2, 1) * turn[1]
+        part.out[head] = values.astype(part.out.dtype)
 
-    def step(i: int) -> None:
-        if i < len(passes):
-            weight, _, _, first, heads = passes[i]
-            columns = slice(first * head_dim, (first + heads) * head_dim)
-            raw[i % 2, :, : heads * head_dim] = product(rows[...], weight[columns])
-        if i:
-            _, out, norm, first, heads = passes[i - 1]
-            for head in range(heads):
-                at = slice(head * head_dim, (head + 1) * head_dim)
-                values = raw[(i - 1) % 2, :, at]
-                if norm is not None:
-                    values = rms_norm(values, norm[...], eps)
-                    values = values * turn[0] + pltpu.roll(values, half, 1) * turn[1]
-                out[first + head] = values.astype(out.dtype)
+    def run(own: _Part | None, before: _Part | None, first: int) -> None:
+        if before is None:
+            prepare()
+        ready, wanted = (part.out.shape[0] if part else 0 for part in (before, own))
+        # a pair's columns take the next product as soon as they are finished: the matrix unit
+        # multiplies one pair beside the finishing of another
+        for pair in range(0, max(ready, wanted), PAIR):
+            if before is not None:
+                for head in range(pair, min(pair + PAIR, ready)):
+                    finish(before, head)
+            if own is not None and pair < wanted:
+                start, size = pair * HEAD_DIM, min(PAIR, wanted - pair) * HEAD_DIM
+                weight = chunk_of(own.weight, step - first, wanted * HEAD_DIM, start, size)
+                raw[:, start : start + size] = product(rows[...], weight)
 
-    for i in range(len(passes) + 1):
-        pl.when(pl.program_id(1) == i)(functools.partial(step, i))
+    first = 0
+    before: _Part | None = None
+    parts = [_Part(wk, k, k_norm, steps.kv), _Part(wv, v, None, steps.kv)]
+    if steps.q:
+        parts.insert(0, _Part(wq, q, q_norm, steps.q))
+    for part in parts:
+        pl.when(step == first)(functools.partial(run, part, before, first))
+        if part.steps > 1:
+            inside = (step > first) & (step < first + part.steps)
+            pl.when(inside)(functools.partial(run, part, part, first))
+        first, before = first + part.steps, part
+    pl.when(step == first)(functools.partial(run, None, before, first))
 
 
 def _kv_kernel(
@@ -124,54 +134,12 @@ def _kv_kernel(
     cos: Ref,
     sin: Ref,
     *others: Ref,
+    steps: QkvSteps,
     eps: float,
 ) -> None:
     """`_qkv_kernel` without queries; the others are k, v and what is scratch there."""
     inputs = x, x_norm, None, wk, wv, None, k_norm, cos, sin
-    _qkv_kernel(layer, *inputs, None, *others, eps=eps)
-
-
-def qkv_vmem_bytes(
-    num_q_heads: int, num_kv_heads: int, hidden_size: int, itemsize: int, tokens: int
-) -> int:
-    """What `project_qkv` holds with tiles of so many tokens."""
-    columns = HEAD_DIM * (num_q_heads + 2 * num_kv_heads)
-    tiles = tokens * (3 * hidden_size + 2 * columns + 4 * HEAD_DIM) * itemsize
-    return columns * hidden_size * itemsize + tiles + tokens * HEAD_DIM * (2 * HEADS + 2) * 4
-
-
-def out_vmem_bytes(num_q_heads: int, hidden_size: int, itemsize: int, tokens: int) -> int:
-    """What `project_out` holds with tiles of so many tokens."""
-    columns = HEAD_DIM * num_q_heads
-    arrays = columns * hidden_size + tokens * (4 * hidden_size + 3 * columns)
-    return arrays * itemsize + 4 * tokens * hidden_size
-
-
-def qkv_tile(
-    heads: tuple[int, int],
-    hidden_size: int,
-    itemsize: int,
-    num_tokens: int,
-    live: LiveTokens | None = None,
-) -> int | None:
-    """Tokens of a tile of `project_qkv`; None where no tile suits its (q, kv) heads."""
-    held = functools.partial(qkv_vmem_bytes, *heads, hidden_size, itemsize)
-    weight_bytes = HEAD_DIM * (heads[0] + 2 * heads[1]) * hidden_size * itemsize
-    tile = tile_tokens(num_tokens, weight_bytes, held, live)
-    return tile if heads[0] or tile is None else min(tile, KV_TOKENS)
-
-
-def out_tile(
-    num_q_heads: int,
-    hidden_size: int,
-    itemsize: int,
-    num_tokens: int,
-    live: LiveTokens | None = None,
-) -> int | None:
-    """Tokens of a tile of `project_out`; None where no tile suits its heads."""
-    held = functools.partial(out_vmem_bytes, num_q_heads, hidden_size, itemsize)
-    weight_bytes = HEAD_DIM * num_q_heads * hidden_size * itemsize
-    return tile_tokens(num_tokens, weight_bytes, held, live)
+    _qkv_kernel(layer, *inputs, None, *others, steps=steps, eps=eps)
 
 
 def project_qkv_pallas(
@@ -187,47 +155,58 @@ def project_qkv_pallas(
     interpret: Any = False,
 ) -> list[jax.Array]:
     """The kernel behind `project_qkv` and `project_kv`."""
-    (num_tokens, hidden_size), head_dim = x.shape, norms[0].shape[0]
-    heads = [w.shape[1] // head_dim for w in weights]
+    num_tokens, hidden_size = x.shape
+    heads = [weight.shape[1] // HEAD_DIM for weight in weights]
     num_q_heads, num_kv_heads = sum(heads[:-2]), heads[-1]
-    itemsize = x.dtype.itemsize
-    tokens = qkv_tile((num_q_heads, num_kv_heads), hidden_size, itemsize, num_tokens, live)
-    if tokens is None:
-        raise too_large(hidden_size, num_q_heads)
+    own = num_q_heads, num_kv_heads
+    walk = qkv_walk(own, hidden_size, x.dtype.itemsize, num_tokens, live)
+    if walk is None:
+        raise too_large(hidden_size, heads[0])
+    tokens, steps = walk.tokens, QkvSteps.of(*own, walk.chunk)
     x_norm, *norms = (norm[None] for norm in (x_norm, *norms))
+    of_first = passing(weights[0], walk.chunk * HEAD_DIM) if walk.passes else of_layer(weights[0])
 
     def tile(width: int) -> pl.BlockSpec:
         return pl.BlockSpec((tokens, width), lambda t, *_: (t, 0))
 
+    def finished(num_heads: int, first: int, count: int) -> pl.BlockSpec:
+        """The heads of the step before, of those steps that are a part's own."""
+
+        def at(t: Any, step: Any, layer: Any) -> tuple[Any, Any, int]:
+            return jnp.clip(step - first - 1, 0, count - 1), t, 0
+
+        return pl.BlockSpec((num_heads, tokens, HEAD_DIM), at)
+
+    parts = [
+        (steps.q_heads, 0, steps.q),
+        (steps.kv_heads, steps.q, steps.kv),
+        (steps.kv_heads, steps.q + steps.kv, steps.kv),
+    ]
     found: list[jax.Array] = pl.pallas_call(
-        functools.partial(_qkv_kernel if num_q_heads else _kv_kernel, eps=eps),
+        functools.partial(_qkv_kernel if num_q_heads else _kv_kernel, steps=steps, eps=eps),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(
-                num_tiles(num_tokens, tokens, live),
-                num_passes(num_q_heads, num_kv_heads) + 1,
-            ),
+            grid=(num_tiles(num_tokens, tokens, live), steps.per_tile),
             in_specs=[
                 tile(hidden_size),
                 whole(x_norm),
-                *map(of_layer, weights),
+                of_first,
+                *map(of_layer, weights[1:]),
                 *map(whole, norms),
-                tile(head_dim),
-                tile(head_dim),
+                tile(HEAD_DIM),
+                tile(HEAD_DIM),
             ],
-            out_specs=[pl.BlockSpec((n, tokens, head_dim), lambda t, *_: (0, t, 0)) for n in heads],
+            out_specs=[finished(*part) for part in parts[-len(weights) :]],
             scratch_shapes=[
                 pltpu.VMEM((tokens, hidden_size), x.dtype),
-                pltpu.VMEM((2, tokens, HEADS * head_dim), jnp.float32),
-                pltpu.VMEM((2, tokens, head_dim), jnp.float32),
+                pltpu.VMEM((tokens, max(steps.q_heads, steps.kv_heads) * HEAD_DIM), jnp.float32),
+                pltpu.VMEM((2, tokens, HEAD_DIM), jnp.float32),
             ],
         ),
-        out_shape=[shape_of((n, num_tokens, head_dim), x.dtype) for n in heads],
+        out_shape=[shape_of((n, num_tokens, HEAD_DIM), x.dtype) for n in heads],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=(of_tiles(live, interpret), "arbitrary"),
-            vmem_limit_bytes=vmem_limit(
-                qkv_vmem_bytes(num_q_heads, num_kv_heads, hidden_size, itemsize, tokens)
-            ),
+            vmem_limit_bytes=vmem_limit(walk.vmem_bytes),
         ),
         interpret=interpret,
         name="project_qkv" if num_q_heads else "project_kv",
@@ -240,14 +219,15 @@ def _out_kernel(
     layer: Ref,  # i32[1]
     # inputs
     attended: Ref,  # [num_q_heads, block_tokens, head_dim]
-    weight: Ref,  # [hidden_size, num_q_heads * head_dim]
-    x: Ref,  # [block_tokens, hidden_size]
+    weight: Ref,  # [hidden_size, num_q_heads * head_dim], or the rows of a chunk
+    x: Ref,  # [block_tokens, chunk]
     # outputs
-    out: Ref,  # [block_tokens, hidden_size]
+    out: Ref,  # [block_tokens, chunk]
 ) -> None:
     del layer
     rows = jnp.concatenate([attended[head] for head in range(attended.shape[0])], axis=1)
-    out[...] = (x[...].astype(jnp.float32) + product(rows, weight[...])).astype(out.dtype)
+    own = chunk_of(weight, pl.program_id(1), out.shape[1])
+    out[...] = (x[...].astype(jnp.float32) + product(rows, own)).astype(out.dtype)
 
 
 def project_out_pallas(
@@ -261,25 +241,29 @@ def project_out_pallas(
 ) -> jax.Array:
     """The kernel behind `project_out`."""
     num_heads, num_tokens, head_dim = attended.shape
-    hidden_size, itemsize = weight.shape[1], x.dtype.itemsize
-    tokens = out_tile(num_heads, hidden_size, itemsize, num_tokens, live)
-    if tokens is None:
+    hidden_size = weight.shape[1]
+    walk = out_walk(num_heads, hidden_size, x.dtype.itemsize, num_tokens, live)
+    if walk is None:
         raise too_large(hidden_size, num_heads)
-    held = out_vmem_bytes(num_heads, hidden_size, itemsize, tokens)
-    tile = pl.BlockSpec((tokens, hidden_size), lambda t, _: (t, 0))
-    heads = pl.BlockSpec((num_heads, tokens, head_dim), lambda t, _: (0, t, 0))
+    tokens, columns = walk.tokens, walk.chunk
+    tile = pl.BlockSpec((tokens, columns), lambda t, step, _: (t, step))
+    heads = pl.BlockSpec((num_heads, tokens, head_dim), lambda t, *_: (0, t, 0))
     out: jax.Array = pl.pallas_call(
         _out_kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(num_tiles(num_tokens, tokens, live),),
-            in_specs=[heads, of_layer(weight), tile],
+            grid=(num_tiles(num_tokens, tokens, live), hidden_size // columns),
+            in_specs=[
+                heads,
+                passing(weight, columns) if walk.passes else of_layer(weight),
+                tile,
+            ],
             out_specs=tile,
         ),
         out_shape=shape_of(x.shape, x.dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=(of_tiles(live, interpret),),
-            vmem_limit_bytes=vmem_limit(held),
+            dimension_semantics=(of_tiles(live, interpret), "arbitrary"),
+            vmem_limit_bytes=vmem_limit(walk.vmem_bytes),
         ),
         interpret=interpret,
         name="project_out",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -12,14 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from packscore_kernels.hardware import CHIPS, align_to, cdiv, precision_of, vmem_capacity
+from packscore_kernels.hardware import LANES, align_to, cdiv, precision_of
 
 Ref = Any
-# Tokens of a tile, the most first: long tiles leave the matrix unit idle at fewer ends.
-TILE_TOKENS = (1024, 512, 256)
-# Tokens x bytes of weights of one tile, whose products are unrolled: a kernel of this length
-# compiles in 12 to 20 s.
-LONGEST_PRODUCTS = 18_000_000_000
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["count"], meta_fields=["tile"])
@@ -34,42 +28,9 @@ class LiveTokens:
     tile: int  # most rows of a tile
 
 
-def vmem_room() -> int:
-    """Bytes of VMEM that a kernel may plan with; where it is interpreted, of a v5e's."""
-    return (vmem_capacity() or CHIPS["v5e"].vmem_bytes) * 3 // 4
-
-
 def even_tile(num_tokens: int, most: int) -> int:
     """Tokens of a tile of at most so many, such that all tiles have about as many."""
     return min(align_to(cdiv(num_tokens, cdiv(num_tokens, most)), 16), num_tokens)
-
-
-def suits(tokens: int, weight_bytes: int, held: int, share: float = 1.0) -> bool:
-    """Whether a tile fits VMEM and compiles in seconds.
-
-    Args:
-      tokens: of the tile.
-      weight_bytes: of all weights that each of them is multiplied with.
-      held: bytes of VMEM.
-      share: of the longest code.
-    """
-    return held <= vmem_room() and tokens * weight_bytes <= share * LONGEST_PRODUCTS
-
-
-def tile_tokens(
-    num_tokens: int, weight_bytes: int, held: Callable[[int], int], live: LiveTokens | None = None
-) -> int | None:
-    """Tokens of a tile; None where no tile suits.
-
-    Args:
-      num_tokens: of all tiles.
-      weight_bytes: of all weights that each of them is multiplied with.
-      held: tokens of a tile to the bytes of VMEM it takes.
-      live: where the number of tiles is data, which none is evened for.
-    """
-    suiting = (most for most in TILE_TOKENS if suits(most, weight_bytes, held(most)))
-    most = next(suiting, None)
-    return most and one_tile(num_tokens, most, live)
 
 
 def one_tile(num_tokens: int, most: int, live: LiveTokens | None) -> int:
@@ -100,6 +61,38 @@ def of_layer(weight: jax.Array) -> pl.BlockSpec:
         lambda *at: (at[-1][0], 0, 0),
         pipeline_mode=pl.Buffered(1),
     )
+
+
+def passing(weight: jax.Array, rows: int) -> pl.BlockSpec:
+    """One layer's weight in chunks of so many rows, one a step; further steps keep the last."""
+    last = weight.shape[1] // rows - 1
+    return pl.BlockSpec(
+        (None, rows, weight.shape[2]),
+        lambda t, step, layer: (layer[0], jnp.minimum(step, last), 0),
+    )
+
+
+def chunk_of(
+    weight: Ref,  # [rows, hidden_size]: all, or one chunk
+    step: Any,  # i32[]
+    rows: int,
+    first: int = 0,
+    count: int | None = None,
+) -> jax.Array:
+    """Some rows of a step's chunk of a weight, which holds all chunks or has this one passing by.
+
+    Args:
+      weight: the weight.
+      step: which chunk.
+      rows: of a chunk.
+      first: row within the chunk.
+      count: of rows; None: all of the chunk.
+    """
+    count = rows if count is None else count
+    is_chunk = weight.shape[0] == rows
+    start = first if is_chunk else pl.multiple_of(step * rows, LANES) + first
+    found: jax.Array = weight[pl.ds(start, count)]
+    return found
 
 
 def product(

@@ -2,20 +2,21 @@
 
 Traced as they are, the modules between the residual stream and attention become a dozen passes over
 memory: halves of heads are sliced, turned and joined, and arrays change their layout for attention.
-XLA computes the MLP's gate within its last product, which waits for it. Experts stay as they are.
+XLA computes the MLP's gate within its last product, which waits for it. A mixture's
+experts are grouped products.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import jax
 from torch import nn
 
-from packscore.interfaces import FUSED_LAYERS, FUSED_MLPS, Interface
+from packscore.interfaces import FUSED_LAYERS, FUSED_MLPS, MIXTURE, Interface
 from packscore.model.sizes import ModelSizes
 from packscore.programs.sizes import ProgramKey
 from packscore.programs.traced_ops import KernelImplementation, LayerAttention
@@ -29,8 +30,9 @@ from packscore_kernels import (
     project_qkv,
 )
 from packscore_kernels.hardware import cdiv
-from packscore_kernels.layer.mlp import mlp_tiles
-from packscore_kernels.layer.projections import num_passes, out_tile, qkv_tile
+from packscore_kernels.layer.api import interpret_of
+from packscore_kernels.layer.experts import grouped_experts
+from packscore_kernels.layer.walks import QkvSteps, mlp_walk, out_walk, qkv_walk
 
 # (module, its weights, its inputs) -> its output, through torchax
 Call = Callable[..., jax.Array]
@@ -82,20 +84,21 @@ def grid_steps(
     """
     live, room = LiveTokens(num_tokens, key.tile), key.num_tokens
     heads = sizes.heads, sizes.kv_heads
-    into = qkv_tile(heads, sizes.hidden, itemsize, room, live)
-    back = out_tile(sizes.heads, sizes.hidden, itemsize, room, live)
-    mlp = mlp_tiles(room, sizes.hidden, sizes.inner, itemsize, live)
-    if into is None or back is None or mlp is None:
+    into = qkv_walk(heads, sizes.hidden, itemsize, room, live)
+    back = out_walk(sizes.heads, sizes.hidden, itemsize, room, live)
+    mlp = mlp_walk(sizes.hidden, sizes.inner, itemsize, room, live)
+    alone = 0, sizes.kv_heads
+    last_into = qkv_walk(alone, sizes.hidden, itemsize, room, live)
+    if into is None or back is None or mlp is None or last_into is None:
         raise ValueError(f"{key} is of no model whose layers are kernels")
     writes = int(bool(key.num_pages))
-    steps = cdiv(num_tokens, into) * (num_passes(*heads) + 1) + cdiv(num_tokens, back)
-    steps += cdiv(num_tokens, mlp.tokens) * (sizes.inner // mlp.width)
+    steps = cdiv(num_tokens, into.tokens) * QkvSteps.of(*heads, into.chunk).per_tile
+    steps += cdiv(num_tokens, back.tokens) * (sizes.hidden // back.chunk)
+    steps += cdiv(num_tokens, mlp.tokens) * (sizes.inner // mlp.chunk)
     steps += sizes.kv_heads * cdiv(num_tokens, block_q) + writes
     # the last layer's keys and values; how many blocks of them its rows meet is left out
-    alone = 0, sizes.kv_heads
-    tile = qkv_tile(alone, sizes.hidden, itemsize, room, live) or into
-    last = cdiv(num_tokens, tile) * (num_passes(*alone) + 1) + writes
-    return (sizes.layers - 1) * steps + last
+    last = cdiv(num_tokens, last_into.tokens) * QkvSteps.of(*alone, last_into.chunk).per_tile
+    return (sizes.layers - 1) * steps + last + writes
 
 
 def fused_layer(
@@ -124,7 +127,8 @@ def fused_layer(
     """
     q, k, v = _projected(layer, weights, index, hidden[0], rotary, attend)
     attended = attend(q, k, v, sm_scale=math.log(2))
-    return _behind(call, layer, weights, index, hidden[0], attended, attend)
+    count = attend.schedule.counts[0]
+    return _behind(call, layer, weights, index, hidden[0], attended, attend, count)
 
 
 def fused_rows(
@@ -139,7 +143,8 @@ def fused_rows(
     """The layer at few rows, and the keys and values of all tokens in the pages of its attention.
 
     XLA computes the products of the rows: another copy of the kernels would be as long as the
-    first, and so few rows wait for weights in either.
+    first, and so few rows wait for weights in either. Experts alone are the kernel's here too, for
+    XLA would copy all of the layer's.
 
     Returns:
       i32[num_rows] to [num_rows, hidden_size]: the residual stream behind the layer at those rows.
@@ -156,14 +161,14 @@ def fused_rows(
         live=attend.live,
     )
     attend.keep(k, v)
-    by_xla = replace(attend, implementation="xla")
 
     def at(rows: jax.Array) -> jax.Array:
         cos, sin = (part[:, rows] for part in rotary)
         x = hidden[0, rows]
-        q, _, _ = _projected(layer, weights, index, x, (cos, sin), by_xla)
+        q, _, _ = _projected(layer, weights, index, x, (cos, sin), attend, by_xla=True)
         attended = attend.at_rows(q, k, v, rows, sm_scale=math.log(2))
-        return _behind(call, layer, weights, index, x, attended, by_xla)[0]
+        given = index, x, attended, attend, len(x)
+        return _behind(call, layer, weights, *given, by_xla=True)[0]
 
     return at
 
@@ -175,6 +180,8 @@ def _projected(
     x: jax.Array,
     rotary: tuple[jax.Array, jax.Array],
     attend: LayerAttention,
+    *,
+    by_xla: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries, keys and values of [num_tokens, hidden_size]."""
 
@@ -192,7 +199,7 @@ def _projected(
         (rotary[0][0], rotary[1][0]),
         index,
         eps=layer.input_layernorm.variance_epsilon,
-        implementation=attend.implementation,
+        implementation="xla" if by_xla else attend.implementation,
         live=attend.live,
     )
 
@@ -205,9 +212,12 @@ def _behind(
     x: jax.Array,
     attended: jax.Array,
     attend: LayerAttention,
+    count: int | jax.Array,
+    *,
+    by_xla: bool = False,
 ) -> jax.Array:
-    """What stands behind attention, on the residual stream [num_tokens, hidden_size]."""
-    implementation, live = attend.implementation, attend.live
+    """What stands behind attention, on [num_tokens, hidden_size], of which `count` are tokens."""
+    implementation, live = "xla" if by_xla else attend.implementation, attend.live
 
     def stack(name: str) -> jax.Array:
         return weights[f"{name}.weight"]
@@ -226,12 +236,24 @@ def _behind(
         )[None]
     hidden = x[None]
 
-    def through(name: str, x: jax.Array) -> jax.Array:
+    def through(name: str, x: jax.Array) -> Any:
         own = {
             key.removeprefix(f"{name}."): w[index]
             for key, w in weights.items()
             if key.startswith(f"{name}.")
         }
-        return call(getattr(layer, name), own, x)
+        return call(operator.attrgetter(name)(layer), own, x)
 
-    return hidden + through("mlp", through("post_attention_layernorm", hidden))
+    rows = through("post_attention_layernorm", hidden)
+    if not _is_one(layer.mlp, (MIXTURE,)):
+        plain: jax.Array = hidden + through("mlp", rows)
+        return plain
+    _, shares, chosen = through("mlp.gate", rows)
+    experts = "mlp.experts"
+    return hidden + grouped_experts(
+        *(rows[0], chosen, shares),
+        *(weights[f"{experts}.gate_up_proj"], weights[f"{experts}.down_proj"], index),
+        lambda gate: call(layer.mlp.experts.act_fn, {}, gate),
+        count,
+        interpret_of(attend.implementation),
+    )

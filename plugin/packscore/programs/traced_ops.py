@@ -19,7 +19,6 @@ from packscore.model.place import TORCHTPU_STANDS_BEFORE_TORCHAX, torchtpu_is_lo
 from packscore.programs.interfaces import (
     DEFAULT_ENVIRONMENT,
     DEVICE_MODULE,
-    RAGGED_PRODUCT,
     imported,
 )
 from packscore_kernels import (
@@ -31,7 +30,7 @@ from packscore_kernels import (
     write_kv_pages,
 )
 from packscore_kernels.attention.xla import segment_attention_dense
-from packscore_kernels.hardware import precision_of
+from packscore_kernels.layer.experts import ragged_product, through_experts
 from packscore_kernels.row_attention.api import segment_attention_rows
 
 # under which transformers finds both; no name of its own
@@ -181,30 +180,17 @@ def program_experts(
     top_k_index: torch.Tensor,  # i64[num_tokens, num_chosen]
     top_k_weights: torch.Tensor,  # [num_tokens, num_chosen]
 ) -> torch.Tensor:
-    """The experts of a mixture while they are traced: tokens sorted by expert, two ragged products.
-
-    Hugging Face's own loops over the experts that were hit, which is data, or gathers a copy of
-    an expert's weights for every token.
-    """
+    """The experts of a mixture while they are traced; see `packscore_kernels.layer.experts`."""
     env = torchax_environment()
     experts: Any = module
     tensors = (hidden_states, top_k_index, top_k_weights, experts.gate_up_proj, experts.down_proj)
     hidden, index, weights, gate_up, down = (env.t2j_iso(x) for x in tensors)
-    num_chosen = index.shape[1]
-    flat = index.reshape(-1)
-    order = jnp.argsort(flat, stable=True)
-    sizes = jnp.bincount(flat, length=gate_up.shape[0]).astype(jnp.int32)
 
-    def product(rows: jax.Array, matrices: jax.Array) -> jax.Array:
-        # matrices: [num_experts, out, in]
-        turned, precision = jnp.swapaxes(matrices, 1, 2), precision_of(rows.dtype)
-        out: jax.Array = RAGGED_PRODUCT()(rows, turned, sizes, precision=precision)
+    def activation(gate: jax.Array) -> jax.Array:
+        out: jax.Array = env.t2j_iso(experts.act_fn(env.j2t_iso(gate)))
         return out
 
-    inner = product(hidden[order // num_chosen], gate_up)
-    gate, up = jnp.split(inner, 2, axis=-1)
-    activated = env.t2j_iso(experts.act_fn(env.j2t_iso(gate))) * up
-    in_order = product(activated, down)[jnp.argsort(order)].reshape(*index.shape, -1)
-    out = (in_order * weights[..., None]).sum(1).astype(hidden.dtype)
+    product = ragged_product(index, len(gate_up))
+    out = through_experts(hidden, index, weights, gate_up, down, activation, product)
     result: torch.Tensor = env.j2t_iso(out)
     return result
