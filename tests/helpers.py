@@ -193,6 +193,11 @@ def official(document: str, query: str = PANDA) -> str:
     return OFFICIAL.format(instruction=INSTRUCTION, query=query, document=document)
 
 
+def lease_of(prefix: Any) -> Any:
+    """The pages that a held query has; the one place that knows where they are."""
+    return prefix._held._lease
+
+
 def engine_of(scorer: MultiItemScorer) -> Any:
     """What runs a scorer's launches now; the one place that knows where it is."""
     return scorer._core.engine

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from helpers import LABELS, engine_of, one_by_one, random_ids, random_qwen3
+from helpers import LABELS, engine_of, lease_of, one_by_one, random_ids, random_qwen3
 from packscore import InputError, MultiItemScorer, ScoringError, StalePrefixError, patch_model
 from packscore.flows.engine import Limits
 from packscore.flows.page_pool import PAGE_SIZE
@@ -349,8 +349,7 @@ def test_a_prefix_that_is_dropped_pins_nothing(scorer: MultiItemScorer) -> None:
     scorer.clear_prefixes()
     with pytest.raises(StalePrefixError), held:
         pass
-    assert held._lease is not None
-    assert held._lease.is_released
+    assert lease_of(held).is_released
     assert pool.num_pinned_pages == 0
     # caching goes on
     scorer.score(prefix, ITEMS)

@@ -29,6 +29,7 @@ from helpers import (
     LABELS,
     SMALL,
     engine_of,
+    lease_of,
     one_by_one,
     random_decoder,
     random_ids,
@@ -139,10 +140,7 @@ def pages_of(scorer: MultiItemScorer) -> np.ndarray:
     """What the pages hold of PREFIX, of every layer: [layers, kv heads, 2, tokens, head_dim]."""
     engine = engine_of(scorer)
     with scorer.prefix(PREFIX) as held:
-        own = held._held
-        assert own is not None
-        assert own._lease is not None
-        (page,) = own._lease.pages.tolist()
+        (page,) = lease_of(held).pages.tolist()
         if isinstance(engine._pages, KvPages):
             slots = torch.arange(len(PREFIX)) + page * engine._pages.page_size
             found = torch.stack([engine._pages._layers[i][:, :, slots] for i in (0, 1)])

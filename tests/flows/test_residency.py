@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from helpers import LABELS, engine_of, one_by_one, random_ids, random_qwen3
+from helpers import LABELS, engine_of, lease_of, one_by_one, random_ids, random_qwen3
 from packscore import (
     MultiItemScorer,
     NonFiniteScoreError,
@@ -115,8 +115,7 @@ def test_what_free_slots_hold_reaches_no_score(
     for prefix in [*prefixes, *prefixes[::-1]]:
         poison(scorer)  # also what was evicted since
         with scorer.prefix(prefix) as held:
-            assert held._lease is not None
-            tables.append(held._lease.pages.tolist())
+            tables.append(lease_of(held).pages.tolist())
             poison(scorer)
             result = held.score(ITEMS, return_usage=True)
         assert result.usage.flow == "extend"
@@ -238,7 +237,7 @@ def test_a_failed_launch_does_not_leave_empty_pages_behind(
         patch.setattr(program._executables, "get", lambda *_, **__: fails)
         with pytest.raises(LostError, match="out of memory"):
             scorer.score(other, ITEMS)
-    assert engine.pool.num_pinned_pages == len(held._lease.pages)
+    assert engine.pool.num_pinned_pages == len(lease_of(held).pages)
     if is_donated:
         with pytest.raises(StalePrefixError, match="or its pages were cleared; open a new one"):
             held.score(ITEMS)

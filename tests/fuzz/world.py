@@ -15,7 +15,7 @@ from ledger import BooksError, HungError, Ledger, LostError, WrongError
 from subjects import Engine, Subject
 from torch import nn
 
-from helpers import LABELS
+from helpers import LABELS, lease_of
 from packscore import MultiItemScorer, UnsupportedModelError, patch_model, unpatch_model
 from packscore.calls import program_of
 from packscore.errors import ScoringError
@@ -233,9 +233,11 @@ class World:
         pool = found[1].pool if found else None
         if pool is None:
             return
-        leases = [held._lease for held, _, _ in self.held]
+        leases = [lease_of(held) for held, _, _ in self.held]
         if self.stream is not None:
-            leases.append(inspect.getgeneratorlocals(self.stream[0]).get("lease"))
+            running = inspect.getgeneratorlocals(self.stream[0]).get("running")
+            if running is not None:
+                leases.append(inspect.getgeneratorlocals(running).get("lease"))
         live = [x for x in leases if x is not None and x.pool is pool and not x.is_released]
         pinned = {int(page) for lease in live for page in lease.pages}
         if pool.num_pinned_pages != len(pinned):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from itertools import islice
 from typing import Any, TypeVar, cast
 
@@ -47,8 +48,10 @@ def stream(
         request = core.encode(query, taken, names, reading.extra)
         return request, reading.of(request, names)
 
-    for first, found in launches(core, prefix_tokens(core, query), items, encoded, max_items):
-        yield from _numbers_first(core, reading, found, first)
+    tokens = prefix_tokens(core, query)
+    with closing(launches(core, tokens, items, encoded, max_items)) as running:
+        for first, found in running:
+            yield from _numbers_first(core, reading, found, first)
 
 
 def decide_stream(
@@ -67,8 +70,10 @@ def decide_stream(
         asked[:] = [decider.asked(tokens, dict(taken), permutations)]
         return asked[0].request, asked[0].read
 
-    for _, found in launches(core, tokens, decider.read_pairs(pairs), encoded, max_items):
-        yield from cast("dict[str, Answer]", decider.answers(asked[0], found)).items()
+    arriving = decider.read_pairs(pairs)
+    with closing(launches(core, tokens, arriving, encoded, max_items)) as running:
+        for _, found in running:
+            yield from cast("dict[str, Answer]", decider.answers(asked[0], found)).items()
 
 
 def launches(
@@ -77,7 +82,7 @@ def launches(
     items: Iterator[T],
     encoded: Callable[[list[T], int], tuple[EncodedRequest, Read]],
     max_items: int | None,
-) -> Iterator[tuple[int, Any]]:
+) -> Generator[tuple[int, Any], None, None]:
     """(number of the first item, what was read of those of a launch) while items arrive.
 
     Args:
