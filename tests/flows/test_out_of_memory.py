@@ -160,7 +160,7 @@ from packscore import MultiItemScorer, patch_model
 
 torch.set_num_threads(1)
 query, items = random_ids(700, seed=1), [random_ids(100, seed=k) for k in range(10)]
-model = random_qwen3(intermediate_size=65_536, num_layers=1)
+model = random_qwen3(intermediate_size=65_536, num_layers=2)
 expected = one_by_one(model, query, items[:2], LABELS)
 scorer = MultiItemScorer(patch_model(model), label_token_ids=LABELS)
 scorer.score(query[:9], items[:1])
