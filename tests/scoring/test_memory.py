@@ -71,8 +71,10 @@ print(*(peak(int(count)) for count in counts))
 # later (1032, 1059, 1059 MiB after 2, 4 and 10 thousand items), so both come after those.
 @pytest.mark.parametrize(
     ("device", "max_items", "counts", "most_mib"),
-    [("torch", 0, (2000, 20_000), 16), ("jax", 200, (2000, 2000, 6000), 48)],
-    ids=["torch", "jax"],
+    [
+        pytest.param("torch", 0, (2000, 20_000), 16, id="torch"),
+        pytest.param("jax", 200, (2000, 2000, 6000), 48, id="jax", marks=pytest.mark.long),
+    ],
 )
 @pytest.mark.parametrize(
     ("query", "item"), [(500, 5), pytest.param(2000, 20, marks=pytest.mark.long)]
