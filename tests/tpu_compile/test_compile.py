@@ -207,7 +207,7 @@ CAUSAL = [name for name, (architecture, _) in MODELS.items() if architecture.end
     ("chip", "names"),
     [
         pytest.param("v6e", ["shipped=float32", "qwen3_moe=float32"], id="v6e"),
-        pytest.param("v5e", ["llama=float32"], id="v5e"),
+        pytest.param("v5e", ["llama=float32"], id="v5e", marks=pytest.mark.long),
         *(
             pytest.param(
                 chip,
