@@ -6,7 +6,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, overload
+from typing import Any, Literal, Self, overload
 
 import numpy as np
 import torch
@@ -27,8 +27,6 @@ from packscore.results import ScoreResult
 from packscore.telling import counted, cut, telling
 from packscore.text.encoding import ArgumentNames
 from packscore.text.labels import LabelIds
-
-T = TypeVar("T")
 
 logger = logging.getLogger("packscore")
 
@@ -52,7 +50,6 @@ class Held:
     """
 
     def __init__(self, core: ScoringCore, tokens: TokenIds) -> None:
-        core.check_ready()
         self._core, self.tokens, self._engine = core, tokens, core.engine
         self._lease = self._hold()
 
@@ -135,10 +132,10 @@ class Prefix:
         self._is_released = False
         self._state: Held | None = None
         self._held: Held | None = None
+        core.check_ready()
         if _is_json(query):
             self._state = Held(core, decider().state(query))
         else:
-            core.check_ready()
             self._held = Held(core, prefix_tokens(core, query))
 
     @telling

@@ -368,8 +368,10 @@ def _label_logits(
     logits = values.logits.new_full((num_items, max(counts)), -torch.inf)
     normalizer = values.logits.new_empty(num_items)
     largest = None if values.largest is None else values.at(ends - each).largest
-    for labels in dict.fromkeys(read.labels):
-        items = [i for i, own in enumerate(read.labels) if own == labels]
+    of_labels: dict[Labels, list[int]] = {}
+    for i, labels in enumerate(read.labels):
+        of_labels.setdefault(labels, []).append(i)
+    for labels, items in of_labels.items():
         rows = np.concatenate([np.arange(ends[i] - each[i], ends[i]) for i in items])
         own, normal, _ = _of_labels(values.at(rows), labels, read, column, head)
         logits[items, : len(labels)] = own

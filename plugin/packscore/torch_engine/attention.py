@@ -200,7 +200,23 @@ def segment_attention(
         _attend_within(q[0], k[0], v[0], batch, sm_scale, out, lse)
     if pages is not None:
         pages.write(layer_idx, k, v, plan.writes)
-    for part in plan.parts:
+    add_prefixes(q, k, v, plan.parts, out, lse, sm_scale, pages, layer_idx)
+    return out[None]
+
+
+def add_prefixes(
+    q: torch.Tensor,  # [1, num_q_heads, num_rows, head_dim]
+    k: torch.Tensor,  # [1, num_kv_heads, num_tokens, head_dim]
+    v: torch.Tensor,  # [1, num_kv_heads, num_tokens, head_dim]
+    parts: Sequence[PrefixPart],
+    out: torch.Tensor,  # [num_rows, num_q_heads, head_dim], changed in place
+    lse: torch.Tensor,  # float32[num_rows, num_q_heads], changed in place
+    sm_scale: float,
+    pages: KvPages | None,
+    layer_idx: int,
+) -> None:
+    """Fold what rows see of their prefixes, packed or in pages, into what they see of their own."""
+    for part in parts:
         if part.packed is not None:
             keys, values = (x[:, :, slice(*part.packed)] for x in (k, v))
         else:
@@ -209,7 +225,6 @@ def segment_attention(
         rows = slice(*part.rows)
         part_out, part_lse = attend(q[:, :, rows], keys, values, is_causal=False, sm_scale=sm_scale)
         merge(out[rows], lse[rows], part_out[0].transpose(0, 1), part_lse[0].T)
-    return out[None]
 
 
 def merge(

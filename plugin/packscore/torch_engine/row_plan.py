@@ -14,9 +14,9 @@ from packscore.torch_engine.attention import (
     PrefixPart,
     SegmentPlan,
     SequenceBatch,
+    add_prefixes,
     attend,
     batch_by_length,
-    merge,
 )
 from packscore.torch_engine.pages import KvPages, PageWrite
 
@@ -108,13 +108,5 @@ def rows_attention(
         out[index], lse[index] = found[:, :, 0], found_lse[:, :, 0]
     if pages is not None:
         pages.write(layer_idx, k, v, plan.writes)
-    for part in plan.parts:
-        if part.packed is not None:
-            keys, values = (x[:, :, slice(*part.packed)] for x in (k, v))
-        else:
-            assert pages is not None
-            keys, values = pages.read(layer_idx, part.slots)
-        rows = slice(*part.rows)
-        part_out, part_lse = attend(q[:, :, rows], keys, values, is_causal=False, sm_scale=sm_scale)
-        merge(out[rows], lse[rows], part_out[0].transpose(0, 1), part_lse[0].T)
+    add_prefixes(q, k, v, plan.parts, out, lse, sm_scale, pages, layer_idx)
     return out[None]
