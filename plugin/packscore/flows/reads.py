@@ -337,7 +337,7 @@ def _result(
     with torch.inference_mode():
         if isinstance(read, HiddenRead):
             return _hidden_rows(found, request, read)
-        return _label_logits(found, request, read, readout, head)
+        return _label_logits(found, read, readout, head)
 
 
 def _hidden_rows(found: RequestValues, request: EncodedRequest, read: HiddenRead) -> HiddenRows:
@@ -348,14 +348,9 @@ def _hidden_rows(found: RequestValues, request: EncodedRequest, read: HiddenRead
 
 
 def _label_logits(
-    found: RequestValues,
-    request: EncodedRequest,
-    read: LabelRead,
-    readout: Readout,
-    head: Head,
+    found: RequestValues, read: LabelRead, readout: Readout, head: Head
 ) -> LabelLogits:
     column = {token: i for i, token in enumerate(readout.label_ids)}
-    num_items = len(request.items)
     if len(set(read.labels)) == 1:
         (labels,) = set(read.labels)
         chosen, normalizer, largest = _of_labels(found.values, labels, read, column, head)
@@ -365,8 +360,8 @@ def _label_logits(
     each = np.array([len(labels.contexts) for labels in read.labels], np.int64)
     ends = np.cumsum(each)
     values = found.values
-    logits = values.logits.new_full((num_items, max(counts)), -torch.inf)
-    normalizer = values.logits.new_empty(num_items)
+    logits = values.logits.new_full((len(counts), max(counts)), -torch.inf)
+    normalizer = values.logits.new_empty(len(counts))
     largest = None if values.largest is None else values.at(ends - each).largest
     of_labels: dict[Labels, list[int]] = {}
     for i, labels in enumerate(read.labels):
