@@ -6,6 +6,9 @@ import subprocess
 import sys
 import textwrap
 
+# Programs of other processes compiled as `quick_programs` compiles those of this one.
+QUICK_PROGRAMS = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+
 
 def run_fresh(code: str) -> str:
     """Run code in a fresh interpreter and return what it prints."""

@@ -20,6 +20,7 @@ import packscore
 from cli_helpers import Cli, with_command
 from packscore import shipped_model_path
 from packscore.cli.app import app
+from processes import QUICK_PROGRAMS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -106,6 +107,7 @@ def without_numbers(text: str) -> list[str]:
     return re.sub(r"\b\d+\.\d+(e[+-]\d+)?\b|[\d,]+(?= (?:items|questions)/s)", "0.x", text).split()
 
 
+@pytest.mark.usefixtures("quick_programs")
 @pytest.mark.parametrize("page", with_blocks("python"), ids=lambda page: page.name)
 def test_snippets_run_in_order(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scope: dict[str, Any] = {}
@@ -187,7 +189,7 @@ def refused(block: str) -> list[str]:
 
 @pytest.mark.parametrize("page", with_blocks("bash"), ids=lambda page: page.name)
 def test_shell_commands_run_here_or_in_ci(page: Path, tmp_path: Path) -> None:
-    environment = with_command(tmp_path / "scripts")
+    environment = {**with_command(tmp_path / "scripts"), **QUICK_PROGRAMS}
     (tmp_path / "in.jsonl").write_text('{"query": "open", "items": ["Open a file.", "No."]}\n')
     for block in blocks(page, "bash"):
         if "packscore " in re.sub(r"'.*'", "", block):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import subprocess
@@ -16,6 +17,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import logging
 
 from cli_helpers import with_command
+from processes import QUICK_PROGRAMS
 from tolerances import LOG_ODDS_FLOAT32
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -100,7 +102,14 @@ def printed(notebook: Any) -> list[list[str]]:
 def test_notebook_runs_and_holds_what_it_prints(tmp_path: Path) -> None:
     target = tmp_path / "ran.ipynb"
     command = [sys.executable, str(EXAMPLES / "run_notebook.py"), str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+        env={**os.environ, **QUICK_PROGRAMS},
+    )
     assert done.returncode == 0, done.stderr  # also where a cell failed
     kept, ran = (nbformat.read(x, as_version=4) for x in (EXAMPLES / "tpu_notebook.ipynb", target))
     assert printed(ran) == printed(kept)
