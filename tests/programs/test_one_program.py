@@ -67,7 +67,7 @@ def test_steps_of_grids_are_those_of_the_reference_job() -> None:
 KINDS = ("score", "rank", "prefix", "labels")
 
 
-@pytest.mark.parametrize("count", [8, pytest.param(40, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [4, pytest.param(40, marks=pytest.mark.long)])
 def test_all_lengths_run_two_programs(scorer: MultiItemScorer, count: int) -> None:
     program: Any = program_of(scorer.model)
     before, rng = program.compile_count, np.random.default_rng(0)
@@ -81,7 +81,7 @@ def test_all_lengths_run_two_programs(scorer: MultiItemScorer, count: int) -> No
         found, labels, softmax = call(scorer, KINDS[k % len(KINDS)], prefix, items)
         assert found.usage.padding_tokens < TILE
         lengths.add(found.usage.computed_tokens)
-        if k % 8 < 4 or count == 8:
+        if k % 8 < 4:
             expected = one_by_one(plain, prefix, items, labels, apply_softmax=softmax)
             worst = max(worst, np.abs(np.array(found.scores) - expected.numpy()).max())
     assert len(lengths) >= 0.95 * count

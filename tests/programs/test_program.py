@@ -142,9 +142,9 @@ def test_requests_larger_than_a_program_are_split() -> None:
     assert result.usage.flow == "chunked"
 
 
-@pytest.fixture(scope="module", params=[2048, pytest.param(8192, marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=[1280, pytest.param(8192, marks=pytest.mark.long)])
 def largest(request: pytest.FixtureRequest) -> int:
-    """Tokens of the largest program."""
+    """Tokens of the largest program; by default two are an eighth apart, and the others double."""
     return int(request.param)
 
 
