@@ -114,16 +114,6 @@ class LaunchError(PackscoreError, RuntimeError):
     The request may be tried again: others, in other launches, were not touched.
     """
 
-    @classmethod
-    def of(cls, failure: Exception) -> LaunchError:
-        """The error of one request of a launch that failed."""
-        error = cls(
-            f"the launch that this request was in failed ({type(failure).__name__}: {failure}); "
-            "try it again, and look at the cause if it fails once more"
-        )
-        error.__cause__ = failure
-        return error
-
 
 class ScoringError(PackscoreError, RuntimeError):
     """A forward failed; `scores` keeps what was computed before and after it.

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from packscore.batcher.batcher import MAX_REQUESTS, WINDOW_SECONDS, Batcher
+from packscore.batcher.batcher import MAX_REQUESTS, STARTING, WINDOW_SECONDS, Batcher
 from packscore.calls import program_of
 from packscore.core import Activation, Scores, ScoringCore, core_of
 from packscore.decisions.answers import Answer, Decision
@@ -895,9 +895,10 @@ class MultiItemScorer:
     @property
     def batcher(self) -> Batcher:
         """The queue of `async_score` and its kin, made when it is first asked for."""
-        if self._batcher is None or not self._batcher.is_ours:
-            self._batcher = Batcher(self._core)
-        return self._batcher
+        with STARTING:
+            if self._batcher is None or not self._batcher.is_ours:
+                self._batcher = Batcher(self._core)
+            return self._batcher
 
     @checked
     def start_batcher(
@@ -918,21 +919,25 @@ class MultiItemScorer:
           The queue, which `batcher` gives from now on; `with` closes it at its end.
 
         Raises:
-          InputError: there is one already, which is not closed; or a limit is out of range.
+          InputError, InputTypeError: there is one already, which is not closed; or a limit is out
+            of range.
         """
-        old = self._batcher
-        if old is not None and old.is_ours and not old.is_closed:
-            raise InputError(
-                "this scorer has a batcher already, since its first async call or start_batcher; "
-                "call start_batcher before them, or close it: await scorer.batcher.aclose()"
-            )
-        self._batcher = Batcher(
+        made = Batcher(
             self._core,
             max_requests=max_requests,
             max_tokens=max_tokens,
             window_seconds=window_seconds,
         )
-        return self._batcher
+        with STARTING:
+            old = self._batcher
+            if old is not None and old.is_ours and not old.is_closed:
+                raise InputError(
+                    "this scorer has a batcher already, since its first async call or "
+                    "start_batcher; call start_batcher before them, or close it: await "
+                    "scorer.batcher.aclose()"
+                )
+            self._batcher = made
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy makes its own
