@@ -245,6 +245,17 @@ def _check_seconds(name: str, value: Any) -> None:
         raise InputError(f"{name}={value} must be above 0")
 
 
+def _check_window(name: str, value: Any) -> None:
+    if type(value) is not int or value:  # 0 does not wait
+        _check_seconds(name, value)
+
+
+def _check_number(name: str, value: Any) -> None:
+    if value is None:
+        raise InputTypeError(f"{name}=None must be an int")
+    check_count(name, value)
+
+
 def _check_one_of(*choices: str) -> Callable[[str, Any], None]:
     return lambda name, value: check_choice(name, value, choices)
 
@@ -275,6 +286,8 @@ OPTIONS: dict[str, Callable[[str, Any], None]] = {
     "dtype": _check_dtype,
     "model_kwargs": _or_none(_check_mapping),
     "seconds": _check_seconds,
+    "max_requests": _check_number,
+    "window_seconds": _check_window,
 }
 
 

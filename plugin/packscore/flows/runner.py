@@ -7,16 +7,21 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from packscore.encoded import EncodedRequest, TokenIds
-from packscore.errors import MaskTooLargeError, OutOfMemoryError, StalePrefixError
+from packscore.errors import (
+    MaskTooLargeError,
+    OutOfMemoryError,
+    PackscoreError,
+    StalePrefixError,
+)
 from packscore.flows.costs import measured_cost_model
 from packscore.flows.engine import Engine, Readout
 from packscore.flows.jobs import RequestValues, Run
-from packscore.flows.packing import Share, first_equal, pack
+from packscore.flows.packing import PackedBatch, Share, first_equal, pack
 from packscore.flows.page_pool import PAGE_SIZE, PrefixLease
 from packscore.flows.planner import Explanation, Planner, Workload
 from packscore.results import FLOWS, Flow
@@ -38,10 +43,33 @@ class Runner:
 
     Args:
       engine: what computes launches.
+      launching: called before each launch, also of those that fail.
+      retries: run requests again, one by one, whose launch failed for no reason of theirs; else
+        they get its fault.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        launching: Callable[[], object] = lambda: None,
+        retries: bool = True,
+    ) -> None:
         self.engine = engine
+        self._launching = launching
+        self._retries = retries
+
+    def _launch(self, batch: PackedBatch, readout: Readout) -> Any:
+        self._launching()
+        return self.engine.launch(batch, readout)
+
+    def _is_fault(self, error: Exception) -> bool:
+        """Whether an error is kept to its launch: not one that names what is wrong with a request.
+
+        Nor one that smaller launches mend.
+        """
+        is_told = isinstance(error, PackscoreError) or self.engine.is_out_of_memory(error)
+        return not (self._retries or is_told)
 
     @property
     def planner(self) -> Planner:
@@ -106,15 +134,16 @@ class Runner:
         readout: Readout,
         flow: Flow | None,
         lease: PrefixLease | None,
-    ) -> list[RequestValues]:
+    ) -> list[RequestValues | Exception]:
         """The results of a run; where memory is short of smaller launches, in the end one by one.
 
         Raises:
           OutOfMemoryError: it is short for that too.
         """
 
-        def attempt(flow: Flow | None, planner: Planner) -> list[RequestValues]:
-            return Run(self.engine, planner, requests, readout, flow, lease).results()
+        def attempt(flow: Flow | None, planner: Planner) -> list[RequestValues | Exception]:
+            how = readout, flow, lease, self._launch, self._is_fault
+            return Run(self.engine, planner, requests, *how).results()
 
         num_tokens = sum(map(_num_tokens, requests))
         try:
@@ -215,7 +244,7 @@ class Runner:
         ends = planner.prefix_ends(work)
         for end in ends if ends[-1:] == (len(prefix),) else (*ends, len(prefix)):
             batch = pack([Share(0, prefix[:end], [], nothing, lease)])
-            self.engine.read([self.engine.launch(batch, readout)])
+            self.engine.read([self._launch(batch, readout)])
             lease.commit(end)
 
     def calibrate(self, seconds: float) -> None:
@@ -228,7 +257,7 @@ class Runner:
         items = [np.ones(length, np.int64) for length in item_lens]
         batch = pack([Share(0, prefix, items, np.arange(len(items)))])
         start = time.perf_counter()
-        self.engine.read([self.engine.launch(batch, ANY_READOUT)])
+        self.engine.read([self._launch(batch, ANY_READOUT)])
         return 1e3 * (time.perf_counter() - start)
 
 

@@ -1,0 +1,424 @@
+"""Concurrent calls, merged into launches by one device thread."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self, TypeVar, cast
+
+from packscore.batcher.stats import BatcherStats
+from packscore.batcher.waiting import Call, Turn, Waiting
+from packscore.core import ScoringCore
+from packscore.errors import BatcherClosedError, LaunchError, PackscoreError, QueueFullError
+from packscore.flows.runner import Runner
+from packscore.inputs import check_count
+from packscore.model.weight_watch import WeightWatch
+from packscore.reading.prepared import Prepared
+from packscore.results import Usage
+
+T = TypeVar("T")
+
+MAX_REQUESTS = 1024
+MAX_TOKENS = 2**20
+WINDOW_SECONDS = 0.003
+# What a full queue says before anything ran, and the least and most that it says.
+RETRY_SECONDS, LEAST_RETRY, MOST_RETRY = 1.0, 0.1, 60.0
+# Held while a scorer gets its batcher, so that it gets one.
+STARTING = threading.Lock()
+
+
+class Batcher:
+    """The queue of one scorer: `scorer.batcher`, or `scorer.start_batcher(...)` with other limits.
+
+    Requests wait a few milliseconds for others, or until a launch is full, and run together,
+    whatever their labels and options are. One thread encodes, one runs launches, one makes results
+    of what was read; event loops only wait. With nothing to do the threads hold nothing, and they
+    end with the scorer.
+
+    Args:
+      core: of the scorer.
+      max_requests: how many may wait.
+      max_tokens: how many tokens of items may wait; None is about a million.
+      window_seconds: how long the first request of an idle queue waits for others.
+
+    Raises:
+      InputError: a limit is out of range.
+    """
+
+    def __init__(
+        self,
+        core: ScoringCore,
+        *,
+        max_requests: int = MAX_REQUESTS,
+        max_tokens: int | None = None,
+        window_seconds: float = WINDOW_SECONDS,
+    ) -> None:
+        check_count("max_tokens", max_tokens)
+        self._core = core
+        self._process = os.getpid()
+        self.max_requests = max_requests
+        self.max_tokens = MAX_TOKENS if max_tokens is None else max_tokens
+        self.window_seconds = window_seconds
+        # holds all that follows; its lock may be taken again by who has it
+        self._changed = threading.Condition()
+        self._open: set[Call] = set()  # accepted, and neither done nor left
+        self._encoding: set[Call] = set()
+        self._waiting = Waiting()
+        self._is_stepping = False
+        self._is_closed = False
+        self._counts: Counter[str] = Counter()
+        self._seconds = dict.fromkeys(("waiting", "encoding", "running", "finishing"), 0.0)
+        self._encoder = ThreadPoolExecutor(1, "packscore-encode")
+        self._device = ThreadPoolExecutor(1, "packscore-device")
+        self._finisher = ThreadPoolExecutor(1, "packscore-finish")
+
+    @property
+    def stats(self) -> BatcherStats:
+        """What it did so far, and what waits."""
+        with self._changed:
+            return BatcherStats(
+                **self._counts,
+                queued_requests=self._queued,
+                queued_tokens=self._waiting.tokens,
+                **{f"{stage}_seconds": spent for stage, spent in self._seconds.items()},
+            )
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it takes no more requests."""
+        return self._is_closed
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process made it: the threads of another did not come along."""
+        return self._process == os.getpid()
+
+    @property
+    def _queued(self) -> int:
+        return len(self._encoding) + len(self._waiting)
+
+    async def submit(self, prepare: Callable[[], Prepared[T]]) -> T:
+        """The result of a request, once it ran.
+
+        Args:
+          prepare: called in the thread that encodes; what it raises is raised here.
+
+        Raises:
+          QueueFullError: too many requests wait, or too many tokens.
+          BatcherClosedError: it was closed.
+          LaunchError: the launch that it was in failed.
+        """
+        loop = asyncio.get_running_loop()
+        call = Call(prepare, loop, loop.create_future())
+        self._accept(call)
+        try:
+            return cast(T, await call.future)
+        finally:
+            self._leave(call)
+
+    def _accept(self, call: Call) -> None:
+        with self._changed:
+            if self._is_closed:
+                raise _closed()
+            if self._queued >= self.max_requests or self._waiting.tokens >= self.max_tokens:
+                self._counts["rejected"] += 1
+                raise self._full()
+            self._open.add(call)
+            self._encoding.add(call)
+            try:
+                self._encoder.submit(self._encode, call)
+            except RuntimeError as error:  # the interpreter ends
+                self._open.remove(call)
+                self._encoding.remove(call)
+                raise _closed() from error
+            self._counts["accepted"] += 1
+
+    def _leave(self, call: Call) -> None:
+        """Nobody waits for its result any more: what of it has not run never does."""
+        with self._changed:
+            if call not in self._open:
+                return
+            self._open.remove(call)
+            self._unqueue(call)
+            self._counts.update(cancelled=1, dropped=int(not call.has_run))
+            self._changed.notify_all()
+
+    def _unqueue(self, call: Call) -> None:
+        self._encoding.discard(call)
+        self._waiting.remove(call)
+
+    def _full(self) -> QueueFullError:
+        ran, seconds = self._counts["computed_tokens"], self._seconds["running"]
+        after = RETRY_SECONDS
+        if ran and seconds:
+            after = min(max(self._waiting.tokens * seconds / ran, LEAST_RETRY), MOST_RETRY)
+        return QueueFullError(self._queued, self._waiting.tokens, after)
+
+    @contextlib.contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._seconds[stage] += time.perf_counter() - start
+
+    # In the thread that encodes.
+
+    def _encode(self, call: Call) -> None:
+        if call not in self._open:
+            return
+        error: BaseException | None = None
+        with self._timed("encoding"):
+            try:
+                self._core.check_ready()
+                prepared = call.prepare()
+                prefix = prepared.request.prefix
+                is_kept = not len(prefix) or self._core.runner.can_hold(prefix)
+                call.encoded(prepared, is_kept=is_kept)
+            except BaseException as found:  # a task waits for it, whatever it is
+                error = found
+        with self._changed:
+            if call not in self._open:
+                return
+            self._encoding.discard(call)
+            has_room = self._waiting.tokens + call.tokens <= self.max_tokens
+            if error is None and (has_room or not len(self._waiting)):
+                self._waiting.append(call)
+                self._wake()
+                return
+            if error is None:
+                error = self._full()
+                self._counts.update(accepted=-1, rejected=1)
+        self._finish([(call, error)])
+
+    def _wake(self) -> None:
+        """The device thread has something to do."""
+        if self._is_stepping:
+            self._changed.notify_all()
+        else:
+            self._is_stepping = True
+            self._step_later(is_first=True)
+
+    def _step_later(self, *, is_first: bool) -> None:
+        try:
+            self._device.submit(self._step, is_first)
+        except RuntimeError:  # the interpreter ends
+            self._fail([*self._waiting])
+
+    # In the device thread.
+
+    def _step(self, is_first: bool) -> None:
+        """Run what fits into a launch, then again for as long as something waits."""
+        turns: list[Turn] = []
+        try:
+            runner = Runner(self._core.engine, launching=self._count_launch, retries=False)
+            turns = self._next_turns(runner, is_first)
+            found = self._run(runner, turns) if turns else []
+        except BaseException as error:
+            found = [_own(error) for _ in turns]
+            if not turns:  # there is no engine
+                self._fail([*self._waiting], error)
+        ended = self._sorted_out(turns, found)
+        if ended:
+            try:
+                self._finisher.submit(self._finish, ended)
+            except RuntimeError:  # the interpreter ends, or the batcher was closed too soon
+                self._finish(ended)
+        with self._changed:
+            self._is_stepping = len(self._waiting) > 0
+            if self._is_stepping:
+                self._step_later(is_first=False)
+
+    def _next_turns(self, runner: Runner, is_first: bool) -> list[Turn]:
+        limits = runner.engine.limits
+        with self._changed:
+            end = time.perf_counter() + self.window_seconds
+            while is_first and not (self._is_closed or self._waiting.fill(limits)):
+                left = end - time.perf_counter()
+                if left <= 0:
+                    break
+                self._changed.wait(left)
+            turns = self._waiting.take(limits, lambda x: len(x) - runner.cached_len(x))
+            now = time.perf_counter()
+            for turn in turns:
+                if not turn.call.has_run:
+                    self._seconds["waiting"] += now - turn.call.ready_at
+                turn.call.has_run = True
+        for turn in turns:
+            if not turn.is_whole and turn.call.watch is None:
+                turn.call.watch = WeightWatch(self._core.model)
+        return turns
+
+    def _count_launch(self) -> None:
+        with self._changed:
+            self._counts["launches"] += 1
+
+    def _run(self, runner: Runner, turns: list[Turn]) -> list[Any]:
+        with self._timed("running"):
+            self._core.check_ready()
+            requests, reads = [turn.request for turn in turns], [turn.read for turn in turns]
+            return self._core.run(requests, reads, runner=runner)
+
+    def _sorted_out(self, turns: list[Turn], found: list[Any]) -> list[tuple[Call, Any]]:
+        """Calls that have run to their end, and the error that they met, or None."""
+        changed = {
+            turn.call
+            for turn in turns
+            if turn.call.watch and turn.call.watch.sees_change(self._core.model)
+        }
+        ended: list[tuple[Call, Any]] = []
+        with self._changed:
+            self._counts["runs"] += bool(turns)
+            for turn, one in zip(turns, found, strict=True):
+                call = turn.call
+                if isinstance(one, Exception):
+                    self._unqueue(call)
+                    ended.append((call, one if isinstance(one, PackscoreError) else _fault(one)))
+                    continue
+                self._count_usage(call, one.usage)
+                call.found.append(one)
+                if call in changed:  # no result is of two models
+                    self._unqueue(call)
+                    call.start_over()
+                    if call in self._open:
+                        self._waiting.append(call)
+                elif call.is_taken:
+                    ended.append((call, None))
+            self._counts["ran"] += len(ended)
+        return ended
+
+    def _count_usage(self, call: Call, usage: Usage) -> None:
+        self._counts.update(
+            computed_tokens=usage.computed_tokens,
+            saved_tokens=usage.prefix_tokens_saved,
+            cached_tokens=usage.cached_tokens,
+            padding_tokens=usage.padding_tokens,
+            prefix_hits=int(not call.found and usage.cached_tokens > 0),
+        )
+
+    # In the thread that makes results.
+
+    def _finish(self, ended: Iterable[tuple[Call, Any]]) -> None:
+        """Make results of what was read, and hand them to those who wait."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Call, Any]]] = {}
+        with self._timed("finishing"):
+            for call, result in ended:
+                if call not in self._open:
+                    continue
+                try:
+                    result = result or call.result()
+                except BaseException as error:  # whatever a head of the user's raises
+                    result = error
+                by_loop.setdefault(call.loop, []).append((call, result))
+        for loop, results in by_loop.items():
+            with self._changed:
+                results = [(call, result) for call, result in results if call in self._open]
+                for call, result in results:
+                    self._open.remove(call)
+                    if not isinstance(result, QueueFullError):
+                        is_error = isinstance(result, BaseException)
+                        self._counts["failed" if is_error else "answered"] += 1
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+                loop.call_soon_threadsafe(_deliver, results)
+        with self._changed:
+            self._changed.notify_all()
+
+    # Where it ends.
+
+    def close(self, timeout: float | None = None) -> bool:
+        """Finish what was accepted and refuse the rest; then its threads end.
+
+        Args:
+          timeout: seconds after which what still waits fails, and what runs is not waited for;
+            None waits for all of it.
+
+        Returns:
+          Whether all of it was finished.
+        """
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+            is_done = self._changed.wait_for(lambda: not self._open, timeout)
+            self._fail([*self._encoding, *self._waiting])
+        for pool in (self._encoder, self._device, self._finisher):
+            pool.shutdown(wait=is_done)
+        return is_done
+
+    def _fail(self, calls: list[Call], error: BaseException | None = None) -> None:
+        """What waits is not run."""
+        with self._changed:
+            for call in calls:
+                self._unqueue(call)
+        self._finish([(call, _own(error or _closed())) for call in calls])
+
+    async def aclose(self, timeout: float | None = None) -> bool:
+        """`close`, while the event loop goes on."""
+        return await asyncio.to_thread(self.close, timeout)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+
+def _closed() -> BatcherClosedError:
+    return BatcherClosedError(
+        "the batcher is closed and takes no more requests; start another with "
+        "scorer.start_batcher()"
+    )
+
+
+def _fault(failure: BaseException) -> LaunchError:
+    """The error of one request of a launch that failed."""
+    error = LaunchError(
+        f"the launch that this request was in failed ({type(failure).__name__}: {failure}); try it "
+        "again, and look at the cause if it fails once more"
+    )
+    error.__cause__ = failure
+    return error
+
+
+def _own(error: BaseException) -> Exception:
+    """The error for one of many that it meets: each raises its own."""
+    if isinstance(error, PackscoreError):
+        return copy.copy(error).with_traceback(error.__traceback__)
+    return _fault(error)
+
+
+def _deliver(results: list[tuple[Call, Any]]) -> None:
+    """In the event loop of those who wait."""
+    for call, result in results:
+        if call.future.done():  # cancelled meanwhile
+            continue
+        if not isinstance(result, BaseException):
+            call.future.set_result(result)
+            continue
+        if not isinstance(result, Exception) or isinstance(result, StopIteration):
+            result = RuntimeError(repr(result))  # what no future takes, or what ends its loop
+        call.future.set_exception(result)
