@@ -796,7 +796,7 @@ class MultiItemScorer:
           LaunchError: the launch that the request was in failed.
           InputError, InputTypeError, NotPatchedError, NonFiniteScoreError: as in `score`.
         """
-        return await self._submit(
+        found = await self._submit(
             prepare_score,
             query,
             as_list("items", items, may_be_empty=True),
@@ -809,6 +809,7 @@ class MultiItemScorer:
             item_first=item_first,
             return_usage=return_usage,
         )
+        return cast("list[list[float]]", found)
 
     @overload
     async def async_rank(
@@ -856,7 +857,7 @@ class MultiItemScorer:
           QueueFullError, BatcherClosedError, LaunchError: as `async_score` raises them.
           InputError, InputTypeError, NotPatchedError, NonFiniteScoreError: as in `rank`.
         """
-        return await self._submit(
+        found = await self._submit(
             prepare_rank,
             query,
             as_list("documents", documents, may_be_empty=True),
@@ -865,6 +866,7 @@ class MultiItemScorer:
             activation_fn=activation_fn,
             return_usage=return_usage,
         )
+        return cast("list[RankedDocument]", found)
 
     async def async_decide(
         self, state: Any, questions: Questions, *, permutations: int = 1
@@ -881,9 +883,9 @@ class MultiItemScorer:
           QueueFullError, BatcherClosedError, LaunchError: as `async_score` raises them.
           InputError, InputTypeError, UnsupportedModelError, NonFiniteScoreError: as in `decide`.
         """
-        return await self._submit(
-            _prepare_decide, self._ask, state, questions, permutations=permutations
-        )
+        asking = functools.partial(_prepare_decide, self._ask)
+        found = await self._submit(asking, state, questions, permutations=permutations)
+        return cast(Decision, found)
 
     async def _submit(
         self, prepare: Callable[..., Prepared[Any]], *args: Any, **options: Any
@@ -1036,7 +1038,7 @@ class MultiItemScorer:
 
 
 def _prepare_decide(
-    _: ScoringCore, decider: Callable[[], Decider], state: Any, questions: Any, *, permutations: int
+    decider: Callable[[], Decider], _: ScoringCore, state: Any, questions: Any, *, permutations: int
 ) -> Prepared[Decision]:
     return decider().prepare(state, questions, permutations)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
 import os
 import threading
 import time
@@ -14,10 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
+from packscore.batcher.outcomes import closed, deliver, fault_of, own
 from packscore.batcher.stats import BatcherStats
 from packscore.batcher.waiting import Call, Turn, Waiting
 from packscore.core import ScoringCore
-from packscore.errors import BatcherClosedError, LaunchError, PackscoreError, QueueFullError
+from packscore.errors import PackscoreError, QueueFullError
 from packscore.flows.runner import Runner
 from packscore.inputs import check_count
 from packscore.model.weight_watch import WeightWatch
@@ -88,7 +88,10 @@ class Batcher:
                 **self._counts,
                 queued_requests=self._queued,
                 queued_tokens=self._waiting.tokens,
-                **{f"{stage}_seconds": spent for stage, spent in self._seconds.items()},
+                waiting_seconds=self._seconds["waiting"],
+                encoding_seconds=self._seconds["encoding"],
+                running_seconds=self._seconds["running"],
+                finishing_seconds=self._seconds["finishing"],
             )
 
     @property
@@ -127,7 +130,7 @@ class Batcher:
     def _accept(self, call: Call) -> None:
         with self._changed:
             if self._is_closed:
-                raise _closed()
+                raise closed()
             if self._queued >= self.max_requests or self._waiting.tokens >= self.max_tokens:
                 self._counts["rejected"] += 1
                 raise self._full()
@@ -138,7 +141,7 @@ class Batcher:
             except RuntimeError as error:  # the interpreter ends
                 self._open.remove(call)
                 self._encoding.remove(call)
-                raise _closed() from error
+                raise closed() from error
             self._counts["accepted"] += 1
 
     def _leave(self, call: Call) -> None:
@@ -159,7 +162,8 @@ class Batcher:
         ran, seconds = self._counts["computed_tokens"], self._seconds["running"]
         after = RETRY_SECONDS
         if ran and seconds:
-            after = min(max(self._waiting.tokens * seconds / ran, LEAST_RETRY), MOST_RETRY)
+            half = self._waiting.tokens / 2 * seconds / ran
+            after = min(max(half, LEAST_RETRY), MOST_RETRY)
         return QueueFullError(self._queued, self._waiting.tokens, after)
 
     @contextlib.contextmanager
@@ -224,7 +228,7 @@ class Batcher:
             turns = self._next_turns(runner, is_first)
             found = self._run(runner, turns) if turns else []
         except BaseException as error:
-            found = [_own(error) for _ in turns]
+            found = [own(error) for _ in turns]
             if not turns:  # there is no engine
                 self._fail([*self._waiting], error)
         ended = self._sorted_out(turns, found)
@@ -282,7 +286,7 @@ class Batcher:
                 call = turn.call
                 if isinstance(one, Exception):
                     self._unqueue(call)
-                    ended.append((call, one if isinstance(one, PackscoreError) else _fault(one)))
+                    ended.append((call, one if isinstance(one, PackscoreError) else fault_of(one)))
                     continue
                 self._count_usage(call, one.usage)
                 call.found.append(one)
@@ -328,7 +332,7 @@ class Batcher:
                         is_error = isinstance(result, BaseException)
                         self._counts["failed" if is_error else "answered"] += 1
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-                loop.call_soon_threadsafe(_deliver, results)
+                loop.call_soon_threadsafe(deliver, results)
         with self._changed:
             self._changed.notify_all()
 
@@ -358,7 +362,7 @@ class Batcher:
         with self._changed:
             for call in calls:
                 self._unqueue(call)
-        self._finish([(call, _own(error or _closed())) for call in calls])
+        self._finish([(call, own(error or closed())) for call in calls])
 
     async def aclose(self, timeout: float | None = None) -> bool:
         """`close`, while the event loop goes on."""
@@ -385,40 +389,3 @@ class Batcher:
         trace: TracebackType | None,
     ) -> None:
         await self.aclose()
-
-
-def _closed() -> BatcherClosedError:
-    return BatcherClosedError(
-        "the batcher is closed and takes no more requests; start another with "
-        "scorer.start_batcher()"
-    )
-
-
-def _fault(failure: BaseException) -> LaunchError:
-    """The error of one request of a launch that failed."""
-    error = LaunchError(
-        f"the launch that this request was in failed ({type(failure).__name__}: {failure}); try it "
-        "again, and look at the cause if it fails once more"
-    )
-    error.__cause__ = failure
-    return error
-
-
-def _own(error: BaseException) -> Exception:
-    """The error for one of many that it meets: each raises its own."""
-    if isinstance(error, PackscoreError):
-        return copy.copy(error).with_traceback(error.__traceback__)
-    return _fault(error)
-
-
-def _deliver(results: list[tuple[Call, Any]]) -> None:
-    """In the event loop of those who wait."""
-    for call, result in results:
-        if call.future.done():  # cancelled meanwhile
-            continue
-        if not isinstance(result, BaseException):
-            call.future.set_result(result)
-            continue
-        if not isinstance(result, Exception) or isinstance(result, StopIteration):
-            result = RuntimeError(repr(result))  # what no future takes, or what ends its loop
-        call.future.set_exception(result)
