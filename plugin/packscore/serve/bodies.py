@@ -31,6 +31,8 @@ SMALL_BYTES = 64 * 2**10
 MAX_DEPTH = 200
 # of a body that is refused: a client that is cut off while it sends reads no answer
 DISCARDED_BYTES, DISCARD_SECONDS = 256 * 2**20, 30.0
+# of the memory that zstd may take beside what it makes, 8 MiB, as much as its usual levels ask for
+WINDOW_LOG = 23
 TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*+"(\s*:)?|[\[\]{}]', re.DOTALL)
 
 
@@ -115,7 +117,8 @@ async def discard(receive: Receive, headers: Headers) -> None:
 
 def _decompressed(data: bytes, most: int) -> bytes:
     """What was compressed, of which no more is made than may be kept."""
-    reader = zstd.ZstdDecompressor()
+    # a frame may ask for a window of 2 GB before its first byte comes out
+    reader = zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: WINDOW_LOG})
     try:
         whole = reader.decompress(data, max_length=most + 1)
     except zstd.ZstdError as error:
