@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from packscore.serve.state import State
+
+# how long a connection has for a request that its client sent already
+READ_SECONDS = 0.5
 
 
 class Server(uvicorn.Server):
@@ -62,6 +67,28 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Whether the first step is over."""
         return await super().on_tick(counter) or time.monotonic() >= self._leave_at
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no more connections, but those that the system took already and nobody read."""
+        taken: list[socket.socket] = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                taken.append(self._listener.accept()[0])
+        for server in self.servers:
+            server.close()
+        loop = asyncio.get_running_loop()
+        for connection in taken:
+            await loop.connect_accepted_socket(self._protocol, connection)
+        await asyncio.sleep(READ_SECONDS)
+        await super().shutdown(sockets)
+
+    def _protocol(self) -> asyncio.Protocol:
+        # Any: uvicorn types the class of its protocols as one of asyncio's, without arguments
+        protocol: Any = self.config.http_protocol_class
+        made: asyncio.Protocol = protocol(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return made
 
     def run_until_stopped(self) -> None:
         """Listen, until a signal comes and all that was accepted is answered."""
