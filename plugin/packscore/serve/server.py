@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import socket
 import time
@@ -118,12 +119,29 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+class Lines(logging.Formatter):
+    """Every record as one line of JSON; those of requests are one already."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        message = record.getMessage()
+        if record.name == "packscore.serve.access":
+            return message
+        found = {"level": record.levelname.lower(), "message": message}
+        if record.exc_info:
+            found["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(found)
+
+
 def log_to_stderr(*, quiet: bool) -> None:
-    """Lines of requests, and of failed launches, as they are: JSON, and text."""
+    """Lines of requests, unless it is quiet, and of what went wrong."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    root = logging.getLogger("packscore.serve")
-    root.addHandler(handler)
-    root.setLevel(logging.WARNING if quiet else logging.INFO)
-    root.propagate = False
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    handler.setFormatter(Lines())
+    for name, level in (
+        ("packscore.serve", logging.WARNING if quiet else logging.INFO),
+        ("uvicorn", logging.WARNING),
+    ):
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = False
