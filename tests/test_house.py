@@ -36,7 +36,8 @@ loading -> model
 core -> patching, torch_engine, calls
 reading -> core, decisions
 prefixes -> reading
-scoring -> prefixes, loading
+batcher -> reading
+scoring -> prefixes, batcher, loading
 integrations, verify -> scoring
 testing -> verify
 selftest -> verify, shipped

@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from packscore.batcher.batcher import Batcher as Batcher
+    from packscore.batcher.stats import BatcherStats as BatcherStats
     from packscore.calls import program_of as program_of
     from packscore.decisions.answers import Answer as Answer
     from packscore.decisions.answers import ChoiceAnswer as ChoiceAnswer
@@ -20,8 +22,10 @@ if TYPE_CHECKING:
     from packscore.decisions.questions import Noul as Noul
     from packscore.decisions.questions import Score as Score
     from packscore.encoded import EncodedRequest as EncodedRequest
+    from packscore.errors import BatcherClosedError as BatcherClosedError
     from packscore.errors import InputError as InputError
     from packscore.errors import InputTypeError as InputTypeError
+    from packscore.errors import LaunchError as LaunchError
     from packscore.errors import LoadError as LoadError
     from packscore.errors import MaskTooLargeError as MaskTooLargeError
     from packscore.errors import MissingPackageError as MissingPackageError
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
     from packscore.errors import NotPatchedError as NotPatchedError
     from packscore.errors import OutOfMemoryError as OutOfMemoryError
     from packscore.errors import PackscoreError as PackscoreError
+    from packscore.errors import QueueFullError as QueueFullError
     from packscore.errors import ScoringError as ScoringError
     from packscore.errors import StalePrefixError as StalePrefixError
     from packscore.errors import UnexpectedCompileError as UnexpectedCompileError
@@ -70,14 +75,17 @@ __version__ = "0.2.0"
 # The public names and where they live; the block above repeats them for type checkers, and a test
 # compares the two.
 _HOMES = {
+    "batcher.batcher": ("Batcher",),
+    "batcher.stats": ("BatcherStats",),
     "calls": ("program_of",),
     "decisions.answers": ("Answer", "ChoiceAnswer", "Decision", "NoulAnswer", "ScoreAnswer"),
     "decisions.prompt": ("DecisionPrompt",),
     "decisions.questions": ("Choice", "Noul", "Score"),
     "encoded": ("EncodedRequest",),
     "errors": (
-        *("InputError", "InputTypeError", "LoadError", "MaskTooLargeError", "MissingPackageError"),
-        *("NonFiniteScoreError", "NotPatchedError", "OutOfMemoryError", "PackscoreError"),
+        *("BatcherClosedError", "InputError", "InputTypeError", "LaunchError", "LoadError"),
+        *("MaskTooLargeError", "MissingPackageError", "NonFiniteScoreError", "NotPatchedError"),
+        *("OutOfMemoryError", "PackscoreError", "QueueFullError"),
         *("ScoringError", "StalePrefixError", "UnexpectedCompileError", "UnsupportedModelError"),
         "UnsupportedVersionError",
     ),

@@ -233,6 +233,7 @@ class ScoringCore:
         flow: Flow | None = None,
         lease: PrefixLease | None = None,
         progress: Callable[[int], object] = lambda _: None,
+        runner: Runner | None = None,
     ) -> list[Any]:
         """What is read of every request, or the error that it met.
 
@@ -242,6 +243,7 @@ class ScoringCore:
           flow: as in `Runner.run`.
           lease: as in `Runner.run`.
           progress: called with the number of items that were scored since.
+          runner: of the engine of now; None makes one.
 
         Returns:
           `LabelLogits` or `HiddenRows` of each request, as its read has it.
@@ -251,7 +253,7 @@ class ScoringCore:
         found: list[LabelLogits | HiddenRows | Exception] = []
         if filled:
             found = run_reads(
-                self.runner,
+                runner or self.runner,
                 self.head,
                 [requests[i] for i in filled],
                 [each[i] for i in filled],

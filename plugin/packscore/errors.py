@@ -85,6 +85,46 @@ class StalePrefixError(PackscoreError, RuntimeError):
     """A prefix was released, or the model's weights changed since it was computed."""
 
 
+class QueueFullError(PackscoreError, RuntimeError):
+    """Too many requests wait, or too many tokens; `retry_after` is when to try again, in seconds.
+
+    It is what the queue takes to empty at the speed of what ran so far.
+    """
+
+    def __init__(self, requests: int, tokens: int, retry_after: float) -> None:
+        super().__init__(
+            f"{requests:,} requests with {tokens:,} tokens wait, and the queue is full; try again "
+            f"in {retry_after:.1f} s, or start it with other limits: "
+            "scorer.start_batcher(max_requests=..., max_tokens=...)"
+        )
+        self.retry_after = retry_after
+        self._named = requests, tokens, retry_after
+
+    def __reduce__(self) -> Any:
+        return type(self), self._named
+
+
+class BatcherClosedError(PackscoreError, RuntimeError):
+    """The batcher was closed, and takes no more requests."""
+
+
+class LaunchError(PackscoreError, RuntimeError):
+    """The launch that a request was in failed; the failure itself is the `__cause__`.
+
+    The request may be tried again: others, in other launches, were not touched.
+    """
+
+    @classmethod
+    def of(cls, failure: Exception) -> LaunchError:
+        """The error of one request of a launch that failed."""
+        error = cls(
+            f"the launch that this request was in failed ({type(failure).__name__}: {failure}); "
+            "try it again, and look at the cause if it fails once more"
+        )
+        error.__cause__ = failure
+        return error
+
+
 class ScoringError(PackscoreError, RuntimeError):
     """A forward failed; `scores` keeps what was computed before and after it.
 

@@ -245,6 +245,11 @@ def _check_seconds(name: str, value: Any) -> None:
         raise InputError(f"{name}={value} must be above 0")
 
 
+def _check_window(name: str, value: Any) -> None:
+    if value != 0:  # which does not wait
+        _check_seconds(name, value)
+
+
 def _check_one_of(*choices: str) -> Callable[[str, Any], None]:
     return lambda name, value: check_choice(name, value, choices)
 
@@ -275,6 +280,8 @@ OPTIONS: dict[str, Callable[[str, Any], None]] = {
     "dtype": _check_dtype,
     "model_kwargs": _or_none(_check_mapping),
     "seconds": _check_seconds,
+    "max_requests": check_count,
+    "window_seconds": _check_window,
 }
 
 

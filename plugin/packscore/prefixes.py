@@ -6,27 +6,28 @@ import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, Self, TypeVar, cast, overload
 
 import numpy as np
 import torch
 
 from packscore.core import ScoringCore
 from packscore.decisions.answers import Decision
-from packscore.encoded import EncodedRequest, TokenIds
+from packscore.encoded import TokenIds
 from packscore.errors import InputError, InputTypeError, StalePrefixError
 from packscore.flows.page_pool import PrefixLease
-from packscore.flows.reads import Read
 from packscore.flows.runner import Runner
 from packscore.inputs import Text, as_list, checked, short
 from packscore.reading.decider import Decider, Questions
+from packscore.reading.prepared import Prepared
 from packscore.reading.readouts import Readout
-from packscore.reading.scores import reading_of
+from packscore.reading.scores import prepare_score
 from packscore.reading.streams import prefix_tokens
 from packscore.results import ScoreResult
 from packscore.telling import counted, cut, telling
-from packscore.text.encoding import ArgumentNames
 from packscore.text.labels import LabelIds
+
+T = TypeVar("T")
 
 logger = logging.getLogger("packscore")
 
@@ -78,14 +79,16 @@ class Held:
             )
         return lease
 
-    def run(self, request: EncodedRequest, read: Read) -> Any:
-        """What is read of a request that begins with these tokens."""
+    def run(self, prepared: Prepared[T]) -> T:
+        """The result of a request that begins with these tokens."""
+        request, read = prepared.request, prepared.read
         # the encoder may cut query and items elsewhere for these items; then the pool finds what
         # is held by content
         same = np.array_equal(request.prefix, self.tokens)
         if not same:  # a run with the lease looks at the model itself
             self.check()
-        return self._core.run_one(request, read, lease=self._lease if same else None)
+        lease = self._lease if same else None
+        return prepared.finish(self._core.run_one(request, read, lease=lease))
 
     def check(self) -> None:
         """Refuse what is no longer there.
@@ -199,20 +202,19 @@ class Prefix:
                 "ids; open another prefix for it"
             )
         self._held.check_held()
-        given, names = as_list("items", items, may_be_empty=True), ArgumentNames()
-        reading = reading_of(
+        prepared = prepare_score(
             self._core,
-            len(given),
+            self._query,
+            as_list("items", items, may_be_empty=True),
             labels=labels,
             label_token_ids=label_token_ids,
             item_labels=item_labels,
             item_label_token_ids=item_label_token_ids,
             apply_softmax=apply_softmax,
             readout=readout,
+            return_usage=return_usage,
         )
-        request = self._core.encode(self._query, given, names, reading.extra)
-        found = self._held.run(request, reading.of(request, names))
-        return reading.scored(self._core, found, return_usage)
+        return cast("list[list[float]]", self._held.run(prepared))
 
     @checked
     def decide(self, questions: Questions, *, permutations: int = 1) -> Decision:
@@ -236,7 +238,7 @@ class Prefix:
             self.check()
             self._state = Held(self._core, tokens)
         self._state.check_held()
-        return decider.decision(asked, self._state.run(asked.request, asked.read))
+        return self._state.run(decider.prepared(asked))
 
     def check(self) -> None:
         """Refuse to score what is no longer there.

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from packscore.batcher.batcher import MAX_REQUESTS, WINDOW_SECONDS, Batcher
 from packscore.calls import program_of
-from packscore.core import Activation, Scores, core_of
+from packscore.core import Activation, Scores, ScoringCore, core_of
 from packscore.decisions.answers import Answer, Decision
 from packscore.encoded import EncodedRequest
 from packscore.errors import InputError, ScoringError
@@ -27,8 +28,9 @@ from packscore.model.family import model_told
 from packscore.patching import patch_model
 from packscore.prefixes import Prefix
 from packscore.reading.decider import Decider, Questions
+from packscore.reading.prepared import Prepared
 from packscore.reading.readouts import Readout, ScoreRequest
-from packscore.reading.scores import reading_of, score_requests
+from packscore.reading.scores import prepare_rank, prepare_score, reading_of, score_requests
 from packscore.reading.streams import decide_stream, stream
 from packscore.results import (
     Flow,
@@ -110,6 +112,7 @@ class MultiItemScorer:
             prompt = prompt_for(prompt, getattr(config, "name_or_path", None), own)
         self._tokenizer, self._prompt = tokenizer, prompt
         self._decider: Decider | None = None
+        self._batcher: Batcher | None = None
         self._core = core_of(
             model,
             tokenizer,
@@ -317,21 +320,20 @@ class MultiItemScorer:
           NonFiniteScoreError: logits are NaN or infinite, and `on_non_finite` is "raise".
         """
         self._core.check_ready()
-        found, names = as_list("items", items, may_be_empty=True), ArgumentNames()
-        reading = reading_of(
+        prepared = prepare_score(
             self._core,
-            len(found),
+            query,
+            as_list("items", items, may_be_empty=True),
             labels=labels,
             label_token_ids=label_token_ids,
             item_labels=item_labels,
             item_label_token_ids=item_label_token_ids,
             apply_softmax=apply_softmax,
             readout=readout,
+            item_first=item_first,
+            return_usage=return_usage,
         )
-        extra = reading.extra
-        request = self._core.encode(query, found, names, extra, item_first=item_first)
-        result = self._core.run_one(request, reading.of(request, names), flow=flow)
-        return reading.scored(self._core, result, return_usage)
+        return cast("list[list[float]]", prepared.run(self._core, flow))
 
     @overload
     def rank(
@@ -394,21 +396,16 @@ class MultiItemScorer:
           NonFiniteScoreError: as `score` raises it.
         """
         self._core.check_ready()
-        found = as_list("documents", documents, may_be_empty=True)
-        names = ArgumentNames(item="documents[{}]".format)
-        labels = self._core.head.for_ranking(self._core.default_labels, self._core.spec)
-        request = self._core.encode(query, found, names, labels.num_extra_tokens)
-        result = self._core.run_one(request, LabelRead((labels,), False), flow=flow)
-        scores, usage = self._core.activated(result, activation_fn), result.usage
-        ranked: list[RankedDocument] = []
-        for i in np.argsort(-scores, kind="stable")[:top_k].tolist():  # NaN comes last
-            ranked.append({"corpus_id": i, "score": float(scores[i])})
-            if return_documents:
-                ranked[-1]["text"] = found[i]
-        gaps = usage.non_finite_items
-        numbers = ranked[: len(found) - len(gaps)]
-        self._core.check_finite(gaps, numbers, "documents[{}]".format)
-        return ScoreResult(ranked, usage) if return_usage else ranked
+        prepared = prepare_rank(
+            self._core,
+            query,
+            as_list("documents", documents, may_be_empty=True),
+            top_k=top_k,
+            return_documents=return_documents,
+            activation_fn=activation_fn,
+            return_usage=return_usage,
+        )
+        return cast("list[RankedDocument]", prepared.run(self._core, flow))
 
     @overload
     def predict(
@@ -669,9 +666,7 @@ class MultiItemScorer:
           NonFiniteScoreError: logits are NaN or infinite; its `scores` has the other answers.
         """
         self._core.check_ready()
-        decider = self._ask()
-        asked = decider.ask(state, questions, permutations)
-        return decider.decision(asked, self._core.run_one(asked.request, asked.read, flow=flow))
+        return self._ask().prepare(state, questions, permutations).run(self._core, flow)
 
     @checked
     def decide_many(
@@ -736,6 +731,212 @@ class MultiItemScorer:
         is_view = isinstance(questions, ItemsView)  # which is in order
         pairs = iter(questions) if is_view else as_iterator("questions", questions)
         return decide_stream(self._core, self._ask(), state, pairs, permutations, max_items)
+
+    @overload
+    async def async_score(
+        self,
+        query: Text,
+        items: Iterable[Text],
+        *,
+        labels: Sequence[str] | None = None,
+        label_token_ids: LabelIds | None = None,
+        item_labels: Sequence[Sequence[str]] | None = None,
+        item_label_token_ids: Sequence[LabelIds] | None = None,
+        apply_softmax: bool = False,
+        readout: Readout | None = None,
+        item_first: bool = False,
+        return_usage: Literal[False] = False,
+    ) -> list[list[float]]: ...
+
+    @overload
+    async def async_score(
+        self,
+        query: Text,
+        items: Iterable[Text],
+        *,
+        labels: Sequence[str] | None = None,
+        label_token_ids: LabelIds | None = None,
+        item_labels: Sequence[Sequence[str]] | None = None,
+        item_label_token_ids: Sequence[LabelIds] | None = None,
+        apply_softmax: bool = False,
+        readout: Readout | None = None,
+        item_first: bool = False,
+        return_usage: Literal[True],
+    ) -> ScoreResult[list[list[float]]]: ...
+
+    async def async_score(
+        self,
+        query: Text,
+        items: Iterable[Text],
+        *,
+        labels: Sequence[str] | None = None,
+        label_token_ids: LabelIds | None = None,
+        item_labels: Sequence[Sequence[str]] | None = None,
+        item_label_token_ids: Sequence[LabelIds] | None = None,
+        apply_softmax: bool = False,
+        readout: Readout | None = None,
+        item_first: bool = False,
+        return_usage: bool = False,
+    ) -> list[list[float]] | ScoreResult[list[list[float]]]:
+        """`score` for many tasks at once: what they ask meanwhile shares launches.
+
+        Nothing is computed in the event loop. A task that is cancelled takes its request out of
+        the queue. Whatever else tasks ask, other calls of this one scorer may run beside it.
+
+        Args:
+          query, items, labels, label_token_ids, item_labels, item_label_token_ids: as in `score`.
+          apply_softmax, readout, item_first, return_usage: as in `score`.
+
+        Returns:
+          What `score` returns.
+
+        Raises:
+          QueueFullError: too much waits already; its `retry_after` says when to try again.
+          BatcherClosedError: the batcher was closed.
+          LaunchError: the launch that the request was in failed.
+          InputError, InputTypeError, NotPatchedError, NonFiniteScoreError: as in `score`.
+        """
+        return await self._submit(
+            prepare_score,
+            query,
+            as_list("items", items, may_be_empty=True),
+            labels=labels,
+            label_token_ids=label_token_ids,
+            item_labels=item_labels,
+            item_label_token_ids=item_label_token_ids,
+            apply_softmax=apply_softmax,
+            readout=readout,
+            item_first=item_first,
+            return_usage=return_usage,
+        )
+
+    @overload
+    async def async_rank(
+        self,
+        query: Text,
+        documents: Iterable[Text],
+        *,
+        top_k: int | None = None,
+        return_documents: bool = False,
+        activation_fn: Activation | None = None,
+        return_usage: Literal[False] = False,
+    ) -> list[RankedDocument]: ...
+
+    @overload
+    async def async_rank(
+        self,
+        query: Text,
+        documents: Iterable[Text],
+        *,
+        top_k: int | None = None,
+        return_documents: bool = False,
+        activation_fn: Activation | None = None,
+        return_usage: Literal[True],
+    ) -> ScoreResult[list[RankedDocument]]: ...
+
+    async def async_rank(
+        self,
+        query: Text,
+        documents: Iterable[Text],
+        *,
+        top_k: int | None = None,
+        return_documents: bool = False,
+        activation_fn: Activation | None = None,
+        return_usage: bool = False,
+    ) -> list[RankedDocument] | ScoreResult[list[RankedDocument]]:
+        """`rank` for many tasks at once, as `async_score` is `score`.
+
+        Args:
+          query, documents, top_k, return_documents, activation_fn, return_usage: as in `rank`.
+
+        Returns:
+          What `rank` returns.
+
+        Raises:
+          QueueFullError, BatcherClosedError, LaunchError: as `async_score` raises them.
+          InputError, InputTypeError, NotPatchedError, NonFiniteScoreError: as in `rank`.
+        """
+        return await self._submit(
+            prepare_rank,
+            query,
+            as_list("documents", documents, may_be_empty=True),
+            top_k=top_k,
+            return_documents=return_documents,
+            activation_fn=activation_fn,
+            return_usage=return_usage,
+        )
+
+    async def async_decide(
+        self, state: Any, questions: Questions, *, permutations: int = 1
+    ) -> Decision:
+        """`decide` for many tasks at once, as `async_score` is `score`.
+
+        Args:
+          state, questions, permutations: as in `decide`.
+
+        Returns:
+          What `decide` returns.
+
+        Raises:
+          QueueFullError, BatcherClosedError, LaunchError: as `async_score` raises them.
+          InputError, InputTypeError, UnsupportedModelError, NonFiniteScoreError: as in `decide`.
+        """
+        return await self._submit(
+            _prepare_decide, self._ask, state, questions, permutations=permutations
+        )
+
+    async def _submit(
+        self, prepare: Callable[..., Prepared[Any]], *args: Any, **options: Any
+    ) -> Any:
+        """The result of a request that `prepare` makes of the core and these, in the queue."""
+        preparing = functools.partial(checked(prepare), self._core, *args, **options)
+        return await self.batcher.submit(preparing)
+
+    @property
+    def batcher(self) -> Batcher:
+        """The queue of `async_score` and its kin, made when it is first asked for."""
+        if self._batcher is None or not self._batcher.is_ours:
+            self._batcher = Batcher(self._core)
+        return self._batcher
+
+    @checked
+    def start_batcher(
+        self,
+        *,
+        max_requests: int = MAX_REQUESTS,
+        max_tokens: int | None = None,
+        window_seconds: float = WINDOW_SECONDS,
+    ) -> Batcher:
+        """Make the queue of `async_score` and its kin with limits of one's own.
+
+        Args:
+          max_requests: how many may wait; more are refused.
+          max_tokens: how many tokens of items may wait; None is about a million.
+          window_seconds: how long the first request of an idle queue waits for others; 0 does not.
+
+        Returns:
+          The queue, which `batcher` gives from now on; `with` closes it at its end.
+
+        Raises:
+          InputError: there is one already, which is not closed; or a limit is out of range.
+        """
+        old = self._batcher
+        if old is not None and old.is_ours and not old.is_closed:
+            raise InputError(
+                "this scorer has a batcher already, since its first async call or start_batcher; "
+                "call start_batcher before them, or close it: await scorer.batcher.aclose()"
+            )
+        self._batcher = Batcher(
+            self._core,
+            max_requests=max_requests,
+            max_tokens=max_tokens,
+            window_seconds=window_seconds,
+        )
+        return self._batcher
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy makes its own
+        return {**self.__dict__, "_batcher": None}
 
     @checked
     def encode_questions(
@@ -827,6 +1028,12 @@ class MultiItemScorer:
         names = ArgumentNames(f"pairs[{index[0]}][0]", lambda i: f"pairs[{index[i]}][1]")
         query, documents = pairs[index[0]][0], [pairs[i][1] for i in index]
         return self._core.encode(query, documents, names, labels.num_extra_tokens)
+
+
+def _prepare_decide(
+    _: ScoringCore, decider: Callable[[], Decider], state: Any, questions: Any, *, permutations: int
+) -> Prepared[Decision]:
+    return decider().prepare(state, questions, permutations)
 
 
 def _extra(labels: Labels | None) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,9 @@ from packscore.flows.packing import PackedBatch, Share, first_equal, pack
 from packscore.flows.page_pool import MIN_SHARED_TOKENS, PrefixLease, common_len
 from packscore.flows.planner import Plan, Planner, Workload, flow_taken
 from packscore.results import Flow, MaskImpl, Usage
+
+# Starts a launch; what it returns is for the engine's `read`.
+Launch: TypeAlias = Callable[[PackedBatch, Readout], Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +88,7 @@ class Run:
       readout: the same for all.
       flow: of every request; None is the cheapest.
       lease: of a prefix that all requests start with, held by the caller; None takes one for each.
+      launch: starts a launch on the engine.
     """
 
     def __init__(
@@ -94,6 +99,7 @@ class Run:
         readout: Readout,
         flow: Flow | None,
         lease: PrefixLease | None,
+        launch: Launch,
     ) -> None:
         self._engine = engine
         self._planner = planner
@@ -101,6 +107,7 @@ class Run:
         self._readout = readout
         self._flow = flow
         self._lease = lease
+        self._launch = launch
         self._waiting = deque(range(len(requests)))
         self._begun: deque[_Job] = deque()
         self._jobs: dict[int, _Job] = {}
@@ -115,7 +122,7 @@ class Run:
                     if share.lease is not None:
                         share.lease.check()
                 batch = pack(shares)
-                launched.append(self._engine.launch(batch, self._readout))
+                launched.append(self._launch(batch, self._readout))
                 order += shares
                 self._account(batch)
                 self._begun = deque(job for job in self._begun if job.shares)

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from packscore.errors import MaskTooLargeError, OutOfMemoryError, StalePrefixErr
 from packscore.flows.costs import measured_cost_model
 from packscore.flows.engine import Engine, Readout
 from packscore.flows.jobs import RequestValues, Run
-from packscore.flows.packing import Share, first_equal, pack
+from packscore.flows.packing import PackedBatch, Share, first_equal, pack
 from packscore.flows.page_pool import PAGE_SIZE, PrefixLease
 from packscore.flows.planner import Explanation, Planner, Workload
 from packscore.results import FLOWS, Flow
@@ -38,10 +38,16 @@ class Runner:
 
     Args:
       engine: what computes launches.
+      launching: called before each launch, also of those that fail.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, launching: Callable[[], object] = lambda: None) -> None:
         self.engine = engine
+        self._launching = launching
+
+    def _launch(self, batch: PackedBatch, readout: Readout) -> Any:
+        self._launching()
+        return self.engine.launch(batch, readout)
 
     @property
     def planner(self) -> Planner:
@@ -114,7 +120,8 @@ class Runner:
         """
 
         def attempt(flow: Flow | None, planner: Planner) -> list[RequestValues]:
-            return Run(self.engine, planner, requests, readout, flow, lease).results()
+            run = Run(self.engine, planner, requests, readout, flow, lease, self._launch)
+            return run.results()
 
         num_tokens = sum(map(_num_tokens, requests))
         try:
@@ -215,7 +222,7 @@ class Runner:
         ends = planner.prefix_ends(work)
         for end in ends if ends[-1:] == (len(prefix),) else (*ends, len(prefix)):
             batch = pack([Share(0, prefix[:end], [], nothing, lease)])
-            self.engine.read([self.engine.launch(batch, readout)])
+            self.engine.read([self._launch(batch, readout)])
             lease.commit(end)
 
     def calibrate(self, seconds: float) -> None:
@@ -228,7 +235,7 @@ class Runner:
         items = [np.ones(length, np.int64) for length in item_lens]
         batch = pack([Share(0, prefix, items, np.arange(len(items)))])
         start = time.perf_counter()
-        self.engine.read([self.engine.launch(batch, ANY_READOUT)])
+        self.engine.read([self._launch(batch, ANY_READOUT)])
         return 1e3 * (time.perf_counter() - start)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,12 +19,12 @@ from packscore.errors import (
     InputError,
     InputTypeError,
     NonFiniteScoreError,
-    ScoringError,
     UnsupportedModelError,
 )
 from packscore.flows.reads import LabelLogits, LabelRead
 from packscore.inputs import as_list, short
 from packscore.model.label_head import LabelHead
+from packscore.reading.prepared import Prepared, check_failed, run_all
 from packscore.results import Flow
 from packscore.text.labels import Labels
 
@@ -148,6 +149,14 @@ class Decider:
         """The answers with what they took; raises as `answers` does."""
         return Decision(self.answers(asked, found), found.usage, self.model_name)
 
+    def prepare(self, state: Any, questions: Any, permutations: int) -> Prepared[Decision]:
+        """A decision, ready to run; raises as `ask` does."""
+        return self.prepared(self.ask(state, questions, permutations))
+
+    def prepared(self, asked: Asked) -> Prepared[Decision]:
+        """The decision of what was asked."""
+        return Prepared(asked.request, asked.read, functools.partial(self.decision, asked))
+
     def decide_many(
         self,
         requests: Iterable[Any],
@@ -157,39 +166,21 @@ class Decider:
         return_exceptions: bool,
     ) -> list[Any]:
         """`MultiItemScorer.decide_many`; see there."""
-        found = as_list("requests", requests, may_be_empty=True)
-        asked: list[Asked | Exception] = []
-        for i, one in enumerate(found):
+        prepared: list[Prepared[Decision] | Exception] = []
+        for i, one in enumerate(as_list("requests", requests, may_be_empty=True)):
             try:
                 if not isinstance(one, tuple | list) or len(one) != 2:
                     raise InputTypeError(f"{short(one)} must be (state, questions)")
                 state, questions = one
-                asked.append(self.ask(state, questions, permutations))
+                prepared.append(self.prepare(state, questions, permutations))
             except (InputError, InputTypeError) as error:
                 told = type(error)(f"requests[{i}]: {error}")
                 if not return_exceptions:
                     raise told from None
-                asked.append(told)
-        ready = [one for one in asked if isinstance(one, Asked)]
-        requests_, reads = [one.request for one in ready], [one.read for one in ready]
-        ran = iter(self._core.run(requests_, reads, flow=flow))
-        results: list[Any] = []
-        for ask in asked:
-            result = ask if isinstance(ask, Exception) else next(ran)
-            if isinstance(ask, Asked) and not isinstance(result, Exception):
-                try:
-                    result = self.decision(ask, result)
-                except NonFiniteScoreError as error:
-                    result = error
-            results.append(result)
-        failed = [(i, e) for i, e in enumerate(results) if isinstance(e, Exception)]
-        if failed and not return_exceptions:
-            first, cause = failed[0]
-            raise ScoringError(
-                f"{len(failed)} of {len(results)} requests failed, the first is requests[{first}] "
-                f"({cause}); the decisions of the others are in this error's .scores",
-                [None if isinstance(one, Exception) else one for one in results],
-            ) from cause
+                prepared.append(told)
+        results = run_all(self._core, prepared, flow=flow)
+        if not return_exceptions:
+            check_failed(results, "decisions")
         return results
 
     def read_pairs(self, pairs: Iterator[Any]) -> Iterator[tuple[str, Question]]:

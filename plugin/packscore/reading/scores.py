@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from packscore.core import ScoringCore
+import numpy as np
+
+from packscore.core import Activation, ScoringCore
 from packscore.encoded import EncodedRequest
-from packscore.errors import InputError, InputTypeError, ScoringError
+from packscore.errors import InputError, InputTypeError, NonFiniteScoreError
 from packscore.flows.reads import HiddenRead, HiddenRows, LabelLogits, LabelRead, Read
 from packscore.inputs import as_list, as_requests, short
+from packscore.reading.prepared import Prepared, check_failed, run_all
 from packscore.reading.readouts import Content, Hidden, Label, Readout, ScoreRequest, check_readout
-from packscore.results import Flow, ScoreResult, Usage
+from packscore.results import Flow, RankedDocument, ScoreResult, Usage
 from packscore.text.encoding import ArgumentNames
 from packscore.text.labels import LabelIds, Labels
 
@@ -61,16 +65,29 @@ class Reading:
         return scores, replace(found.usage, non_finite_items=gaps)
 
     def scored(
-        self, core: ScoringCore, found: Any, return_usage: bool
+        self,
+        core: ScoringCore,
+        found: Any,
+        return_usage: bool,
+        at: Callable[[int], Any] = lambda i: i,
+        name: Callable[[Any], str] = "items[{}]".format,
     ) -> list[list[float]] | ScoreResult[list[list[float]]]:
         """The scores, with their usage where it is asked for.
+
+        Args:
+          core: of the scorer.
+          found: what was read.
+          return_usage: give a `ScoreResult`.
+          at: from an item's number to its index for the caller.
+          name: of such an index, for people.
 
         Raises:
           NonFiniteScoreError: some are not finite, and the scorer does not report them.
         """
         scores, usage = self.scores(core, found)
-        core.check_finite(usage.non_finite_items, scores, "items[{}]".format)
-        return ScoreResult(scores, usage) if return_usage else scores
+        result = ScoreResult(scores, usage) if return_usage else scores
+        core.check_finite([at(i) for i in usage.non_finite_items], result, name)
+        return result
 
 
 def reading_of(
@@ -135,13 +152,69 @@ def reading_of(
     return Reading(readout, tuple(found), not apply_softmax)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A request that is ready to run."""
+def prepare_score(
+    core: ScoringCore,
+    query: Any,
+    items: list[Any],
+    *,
+    item_first: bool = False,
+    return_usage: bool = False,
+    **options: Any,
+) -> Prepared[Any]:
+    """`score` of one query and its items, ready to run.
 
-    request: EncodedRequest
-    reading: Reading
-    read: Read
+    Args:
+      core: of the scorer.
+      query: as it was given.
+      items: as they were given, in a list.
+      item_first: as in `score`.
+      return_usage: as in `score`.
+      options: of `reading_of`.
+
+    Raises:
+      InputError, InputTypeError: an argument cannot be scored.
+    """
+    names = ArgumentNames()
+    reading = reading_of(core, len(items), **options)
+    request = core.encode(query, items, names, reading.extra, item_first=item_first)
+    return Prepared(
+        request,
+        reading.of(request, names),
+        functools.partial(reading.scored, core, return_usage=return_usage),
+    )
+
+
+def prepare_rank(
+    core: ScoringCore,
+    query: Any,
+    documents: list[Any],
+    *,
+    top_k: int | None = None,
+    return_documents: bool = False,
+    activation_fn: Activation | None = None,
+    return_usage: bool = False,
+) -> Prepared[Any]:
+    """`rank` of one query and its documents, ready to run; see there.
+
+    Raises:
+      InputError, InputTypeError: an argument cannot be scored.
+    """
+    labels = core.head.for_ranking(core.default_labels, core.spec)
+    names = ArgumentNames(item="documents[{}]".format)
+    request = core.encode(query, documents, names, labels.num_extra_tokens)
+
+    def finish(found: LabelLogits) -> list[RankedDocument] | ScoreResult[list[RankedDocument]]:
+        scores, usage = core.activated(found, activation_fn), found.usage
+        ranked: list[RankedDocument] = []
+        for i in np.argsort(-scores, kind="stable")[:top_k].tolist():  # NaN comes last
+            ranked.append({"corpus_id": i, "score": float(scores[i])})
+            if return_documents:
+                ranked[-1]["text"] = documents[i]
+        gaps = usage.non_finite_items
+        core.check_finite(gaps, ranked[: len(documents) - len(gaps)], "documents[{}]".format)
+        return ScoreResult(ranked, usage) if return_usage else ranked
+
+    return Prepared(request, LabelRead((labels,), False), finish)
 
 
 def score_requests(
@@ -165,53 +238,30 @@ def score_requests(
       return_exceptions: give errors in the place of results.
       progress: from the number of items to what is called with those that were scored since.
     """
-    found = _as_score_requests("requests", requests)
-    prepared: list[Prepared | Exception] = []
-    for number, one in enumerate(found):
+    prepared: list[Prepared[Any] | Exception] = []
+    for number, one in enumerate(_as_score_requests("requests", requests)):
         try:
-            prepared.append(_prepared(core, number, one, defaults))
+            prepared.append(_prepared(core, number, one, defaults, return_usage))
         except (InputError, InputTypeError) as error:
             if not return_exceptions:
                 raise
             prepared.append(error)
-    ready = [one for one in prepared if isinstance(one, Prepared)]
-    total = sum(len(one.request.items) for one in ready)
-    ran = iter(
-        core.run(
-            [one.request for one in ready],
-            [one.read for one in ready],
-            flow=flow,
-            progress=progress(total),
-        )
-    )
-    results: list[Any] = []
-    gaps: list[tuple[int, int]] = []
-    for number, entry in enumerate(prepared):
-        result = entry if isinstance(entry, Exception) else next(ran)
-        if isinstance(entry, Prepared) and not isinstance(result, Exception):
-            try:
-                scores, usage = entry.reading.scores(core, result)
-                own = [(number, k) for k in usage.non_finite_items]
-                result = ScoreResult(scores, usage) if return_usage else scores
-                if return_exceptions:
-                    core.check_finite(own, result, "requests[{0[0]}][1][{0[1]}]".format)
-                gaps += own
-            except Exception as failure:  # whatever a head of the user's raises
-                result = failure
-        results.append(result)
+    total = sum(len(one.request.items) for one in prepared if isinstance(one, Prepared))
+    results = run_all(core, prepared, flow=flow, progress=progress(total))
     if return_exceptions:
         return results
-    failed = [(i, e) for i, e in enumerate(results) if isinstance(e, Exception)]
-    results = [None if isinstance(result, Exception) else result for result in results]
-    if failed:
-        first, cause = failed[0]
-        raise ScoringError(
-            f"{len(failed)} of {len(found)} requests failed, the first is requests[{first}] "
-            f"({cause}); the results of the others are in this error's .scores",
-            results,
-        ) from cause
-    core.check_finite(gaps, results, "requests[{0[0]}][1][{0[1]}]".format)
+    gaps: list[tuple[int, int]] = []
+    for number, result in enumerate(results):
+        if isinstance(result, NonFiniteScoreError):
+            gaps += result.indices
+            results[number] = result.scores
+    check_failed(results, "results")
+    core.check_finite(gaps, results, _at)
     return results
+
+
+def _at(index: tuple[int, int]) -> str:
+    return f"requests[{index[0]}][1][{index[1]}]"
 
 
 def _as_score_requests(name: str, values: Iterable[Any]) -> list[ScoreRequest]:
@@ -233,8 +283,12 @@ def _as_score_requests(name: str, values: Iterable[Any]) -> list[ScoreRequest]:
 
 
 def _prepared(
-    core: ScoringCore, number: int, given: ScoreRequest, defaults: ScoreRequest
-) -> Prepared:
+    core: ScoringCore,
+    number: int,
+    given: ScoreRequest,
+    defaults: ScoreRequest,
+    return_usage: bool,
+) -> Prepared[Any]:
     items = as_list(f"requests[{number}][1]", given.items, may_be_empty=True)
     has_labels = any(
         getattr(given, name) is not None
@@ -261,4 +315,7 @@ def _prepared(
             raise
         raise type(error)(f"requests[{number}]: {error}") from None
     request = core.encode(given.query, items, names, reading.extra)
-    return Prepared(request, reading, reading.of(request, names))
+    finish = functools.partial(
+        reading.scored, core, return_usage=return_usage, at=lambda i: (number, i), name=_at
+    )
+    return Prepared(request, reading.of(request, names), finish)

@@ -1,0 +1,1 @@
+"""The one queue that merges concurrent calls into launches, and the threads that serve it."""

@@ -1,0 +1,129 @@
+"""Bodies of requests: read up to a limit, parsed as strict JSON, and what is wrong with them named."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from pydantic_core import from_json
+from starlette.requests import Request
+
+from packscore.serve.refusals import Refusal, too_large
+
+T = TypeVar("T")
+
+# what takes longer than a few milliseconds is done beside the event loop
+SMALL_BYTES = 64 * 2**10
+# the parser's own; below it a state may be nested as deep as `decide` takes
+MAX_DEPTH = 200
+TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*+"(\s*:)?|[\[\]{}]', re.DOTALL)
+
+
+async def offload(size: int, call: Callable[..., T], *args: Any) -> T:
+    """Call a function, in a thread where what it works on is large."""
+    return call(*args) if size < SMALL_BYTES else await asyncio.to_thread(call, *args)
+
+
+async def read_body(request: Request, most: int, take: Callable[[int], None]) -> bytes:
+    """The bytes of a body.
+
+    Args:
+      request: whose headers were read and nothing else.
+      most: bytes to read; what a header says they are is not believed.
+      take: called with the size of each piece before it is kept, and may refuse it.
+
+    Raises:
+      Refusal: it is compressed, of another type than JSON, or too large.
+    """
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise Refusal(
+            f"content-encoding: {encoding[:40]} is not taken; send the body as it is",
+            415,
+            "content-encoding",
+        )
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind and kind != "application/json" and not kind.endswith("+json"):
+        raise Refusal(
+            f"content-type: {kind[:40]} is not taken; send application/json", 415, "content-type"
+        )
+    told = request.headers.get("content-length", "")
+    if told.isdigit() and (len(told) > 15 or int(told) > most):
+        raise too_large("body", int(told[:15]), most, "bytes")
+    pieces: list[bytes] = []
+    size = 0
+    async for piece in request.stream():
+        size += len(piece)
+        if size > most:
+            raise too_large("body", size, most, "bytes")
+        take(len(piece))
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def parse(data: bytes) -> dict[str, Any]:
+    """A body as a JSON object.
+
+    Raises:
+      Refusal: it is none, or holds what JSON cannot: NaN, an infinity, half of a surrogate pair.
+    """
+    try:
+        found = from_json(data, allow_inf_nan=False)
+    except ValueError as error:
+        raise _told(data, str(error)) from None
+    if not isinstance(found, dict):
+        raise Refusal(f"body is a JSON {type(found).__name__}; it must be an object", None, "body")
+    return found
+
+
+def _told(data: bytes, reason: str) -> Refusal:
+    """Which field is at fault, found a second time and slowly."""
+    deep = _deep_field(data)
+    if deep is not None:
+        return Refusal(f"{deep} is nested more than {MAX_DEPTH} deep", 400, deep)
+    try:
+        field, what = _odd(json.loads(data), "")
+    except (ValueError, RecursionError):  # of ValueError also UnicodeDecodeError
+        field, what = "body", ""
+    if what:
+        return Refusal(f"{field} holds {what}, which JSON cannot say", 400, field)
+    return Refusal(f"body is not JSON: {reason}", 400, "body")
+
+
+def _deep_field(data: bytes) -> str | None:
+    """The field of the body that is nested deeper than the parser goes."""
+    depth, name = 0, "body"
+    for token in TOKEN.finditer(data):
+        mark = token.group()
+        if mark in (b"[", b"{"):
+            depth += 1
+        elif mark in (b"]", b"}"):
+            depth -= 1
+        elif depth == 1 and token.group(1) is not None:
+            name = mark.partition(b'"')[2].rpartition(b'"')[0].decode("utf-8", "replace")[:60]
+        if depth > MAX_DEPTH:
+            return name
+    return None
+
+
+def _odd(value: Any, where: str) -> tuple[str, str]:
+    """(its path, what it is) of the first value that JSON cannot say; ("", "") of none."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return where or "body", "NaN or an infinity"
+    if isinstance(value, str):
+        odd = any("\ud800" <= letter <= "\udfff" for letter in value)
+        return (where or "body", "half of a surrogate pair") if odd else ("", "")
+    entries: list[tuple[str, Any]] = []
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            shown = key.encode("utf-8", "replace").decode()[:60]
+            if _odd(key, "")[1]:
+                return f"{where}.{shown}".lstrip("."), "half of a surrogate pair"
+            entries.append((f"{where}.{shown}".lstrip("."), entry))
+    elif isinstance(value, list):
+        entries = [(f"{where}[{i}]", entry) for i, entry in enumerate(value)]
+    return next((odd for name, entry in entries if (odd := _odd(entry, name))[1]), ("", ""))
