@@ -1,19 +1,17 @@
 """What users of each client write, and what the client then hands them, in one form for all.
 
-A call is a function of the server's root URL that builds the client as its own documentation does.
-It returns `Ranks` or `Answers`, read from the client's own objects.
+A call is a function of the server's root URL that builds the client as its own documentation does,
+and reads what it says from the client's own objects.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-# (place of the document, score), best first
-Ranks = list[tuple[int, float]]
-# by the question's name: the probability of each option, and the confidence where there is one
-Answers = dict[str, tuple[dict[Any, float], float | None]]
+from clients.wire import Answers, Ranks
 
 MODEL, KEY = "shipped", "a-key-of-the-clients"
 QUERY = "delete a directory tree"
@@ -29,16 +27,31 @@ REFUND = "Does the customer ask for money back?"
 TOPICS = {"shipping": "parcels", "billing": "charges", "other": None}
 URGENCIES = ["can wait", "this week", "today"]
 
-# by name: the call, and the distribution whose client it shows
-CALLS: dict[str, tuple[str, Callable[[str], Ranks | Answers]]] = {}
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a client.
+
+    Args:
+      distribution: what pip calls its client.
+      ask: the call.
+      state: what is asked about, where the body has it in other words.
+    """
+
+    distribution: str
+    ask: Callable[[str], Ranks | Answers]
+    state: Any = None
 
 
-def client(distribution: str) -> Callable[[Any], Any]:
-    """Enter a call into the table."""
+CALLS: dict[str, Call] = {}
 
-    def enter(call: Callable[[str], Ranks | Answers]) -> Callable[[str], Ranks | Answers]:
-        CALLS[call.__name__] = (distribution, call)
-        return call
+
+def client(distribution: str, state: Any = None) -> Callable[[Any], Any]:
+    """Enter a call into the table, under its name."""
+
+    def enter(ask: Callable[[str], Ranks | Answers]) -> Callable[[str], Ranks | Answers]:
+        CALLS[ask.__name__] = Call(distribution, ask, state)
+        return ask
 
     return enter
 
@@ -132,9 +145,7 @@ def llama_index_jina(root: str) -> Ranks:
 
 def _answers(nouls: Any, choices: Any, scores: Any) -> Answers:
     """Of typesafe-sdk's and systemone-client's answers, whose attributes have the same names."""
-    found: Answers = {
-        name: ({"yes": x.noul, "no": 1 - x.noul}, None) for name, x in nouls.items()
-    }
+    found: Answers = {name: ({"yes": x.noul, "no": 1 - x.noul}, None) for name, x in nouls.items()}
     for name, x in [*choices.items(), *scores.items()]:
         found[name] = ({str(k): p for k, p in x.probabilities.items()}, x.confidence)
     return found
@@ -238,7 +249,13 @@ def openai_text(root: str) -> Answers:
     return _openai_answers(found.answers)
 
 
-@client("openai")
+@client(
+    "openai",
+    [
+        {"role": "developer", "content": "You sort letters."},
+        {"role": "user", "content": [TEXT, STATE]},
+    ],
+)
 def openai_messages(root: str) -> Answers:
     from openai import OpenAI
 
@@ -299,7 +316,7 @@ def langchain_openai_text(root: str) -> Answers:
     return _langchain(root, TEXT)
 
 
-@client("langchain-openai")
+@client("langchain-openai", STATE)
 def langchain_openai_json(root: str) -> Answers:
     return _langchain(root, STATE)
 

@@ -87,7 +87,9 @@ def _visit(page: Any, root: str, key: str, name: str, pictures: Path | None) -> 
     page.click("#view")
     assert '"refund"' in page.input_value("#questions-json")
     shot("5-json")
-    page.fill("#questions-json", '{"only": {"type": "noul", "instructions": {"ask": "Is it late?"}}}')
+    page.fill(
+        "#questions-json", '{"only": {"type": "noul", "instructions": {"ask": "Is it late?"}}}'
+    )
     page.click("#view")
     assert "cannot show" in page.text_content("#questions-bad")
     page.click("#ask .go")
@@ -99,7 +101,9 @@ def _visit(page: Any, root: str, key: str, name: str, pictures: Path | None) -> 
     page.fill("#questions fieldset:last-child .instructions", "How late?")
     page.click("#ask .go")  # no levels: the server names what is missing
     page.wait_for_selector("#ask section .bad:not([hidden])")
-    assert "question 2" in page.text_content("#ask section .bad"), page.text_content("#ask section .bad")
+    assert "question 2" in page.text_content("#ask section .bad"), page.text_content(
+        "#ask section .bad"
+    )
     shot("6-error")
     assert problems == []
     assert all(url.startswith((root, "data:")) for url in asked), asked

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-# what one machine or one day puts into a request, and a key
-NOT_KEPT = {"host", "content-length", "connection", "accept-encoding", "authorization", "x-api-key"}
+# others tell of the machine, or are a key
+KEPT = {"accept", "content-encoding", "content-type", "user-agent", "x-client-name"}
 
 
 class Exchanges(list[dict[str, Any]]):
@@ -33,7 +33,7 @@ def between(server_port: int) -> Iterator[tuple[str, Exchanges]]:
             answer = there.getresponse()
             told = answer.read()
             there.close()
-            headers = {k.lower(): v for k, v in self.headers.items() if k.lower() not in NOT_KEPT}
+            headers = {k.lower(): v for k, v in self.headers.items() if k.lower() in KEPT}
             asked = {"method": self.command, "path": self.path, "headers": headers}
             kept.append(
                 asked
