@@ -182,7 +182,7 @@ def load_model(
             options: dict[str, Any] = {"dtype": dtype, "model_kwargs": model_kwargs}
             adapted = load_model(base, device=device, **options, **{**hub, "revision": None})
             if device != "meta":  # there are no weights to add it to
-                _add_adapter(adapted, name_or_path, hub)
+                add_adapter(adapted, name_or_path, hub)
             return adapted
         given = dict(model_kwargs or {})
         config = AutoConfig.from_pretrained(name_or_path, **hub)
@@ -225,9 +225,14 @@ def _base_of(name_or_path: str | os.PathLike[str], hub: Mapping[str, Any]) -> st
     return base
 
 
-def _add_adapter(
+def add_adapter(
     model: PreTrainedModel, name_or_path: str | os.PathLike[str], hub: Mapping[str, Any]
 ) -> None:
+    """Add an adapter's weights to a model, in place.
+
+    Raises:
+      LoadError: it lacks weights, or has others than the model takes.
+    """
     # Any: transformers types it as returning nothing
     add: Any = model.load_adapter
     found = add(os.fspath(name_or_path), adapter_kwargs=_of_files(hub))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib.resources import files
-from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -20,7 +19,7 @@ from packscore.serve.gate import Gate
 from packscore.serve.limits import Limits
 from packscore.serve.models import Models
 from packscore.serve.openapi import describe
-from packscore.serve.refusals import Refusal
+from packscore.serve.refusals import RefusedError
 from packscore.serve.state import State
 from packscore.serve.wire.cohere_jina import RERANK, RERANK_V2
 from packscore.serve.wire.decisions import DECISIONS
@@ -111,13 +110,13 @@ def _app(
     _add_others(app, state, page=page)
     describe(app, endpoints)
 
-    def refuse(path: str, refusal: Refusal, request_id: str) -> Response:
+    def refuse(path: str, refusal: RefusedError, request_id: str) -> Response:
         family = by_path[path].kinds[0].family if path in by_path else OPENAI
         return refused(family, refusal, request_id)
 
     async def of_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        refusal = Refusal(str(error.detail), error.status_code, headers=error.headers or {})
+        refusal = RefusedError(str(error.detail), error.status_code, headers=error.headers or {})
         return refuse(request.url.path, refusal, request.scope["packscore"].id)
 
     app.add_exception_handler(HTTPException, of_http)

@@ -1,4 +1,4 @@
-"""Bodies of requests: read up to a limit, parsed as strict JSON, and what is wrong with them named."""
+"""Bodies of requests: read up to a limit, parsed as strict JSON, and their faults named."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic_core import from_json
 from starlette.requests import Request
 
-from packscore.serve.refusals import Refusal, too_large
+from packscore.serve.refusals import RefusedError, too_large
 
 T = TypeVar("T")
 
@@ -37,18 +37,18 @@ async def read_body(request: Request, most: int, take: Callable[[int], None]) ->
       take: called with the size of each piece before it is kept, and may refuse it.
 
     Raises:
-      Refusal: it is compressed, of another type than JSON, or too large.
+      RefusedError: it is compressed, of another type than JSON, or too large.
     """
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
-        raise Refusal(
+        raise RefusedError(
             f"content-encoding: {encoding[:40]} is not taken; send the body as it is",
             415,
             "content-encoding",
         )
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind and kind != "application/json" and not kind.endswith("+json"):
-        raise Refusal(
+        raise RefusedError(
             f"content-type: {kind[:40]} is not taken; send application/json", 415, "content-type"
         )
     told = request.headers.get("content-length", "")
@@ -69,29 +69,31 @@ def parse(data: bytes) -> dict[str, Any]:
     """A body as a JSON object.
 
     Raises:
-      Refusal: it is none, or holds what JSON cannot: NaN, an infinity, half of a surrogate pair.
+      RefusedError: it is none, or holds NaN, an infinity or half of a surrogate pair.
     """
     try:
         found = from_json(data, allow_inf_nan=False)
     except ValueError as error:
         raise _told(data, str(error)) from None
     if not isinstance(found, dict):
-        raise Refusal(f"body is a JSON {type(found).__name__}; it must be an object", None, "body")
+        raise RefusedError(
+            f"body is a JSON {type(found).__name__}; it must be an object", None, "body"
+        )
     return found
 
 
-def _told(data: bytes, reason: str) -> Refusal:
+def _told(data: bytes, reason: str) -> RefusedError:
     """Which field is at fault, found a second time and slowly."""
     deep = _deep_field(data)
     if deep is not None:
-        return Refusal(f"{deep} is nested more than {MAX_DEPTH} deep", 400, deep)
+        return RefusedError(f"{deep} is nested more than {MAX_DEPTH} deep", 400, deep)
     try:
         field, what = _odd(json.loads(data), "")
     except (ValueError, RecursionError):  # of ValueError also UnicodeDecodeError
         field, what = "body", ""
     if what:
-        return Refusal(f"{field} holds {what}, which JSON cannot say", 400, field)
-    return Refusal(f"body is not JSON: {reason}", 400, "body")
+        return RefusedError(f"{field} holds {what}, which JSON cannot say", 400, field)
+    return RefusedError(f"body is not JSON: {reason}", 400, "body")
 
 
 def _deep_field(data: bytes) -> str | None:

@@ -15,7 +15,7 @@ from packscore.inputs import Text
 from packscore.results import RankedDocument, ScoreResult, Usage
 from packscore.scoring import MultiItemScorer
 from packscore.serve.limits import Limits
-from packscore.serve.refusals import Refusal, too_large
+from packscore.serve.refusals import RefusedError, too_large
 
 DOCUMENT = re.compile(r"documents\[(\d+)\]")
 AS_IT_IS = torch.nn.Identity()
@@ -60,7 +60,7 @@ class Call:
           name: what it calls a document.
 
         Raises:
-          Refusal: scores are not finite.
+          RefusedError: scores are not finite.
           Exception: as the scorer raises it, in the body's words.
         """
         self._count(documents, name(0).partition("[")[0], "entries")
@@ -108,12 +108,12 @@ class Call:
         """Refuse an answer for which a text lost its end, where a client said that none may.
 
         Raises:
-          Refusal: one did.
+          RefusedError: one did.
         """
         for usage in self.usages:
             for i in usage.truncated_items:
-                raise Refusal(
-                    f"{name}[{i}] is longer than the model takes, and truncate is false; shorten it",
+                raise RefusedError(
+                    f"{name}[{i}] is longer than the model takes, and truncate is false",
                     413,
                     f"{name}[{i}]",
                 )

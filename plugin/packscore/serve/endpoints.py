@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from packscore.serve.bodies import offload, parse, read_body
 from packscore.serve.call import Call
-from packscore.serve.refusals import RETRY, Refusal, refusal_of
+from packscore.serve.refusals import RETRY, RefusedError, refusal_of
 from packscore.serve.state import State
 from packscore.serve.wire.kinds import Body, Family, Kind
 
@@ -56,7 +56,9 @@ class Endpoint:
             return Response(status_code=GONE)
         except TimeoutError:
             seconds = state.limits.timeout_seconds
-            late = Refusal(f"no answer within {seconds:g} seconds; send less", 504, headers=RETRY)
+            late = RefusedError(
+                f"no answer within {seconds:g} seconds; send less", 504, headers=RETRY
+            )
             return refused(family, late, record.id)
         except Exception as error:
             refusal = refusal_of(error)
@@ -76,7 +78,7 @@ class Endpoint:
         """Which of the kinds a body is, by the fields that it has.
 
         Raises:
-          Refusal: it is none, or several.
+          RefusedError: it is none, or several.
         """
         if len(self.kinds) == 1:
             return self.kinds[0]
@@ -86,13 +88,13 @@ class Endpoint:
         ways = [" and ".join(kind.needs) for kind in whole or self.kinds]
         if whole:
             own = set(whole[1].needs) - set(whole[0].needs)
-            raise Refusal(f"body has {', '.join(ways)}; send one of them", None, min(own))
+            raise RefusedError(f"body has {', '.join(ways)}; send one of them", None, min(own))
         begun = max(self.kinds, key=lambda kind: sum(name in raw for name in kind.needs))
         missing = next(name for name in begun.needs if name not in raw)
-        raise Refusal(f"{missing} is missing; a body has {', or '.join(ways)}", None, missing)
+        raise RefusedError(f"{missing} is missing; a body has {', or '.join(ways)}", None, missing)
 
 
-def refused(family: Family, refusal: Refusal, request_id: str) -> Response:
+def refused(family: Family, refusal: RefusedError, request_id: str) -> Response:
     """An error in a family's shape."""
     status = refusal.status or family.status
     body = json.dumps(family.error(refusal, status, request_id))
@@ -107,7 +109,7 @@ def _validated(kind: Kind, raw: Mapping[str, Any]) -> Body:
         told = [_told(one, raw) for one in error.errors(include_url=False, include_input=False)]
         # of the types that were tried, the one that came furthest is the one that was meant
         param, message = max(told, key=lambda one: len(one[0]))
-        raise Refusal(f"{param}: {message}", None, param) from None
+        raise RefusedError(f"{param}: {message}", None, param) from None
 
 
 def _told(error: ErrorDetails, raw: Any) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from packscore.serve.call import Call
-from packscore.serve.refusals import Refusal
+from packscore.serve.refusals import RefusedError
 from packscore.serve.state import State
 
 access = logging.getLogger("packscore.serve.access")
@@ -76,7 +76,7 @@ class Gate:
         app: ASGIApp,
         state: State,
         paths: frozenset[str],
-        refuse: Callable[[str, Refusal, str], Response],
+        refuse: Callable[[str, RefusedError, str], Response],
     ) -> None:
         self._app, self._state, self._paths, self._refuse = app, state, paths, refuse
         self._keys = [_digest(key) for key in state.keys]
@@ -108,11 +108,11 @@ class Gate:
         finally:
             self._note(path if path in self._paths else "other", status, record)
 
-    def _refusal(self, path: str, headers: Headers) -> Refusal | None:
+    def _refusal(self, path: str, headers: Headers) -> RefusedError | None:
         if self._state.draining and path not in ALIVE:
-            return Refusal("the server is stopping", 503, headers={"retry-after": "5"})
+            return RefusedError("the server is stopping", 503, headers={"retry-after": "5"})
         if self._keys and path not in OPEN and not self._has_key(headers):
-            return Refusal(
+            return RefusedError(
                 "the API key is missing or wrong; send it as authorization: Bearer KEY, or as "
                 "x-api-key: KEY",
                 401,

@@ -9,7 +9,7 @@ from typing import Any
 from packscore.errors import InputError, InputTypeError
 from packscore.inputs import short
 from packscore.scoring import MultiItemScorer
-from packscore.serve.refusals import Refusal
+from packscore.serve.refusals import RefusedError
 
 # what clients of System One ask for when nobody named a model
 ALIAS = "jev-latest"
@@ -50,7 +50,7 @@ class Models:
         """The name under which a request's model is served.
 
         Raises:
-          Refusal: there is no such model.
+          RefusedError: there is no such model.
         """
         if name is None:
             return self.default
@@ -59,7 +59,9 @@ class Models:
         if name == ALIAS:
             return self.default
         known = ", ".join(map(repr, self.scorers))
-        raise Refusal(f"model={short(name)} is not served here; there is {known}", 404, "model")
+        raise RefusedError(
+            f"model={short(name)} is not served here; there is {known}", 404, "model"
+        )
 
     def listed(self) -> dict[str, Any]:
         """The list as clients of OpenAI (`data`) and of System One (`models`) read it."""

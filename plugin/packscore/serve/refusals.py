@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from packscore.errors import (
+    BatcherClosedError,
     InputError,
     InputTypeError,
     NonFiniteScoreError,
     NotPatchedError,
+    QueueFullError,
     UnsupportedModelError,
 )
 
@@ -22,7 +24,7 @@ RETRY = {"retry-after": "1"}
 
 
 @dataclass
-class Refusal(Exception):
+class RefusedError(Exception):
     """A request that gets an error instead of an answer.
 
     Args:
@@ -47,9 +49,9 @@ class Refusal(Exception):
         return ["body", *(int(n) if n else a or b or name for n, a, b, name in steps)]
 
 
-def too_large(param: str, count: int, most: int, what: str) -> Refusal:
+def too_large(param: str, count: int, most: int, what: str) -> RefusedError:
     """A field that holds more than the server takes in one request."""
-    return Refusal(
+    return RefusedError(
         f"{param} has {count:,} {what}, over the {most:,} that this server takes in one request; "
         "send several requests",
         413,
@@ -57,29 +59,26 @@ def too_large(param: str, count: int, most: int, what: str) -> Refusal:
     )
 
 
-def refusal_of(error: Exception) -> Refusal:
-    """What an error of a scorer is to a client: its own fault, or a launch's that may be tried again.
-
-    An error that says how long to wait (`retry_after`) is a full queue.
-    """
-    if isinstance(error, Refusal):
+def refusal_of(error: Exception) -> RefusedError:
+    """What an error of a scorer is to a client: its own fault, a full queue, a failed launch."""
+    if isinstance(error, RefusedError):
         return error
     message = str(error)
     if isinstance(error, InputError | InputTypeError):
         found = PATH.match(message)
-        return Refusal(message, None, found.group() if found else None)
+        return RefusedError(message, None, found.group() if found else None)
     if isinstance(error, NonFiniteScoreError):
-        return Refusal(message, 424)
+        return RefusedError(message, 424)
     if isinstance(error, UnsupportedModelError):
-        return Refusal(message, 501)
-    seconds = getattr(error, "retry_after", None)
-    if seconds is not None:
-        wait = str(max(1, math.ceil(seconds)))
-        return Refusal(message, 429, headers={"retry-after": wait})
-    if isinstance(error, NotPatchedError):
-        return Refusal(message, 503, headers=RETRY)
+        return RefusedError(message, 501)
+    if isinstance(error, QueueFullError):
+        wait = str(max(1, math.ceil(error.retry_after)))
+        told = f"the queue is full; try again in {wait} s"
+        return RefusedError(told, 429, headers={"retry-after": wait})
+    if isinstance(error, NotPatchedError | BatcherClosedError):
+        return RefusedError(message, 503, headers=RETRY)
     # of the launch, whose request was not at fault; its insides are for the log
-    return Refusal(
+    return RefusedError(
         f"the launch of this request failed ({type(error).__name__}); try again",
         503,
         headers=RETRY,

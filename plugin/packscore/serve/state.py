@@ -11,7 +11,7 @@ from packscore.scoring import MultiItemScorer
 from packscore.serve.limits import Limits
 from packscore.serve.metrics import Metrics
 from packscore.serve.models import Models
-from packscore.serve.refusals import RETRY, Refusal
+from packscore.serve.refusals import RETRY, RefusedError
 
 logger = logging.getLogger("packscore.serve")
 
@@ -56,10 +56,10 @@ class State:
         """Count bytes that are kept.
 
         Raises:
-          Refusal: there are too many already.
+          RefusedError: there are too many already.
         """
         if self._held_bytes + size > self.limits.max_waiting_bytes:
-            raise Refusal("the bodies that wait fill the memory for them", 429, headers=RETRY)
+            raise RefusedError("the bodies that wait fill the memory for them", 429, headers=RETRY)
         self._held_bytes += size
 
     def give_back(self, size: int) -> None:

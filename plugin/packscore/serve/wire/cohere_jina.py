@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from packscore.serve.call import Call
-from packscore.serve.refusals import Refusal
+from packscore.serve.refusals import RefusedError
 from packscore.serve.wire.kinds import Body, Family, Kind
 
 
@@ -32,7 +32,7 @@ class RerankBody(Body):
     return_documents: bool | None = None
 
 
-def _error(refusal: Refusal, status: int, request_id: str) -> dict[str, Any]:
+def _error(refusal: RefusedError, status: int, request_id: str) -> dict[str, Any]:
     # Cohere's clients read `message`, Jina's `detail`
     return {"id": request_id, "message": refusal.message, "detail": refusal.message}
 
@@ -75,6 +75,7 @@ def _kind(name: str, *, echo: bool) -> Kind:
             "max_chunks_per_doc": ((), "send the chunks as documents, or leave it out"),
             "rank_fields": ((["text"],), 'send documents as text, or as {"text": ...}'),
             "priority": ((0,), "all requests have one priority; leave it out"),
+            "relevant_spans": (([],), "documents are scored whole; leave it out"),
             "images": ((), "only text is scored; leave them out"),
         },
     )

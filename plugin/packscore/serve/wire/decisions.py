@@ -12,7 +12,7 @@ from pydantic import Field, WithJsonSchema
 
 from packscore.inputs import short
 from packscore.serve.call import Call
-from packscore.serve.refusals import Refusal
+from packscore.serve.refusals import RefusedError
 from packscore.serve.wire.kinds import Body, Family, Kind
 
 ROLES = ("user", "assistant", "system", "developer")
@@ -43,7 +43,7 @@ class DecisionsBody(Body):
     ]
 
 
-def _error(refusal: Refusal, status: int, request_id: str) -> dict[str, Any]:
+def _error(refusal: RefusedError, status: int, request_id: str) -> dict[str, Any]:
     kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = "server_error" if status >= 500 else kinds.get(status, "invalid_request_error")
     found = {"message": refusal.message, "type": kind, "param": refusal.param, "code": None}
@@ -60,12 +60,14 @@ def state_of(value: str | list[Any]) -> Any:
     System One's shape; several are a list of {"role", "content"}.
 
     Raises:
-      Refusal: something in it is neither text nor JSON.
+      RefusedError: something in it is neither text nor JSON.
     """
     if isinstance(value, str):
         return value
     if not value:
-        raise Refusal("input is empty; it must be text, or at least one message", None, "input")
+        raise RefusedError(
+            "input is empty; it must be text, or at least one message", None, "input"
+        )
     found = [_entry(f"input[{i}]", entry) for i, entry in enumerate(value)]
     only = found[0]
     return only["content"] if len(found) == 1 and set(only) == {"role", "content"} else found
@@ -73,18 +75,20 @@ def state_of(value: str | list[Any]) -> Any:
 
 def _entry(where: str, entry: Any) -> dict[str, Any]:
     if not isinstance(entry, Mapping):
-        raise Refusal(f"{where}={short(entry)} must be a message: role and content", None, where)
+        raise RefusedError(
+            f"{where}={short(entry)} must be a message: role and content", None, where
+        )
     kind = entry.get("type", "message")
     if kind in TOOLS:
         return dict(entry)
     if kind != "message":
-        raise Refusal(
+        raise RefusedError(
             f"{where}.type={short(kind)} is not read; send messages of text or JSON, or tool calls",
             None,
             f"{where}.type",
         )
     if entry.get("role") not in ROLES:
-        raise Refusal(
+        raise RefusedError(
             f"{where}.role={short(entry.get('role'))} must be one of {', '.join(ROLES)}",
             None,
             f"{where}.role",
@@ -94,7 +98,7 @@ def _entry(where: str, entry: Any) -> dict[str, Any]:
         parts = [_part(f"{where}.content[{i}]", part) for i, part in enumerate(content)]
         content = parts[0] if len(parts) == 1 else parts
     elif not isinstance(content, str):
-        raise Refusal(
+        raise RefusedError(
             f"{where}.content={short(content)} must be text, or a list of parts",
             None,
             f"{where}.content",
@@ -106,7 +110,7 @@ def _part(where: str, part: Any) -> Any:
     kind = part.get("type") if isinstance(part, Mapping) else None
     key = {"input_json": "data", "input_text": "text", "output_text": "text"}.get(str(kind))
     if key is None or key not in part or (key == "text" and not isinstance(part[key], str)):
-        raise Refusal(
+        raise RefusedError(
             f"{where}.type={short(kind)} is not read; send input_text with its text, or input_json "
             "with its data: only text and JSON can be read",
             None,

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from packscore.inputs import short
 from packscore.serve.call import Call
-from packscore.serve.refusals import Refusal
+from packscore.serve.refusals import RefusedError
 
 
 class Body(BaseModel):
@@ -34,7 +34,7 @@ class Family:
 
     name: str
     status: int
-    error: Callable[[Refusal, int, str], dict[str, Any]]
+    error: Callable[[RefusedError, int, str], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ class Kind:
         """Refuse a body that asks for what this server does not do.
 
         Raises:
-          Refusal: it does; the message names the field and the remedy.
+          RefusedError: it does; the message names the field and the remedy.
         """
         for name, (idle, remedy) in self.unserved.items():
             value = raw.get(name)
             if value is not None and not any(value is x or value == x for x in idle):
-                raise Refusal(f"{name}={short(value)} is not served; {remedy}", None, name)
+                raise RefusedError(f"{name}={short(value)} is not served; {remedy}", None, name)
 
 
 def error_type(status: int) -> str:

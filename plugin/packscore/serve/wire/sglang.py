@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from packscore.serve.call import Call
-from packscore.serve.refusals import Refusal
+from packscore.serve.refusals import RefusedError
 from packscore.serve.wire.kinds import Body, Family, Kind, error_type
 
 Ids = list[int]
@@ -28,7 +28,7 @@ class ScoringBody(Body):
     item_first: bool = False
 
 
-def _error(refusal: Refusal, status: int, request_id: str) -> dict[str, Any]:
+def _error(refusal: RefusedError, status: int, request_id: str) -> dict[str, Any]:
     return {
         "object": "error",
         "message": refusal.message,

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field, WithJsonSchema
 
 from packscore.serve.call import Call
-from packscore.serve.refusals import Refusal
+from packscore.serve.refusals import RefusedError
 from packscore.serve.wire.kinds import Body, Family, Kind
 
 QUESTION = {
@@ -39,7 +39,7 @@ class SystemOneBody(Body):
     ]
 
 
-def _error(refusal: Refusal, status: int, request_id: str) -> dict[str, Any]:
+def _error(refusal: RefusedError, status: int, request_id: str) -> dict[str, Any]:
     if status != FAMILY.status:
         return {"detail": refusal.message}
     return {"detail": [{"loc": refusal.loc, "msg": refusal.message, "type": "value_error"}]}
@@ -50,7 +50,9 @@ FAMILY = Family("System One", 422, _error)
 
 async def _answer(call: Call, body: SystemOneBody) -> dict[str, Any]:
     decision = await call.decide(body.state, body.questions)
-    return decision.to_systemone()
+    found = decision.to_systemone()
+    found["usage"] |= {name: call.usage()[name] for name in ("computed_tokens", "saved_tokens")}
+    return found
 
 
 NO_PICTURES = "only text can be read; describe them in the state"

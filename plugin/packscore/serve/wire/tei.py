@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from packscore.serve.call import Call
-from packscore.serve.refusals import Refusal
+from packscore.serve.refusals import RefusedError
 from packscore.serve.wire.kinds import Body, Family, Kind
 
 
@@ -27,7 +27,7 @@ class RanksBody(Body):
 TYPES = {429: "Overloaded", 424: "Backend", 503: "Unhealthy", 504: "Backend"}
 
 
-def _error(refusal: Refusal, status: int, request_id: str) -> dict[str, Any]:
+def _error(refusal: RefusedError, status: int, request_id: str) -> dict[str, Any]:
     return {"error": refusal.message, "error_type": TYPES.get(status, "Validation")}
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from packscore.serve.call import Call
-from packscore.serve.refusals import Refusal
+from packscore.serve.refusals import RefusedError
 from packscore.serve.wire.kinds import Body, Family, Kind, error_type
 from packscore.text.encoding import group_by_query
 
@@ -31,14 +31,14 @@ class PairsBody(Body):
         """The two lists of texts, as many of the one as of the other, or one of the first.
 
         Raises:
-          Refusal: they do not fit.
+          RefusedError: they do not fit.
         """
         first, second = (getattr(self, name) for name in self.names)
         first = [first] if isinstance(first, str) else first
         second = [second] if isinstance(second, str) else second
         if len(first) not in (1, len(second)):
             a, b = self.names
-            raise Refusal(
+            raise RefusedError(
                 f"{a} has {len(first)} texts and {b} {len(second)}; {a} must have one, or as many",
                 None,
                 a,
@@ -78,7 +78,7 @@ class Data1Data2(PairsBody):
     data_2: Texts
 
 
-def _error(refusal: Refusal, status: int, request_id: str) -> dict[str, Any]:
+def _error(refusal: RefusedError, status: int, request_id: str) -> dict[str, Any]:
     found = {
         "message": refusal.message,
         "type": error_type(status),
