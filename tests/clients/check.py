@@ -1,4 +1,4 @@
-"""Every client against `packscore serve` over loopback; `run.py` makes the environment and calls it.
+"""Every client against `packscore serve` over loopback; `run.py` makes the environment for it.
 
 python -m clients.check            # with tests/ and benchmarks/ on PYTHONPATH
 python -m clients.check --record   # and write what the clients sent to recorded/
@@ -28,6 +28,7 @@ from typing import Any
 from clients import page, wire
 from clients.calls import CALLS, KEY, MODEL, Call
 from clients.proxy import Exchanges, between
+from clients.refusals import REFUSALS
 from packscore import MultiItemScorer, shipped_model_path
 from tolerances import PROBABILITY_REORDERED
 
@@ -52,8 +53,8 @@ def main() -> int:
         failed = _clients(scorer, port, options.only, options.record)
         if options.only is None:
             root = f"http://127.0.0.1:{port}"
-            failed += _laws(scorer, root) + _schema(root, options.examples)
-            failed += _page(root, options.pictures)
+            failed += _refusals(root) + _laws(scorer, root)
+            failed += _schema(root, options.examples) + _page(root, options.pictures)
     return int(failed > 0)
 
 
@@ -63,7 +64,7 @@ def serving(*more: str, device: str = "cpu") -> Iterator[int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "packscore", "serve", "--port", str(port), *more]
+    command = [sys.executable, "-m", "packscore", "serve", "--port", str(port), "--quiet", *more]
     command += ["--model", f"{MODEL}={shipped_model_path()}", "--device", device]
     server = subprocess.Popen([*command, "--dtype", "float32"], stdout=subprocess.DEVNULL)
     try:
@@ -137,6 +138,20 @@ def _record(name: str, call: Call, sent: dict[str, Any]) -> None:
     RECORDED.mkdir(exist_ok=True)
     text = json.dumps(kept, indent=1, ensure_ascii=False) + "\n"
     (RECORDED / f"{name}.json").write_text(text, encoding="utf-8")
+
+
+def _refusals(root: str) -> int:
+    """Errors as each client's user meets them: of the class that says so, with the message."""
+    failed = 0
+    for call, (distribution, expected) in REFUSALS.items():
+        try:
+            told = f"no error: {call(root)}"
+        except Exception as error:  # which one it is to be is what is looked at
+            told = f"{type(error).__name__}: {error}"
+        seen = all(text in told for text in expected)
+        _say(_named(distribution), call.__name__, expected[0] if seen else f"FAILED: {told[:300]}")
+        failed += not seen
+    return failed
 
 
 def _laws(scorer: MultiItemScorer, root: str) -> int:

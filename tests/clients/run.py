@@ -1,11 +1,12 @@
 """Ask `packscore serve` with every client there is, in an environment of its own.
 
     python tests/clients/run.py             # some 3 GB while it runs
-    python tests/clients/run.py --record    # and keep what they sent, for tests/serve/test_recorded.py
+    python tests/clients/run.py --record    # and keep what they sent, in recorded/
 
 For each client it says whether the scores that it hands its user are those of the scorer without
 a server; then JevBench's laws over HTTP, schemathesis over the OpenAPI schema, and the page in a
-browser, if `chromium` is on PATH.
+browser, if `chromium` is on PATH. What they sent is asked of the app again by
+tests/serve/test_recorded.py, which needs none of them.
 
 Left out, as of 26 November 2026: langchain-huggingface 1.2.3 has no client for rerankers (its
 packages of Text Embeddings Inference are for embeddings), pip finds no langchain-jina, and vLLM's

@@ -1,4 +1,4 @@
-"""What an exchange says, in one form for all endpoints, and what the scorer says in this process."""
+"""What an exchange says, in one form for all endpoints, and what the scorer says by itself."""
 
 from __future__ import annotations
 
