@@ -10,16 +10,19 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from pydantic_core import from_json
+from starlette.datastructures import Headers
 from starlette.requests import Request
+from starlette.types import Receive
 
 from packscore.serve.refusals import RefusedError, too_large
 
 T = TypeVar("T")
-
 # what takes longer than a few milliseconds is done beside the event loop
 SMALL_BYTES = 64 * 2**10
 # the parser's own; below it a state may be nested as deep as `decide` takes
 MAX_DEPTH = 200
+# of a body that is refused: a client that is cut off while it sends reads no answer
+DISCARDED_BYTES = 256 * 2**20
 TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*+"(\s*:)?|[\[\]{}]', re.DOTALL)
 
 
@@ -63,6 +66,17 @@ async def read_body(request: Request, most: int, take: Callable[[int], None]) ->
         take(len(piece))
         pieces.append(piece)
     return b"".join(pieces)
+
+
+async def discard(receive: Receive, headers: Headers) -> None:
+    """Read what is left of a body and keep nothing, so that its client comes to read the answer."""
+    if headers.get("expect", "").lower() == "100-continue":
+        return  # it waits to be asked
+    left, more = DISCARDED_BYTES, True
+    while more and left > 0:
+        message = await receive()
+        left -= len(message.get("body", b""))
+        more = message.get("more_body", False)
 
 
 def parse(data: bytes) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Call:
       scorer: of that model.
       limits: of the server.
       items: how many there were.
+      numbers: how many its answer holds.
       usages: of what was scored for it.
     """
 
@@ -39,6 +40,7 @@ class Call:
     scorer: MultiItemScorer
     limits: Limits
     items: int = 0
+    numbers: int = 0
     usages: list[Usage] = field(default_factory=list)
 
     async def rank(
@@ -71,15 +73,22 @@ class Call:
         except (InputError, InputTypeError) as error:
             told = DOCUMENT.sub(lambda found: name(int(found[1])), str(error))
             raise type(error)(re.sub(r"^query\b", query_name, told)) from error
+        self.numbers += len(documents)
         self._used(result.usage, name)
         return result.scores
 
-    async def score(self, query: Text, items: Sequence[Text], **options: Any) -> list[list[float]]:
+    async def score(
+        self, query: Text, items: Sequence[Text], label_token_ids: list[int] | None, **options: Any
+    ) -> list[list[float]]:
         """Probabilities of labels, as `MultiItemScorer.score` gives them."""
         self._count(items, "items", "entries")
+        numbers = len(items) * len(label_token_ids or ())
+        if numbers > self.limits.max_scores:
+            raise too_large("label_token_ids", numbers, self.limits.max_scores, "scores to give")
         result: ScoreResult[list[list[float]]] = await self.scorer.async_score(
-            query, items, return_usage=True, **options
+            query, items, label_token_ids=label_token_ids, return_usage=True, **options
         )
+        self.numbers += sum(map(len, result.scores))
         self._used(result.usage, "items[{}]".format)
         return result.scores
 
@@ -88,6 +97,7 @@ class Call:
         if isinstance(questions, Mapping | list):
             self._count(questions, "questions", "questions", self.limits.max_questions)
         decision: Decision = await self.scorer.async_decide(state, questions)
+        self.numbers += 256 * len(questions)
         self._used(decision.usage, "questions[{}]".format)
         return replace(decision, model=self.model)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,9 +14,9 @@ from pydantic_core import ErrorDetails
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from packscore.serve.bodies import offload, parse, read_body
+from packscore.serve.bodies import discard, offload, parse, read_body
 from packscore.serve.call import Call
-from packscore.serve.refusals import RETRY, RefusedError, refusal_of
+from packscore.serve.refusals import RefusedError, refusal_of
 from packscore.serve.state import State
 from packscore.serve.wire.kinds import Body, Family, Kind
 
@@ -25,6 +25,8 @@ T = TypeVar("T")
 logger = logging.getLogger("packscore.serve")
 # nobody reads it: the client is gone
 GONE = 499
+# bytes of a number in an answer
+NUMBER = 20
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Endpoint:
         record = request.scope["packscore"]
         family = self.kinds[0].family
         held = state.hold_bytes()
+        data = None
         try:
             async with asyncio.timeout(state.limits.timeout_seconds):
                 data = await read_body(request, state.limits.max_body_bytes, held.take)
@@ -50,18 +53,18 @@ class Endpoint:
                 name = state.models.find(body.model)
                 call = Call(record.id, name, state.models.scorers[name], state.limits)
                 record.call = call
-                found = await _while_connected(request, kind.answer(call, body))
-                answer = await offload(len(data), _encoded, found)
+                made = await _while_connected(request, kind.answer(call, body))
+                answer = await offload(len(data) + NUMBER * call.numbers, _encoded, made)
         except ClientDisconnect:
             return Response(status_code=GONE)
         except TimeoutError:
             seconds = state.limits.timeout_seconds
-            late = RefusedError(
-                f"no answer within {seconds:g} seconds; send less", 504, headers=RETRY
-            )
+            late = RefusedError(f"no answer within {seconds:g} seconds; send less", 504)
             return refused(family, late, record.id)
         except Exception as error:
             refusal = refusal_of(error)
+            if data is None:
+                await discard(request.receive, request.headers)
             if refusal.status in (424, 503):
                 logger.warning("request %s: %s", record.id, type(error).__name__, exc_info=error)
             return refused(family, refusal, record.id)
@@ -124,11 +127,11 @@ def _told(error: ErrorDetails, raw: Any) -> tuple[str, str]:
     return path.lstrip(".") or "body", error["msg"]
 
 
-def _encoded(found: Any) -> bytes:
-    return json.dumps(found, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode()
+def _encoded(made: Callable[[], Any]) -> bytes:
+    return json.dumps(made(), allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-async def _while_connected(request: Request, work: Awaitable[T]) -> T:
+async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """What a call gives, unless its client hangs up: then it is cancelled, and dropped if it waits.
 
     Raises:
@@ -139,8 +142,7 @@ async def _while_connected(request: Request, work: Awaitable[T]) -> T:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    assert isinstance(work, Coroutine)
-    answer: asyncio.Task[T] = asyncio.create_task(work)
+    answer = asyncio.create_task(work)
     gone = asyncio.create_task(leave())
     try:
         await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)

@@ -16,6 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from packscore.serve.bodies import discard
 from packscore.serve.call import Call
 from packscore.serve.refusals import RefusedError
 from packscore.serve.state import State
@@ -79,7 +80,8 @@ class Gate:
         refuse: Callable[[str, RefusedError, str], Response],
     ) -> None:
         self._app, self._state, self._paths, self._refuse = app, state, paths, refuse
-        self._keys = [_digest(key) for key in state.keys]
+        # digests, all of one length, so that a comparison says nothing of it
+        self._keys = [hashlib.sha256(key.encode()).digest() for key in state.keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it."""
@@ -102,14 +104,17 @@ class Gate:
             await send(message)
 
         refusal = self._refusal(path, headers)
-        app = self._app if refusal is None else self._refuse(path, refusal, record.id)
+        app = self._app
         try:
+            if refusal is not None:
+                await discard(receive, headers)
+                app = self._refuse(path, refusal, record.id)
             await app(scope, receive, answer)
         finally:
             self._note(path if path in self._paths else "other", status, record)
 
     def _refusal(self, path: str, headers: Headers) -> RefusedError | None:
-        if self._state.draining and path not in ALIVE:
+        if self._state.draining and path not in (*ALIVE, "/metrics"):
             return RefusedError("the server is stopping", 503, headers={"retry-after": "5"})
         if self._keys and path not in OPEN and not self._has_key(headers):
             return RefusedError(
@@ -124,8 +129,9 @@ class Gate:
     def _has_key(self, headers: Headers) -> bool:
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        found = [hmac.compare_digest(_digest(given), key) for key in self._keys]
-        return any(found)
+        # as bytes, which is what headers are
+        digest = hashlib.sha256(given.encode("latin-1")).digest()
+        return sum(hmac.compare_digest(digest, key) for key in self._keys) > 0
 
     def _note(self, endpoint: str, status: int, record: Record) -> None:
         seconds = time.perf_counter() - record.started
@@ -135,11 +141,6 @@ class Gate:
             self._state.metrics.items.labels(record.call.model).inc(record.call.items)
         if endpoint not in ALIVE:
             access.info(record.line(endpoint, status))
-
-
-def _digest(key: str) -> bytes:
-    """All of one length, so that a comparison says nothing of it."""
-    return hashlib.sha256(key.encode()).digest()
 
 
 def _id_of(headers: Headers) -> str:

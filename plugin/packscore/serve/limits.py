@@ -15,6 +15,7 @@ class Limits:
     Args:
       max_body_bytes: of a body.
       max_items: items, documents, texts or pairs.
+      max_scores: of an answer: items times labels.
       max_questions: about one state.
       max_tokens: of a request's prefix and items together, as they run; None: what the queue holds.
       timeout_seconds: from the first byte of a body to the answer.
@@ -26,6 +27,7 @@ class Limits:
 
     max_body_bytes: int = 8 * 2**20
     max_items: int = 10_000
+    max_scores: int = 1_000_000
     max_questions: int = 400
     max_tokens: int | None = None
     timeout_seconds: float = 300.0

@@ -32,7 +32,7 @@ class State:
         self.metrics = Metrics(models)
         self.warm = False
         self.draining = False
-        self._held_bytes = 0
+        self.held_bytes = 0
         self._warming: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -58,13 +58,13 @@ class State:
         Raises:
           RefusedError: there are too many already.
         """
-        if self._held_bytes + size > self.limits.max_waiting_bytes:
+        if self.held_bytes + size > self.limits.max_waiting_bytes:
             raise RefusedError("the bodies that wait fill the memory for them", 429, headers=RETRY)
-        self._held_bytes += size
+        self.held_bytes += size
 
     def give_back(self, size: int) -> None:
         """The bytes are let go."""
-        self._held_bytes -= size
+        self.held_bytes -= size
 
 
 @dataclass

@@ -6,10 +6,12 @@ Source: docs.cohere.com/reference/rerank, api.jina.ai/redoc, and vllm/entrypoint
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from packscore.results import RankedDocument
 from packscore.serve.call import Call
 from packscore.serve.refusals import RefusedError
 from packscore.serve.wire.kinds import Body, Family, Kind
@@ -40,19 +42,20 @@ def _error(refusal: RefusedError, status: int, request_id: str) -> dict[str, Any
 FAMILY = Family("Cohere, Jina", 422, _error)
 
 
-async def _answer(call: Call, body: RerankBody, *, echo: bool) -> dict[str, Any]:
+async def _answer(call: Call, body: RerankBody, *, echo: bool) -> Callable[[], Any]:
     texts = [one if isinstance(one, str) else one.text for one in body.documents]
     ranked = await call.rank(body.query, texts)
     echo = echo if body.return_documents is None else body.return_documents
-    results: list[dict[str, Any]] = []
-    for one in ranked[: body.top_n]:
-        result = {"index": one["corpus_id"], "relevance_score": one["score"]}
-        results.append(result | ({"document": {"text": texts[one["corpus_id"]]}} if echo else {}))
-    return {
+
+    def result(one: RankedDocument) -> dict[str, Any]:
+        found = {"index": one["corpus_id"], "relevance_score": one["score"]}
+        return found | ({"document": {"text": texts[one["corpus_id"]]}} if echo else {})
+
+    return lambda: {
         "id": call.id,
         "object": "list",
         "model": call.model,
-        "results": results,
+        "results": [result(one) for one in ranked[: body.top_n]],
         "usage": call.usage(),
         "meta": {"api_version": {"version": "2"}},
     }

@@ -5,7 +5,7 @@ Source: the types of openai's `decisions.create`, and vLLM's /v1/decisions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, WithJsonSchema
@@ -35,7 +35,7 @@ QUESTION = {
 class DecisionsBody(Body):
     """An input, and a list of questions about it."""
 
-    input: Annotated[str | list[Any], WithJsonSchema({"type": ["string", "array"]})]
+    input: str | list[Any]
     questions: Annotated[
         list[Any],
         Field(min_length=1),
@@ -119,9 +119,9 @@ def _part(where: str, part: Any) -> Any:
     return part[key]
 
 
-async def _answer(call: Call, body: DecisionsBody) -> dict[str, Any]:
+async def _answer(call: Call, body: DecisionsBody) -> Callable[[], Any]:
     decision = await call.decide(state_of(body.input), body.questions)
-    return decision.to_decisions()
+    return decision.to_decisions
 
 
 DECISIONS = Kind(

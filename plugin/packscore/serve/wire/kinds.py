@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
@@ -46,7 +46,7 @@ class Kind:
       family: whose clients send it.
       body: its fields.
       needs: by these fields it is told from others on the same path.
-      answer: what is sent back for it, as JSON.
+      answer: awaited, it gives what makes the JSON that is sent back, beside the event loop.
       example: one that can be sent as it is.
       unserved: fields that ask for what is not done: values that ask for nothing, and the remedy.
     """
@@ -55,7 +55,7 @@ class Kind:
     family: Family
     body: type[Body]
     needs: tuple[str, ...]
-    answer: Callable[[Call, Any], Awaitable[Any]]
+    answer: Callable[[Call, Any], Coroutine[Any, Any, Callable[[], Any]]]
     example: dict[str, Any]
     unserved: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
 

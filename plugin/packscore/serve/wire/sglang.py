@@ -5,6 +5,7 @@ Source: sgl-project/sglang, python/sglang/srt/entrypoints/openai/protocol.py (Sc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -41,15 +42,15 @@ def _error(refusal: RefusedError, status: int, request_id: str) -> dict[str, Any
 FAMILY = Family("SGLang", 400, _error)
 
 
-async def _answer(call: Call, body: ScoringBody) -> dict[str, Any]:
+async def _answer(call: Call, body: ScoringBody) -> Callable[[], Any]:
     scores = await call.score(
         body.query,
         [body.items] if isinstance(body.items, str) else body.items,
-        label_token_ids=body.label_token_ids,
+        body.label_token_ids,
         apply_softmax=body.apply_softmax,
         item_first=body.item_first,
     )
-    return {
+    return lambda: {
         "scores": scores,
         "model": call.model,
         "usage": call.usage(),

@@ -5,6 +5,7 @@ Source: the requests of typesafe-sdk and systemone-client, and SGLang's /v1/syst
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import Field, WithJsonSchema
@@ -31,7 +32,7 @@ QUESTION = {
 class SystemOneBody(Body):
     """A state, and typed questions about it by id."""
 
-    state: Annotated[Any, WithJsonSchema({"type": ["string", "object", "array"]})]
+    state: str | dict[str, Any] | list[Any]
     questions: Annotated[
         dict[str, Any],
         Field(min_length=1),
@@ -48,11 +49,15 @@ def _error(refusal: RefusedError, status: int, request_id: str) -> dict[str, Any
 FAMILY = Family("System One", 422, _error)
 
 
-async def _answer(call: Call, body: SystemOneBody) -> dict[str, Any]:
+async def _answer(call: Call, body: SystemOneBody) -> Callable[[], Any]:
     decision = await call.decide(body.state, body.questions)
-    found = decision.to_systemone()
-    found["usage"] |= {name: call.usage()[name] for name in ("computed_tokens", "saved_tokens")}
-    return found
+
+    def answered() -> dict[str, Any]:
+        found, used = decision.to_systemone(), call.usage()
+        found["usage"] |= {name: used[name] for name in ("computed_tokens", "saved_tokens")}
+        return found
+
+    return answered
 
 
 NO_PICTURES = "only text can be read; describe them in the state"

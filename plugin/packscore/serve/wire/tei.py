@@ -5,10 +5,12 @@ Source: huggingface/text-embeddings-inference, docs/openapi.json.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import Field
 
+from packscore.results import RankedDocument
 from packscore.serve.call import Call
 from packscore.serve.refusals import RefusedError
 from packscore.serve.wire.kinds import Body, Family, Kind
@@ -34,19 +36,18 @@ def _error(refusal: RefusedError, status: int, request_id: str) -> dict[str, Any
 FAMILY = Family("Text Embeddings Inference", 422, _error)
 
 
-async def _answer(call: Call, body: RanksBody) -> list[dict[str, Any]]:
+async def _answer(call: Call, body: RanksBody) -> Callable[[], Any]:
     ranked = await call.rank(
         body.query, body.texts, raw=bool(body.raw_scores), name="texts[{}]".format
     )
     if body.truncate is False:
         call.check_whole("texts")
-    results: list[dict[str, Any]] = []
-    for one in ranked:
-        result = {"index": one["corpus_id"], "score": one["score"]}
-        results.append(
-            result | ({"text": body.texts[one["corpus_id"]]} if body.return_text else {})
-        )
-    return results
+
+    def result(one: RankedDocument) -> dict[str, Any]:
+        found = {"index": one["corpus_id"], "score": one["score"]}
+        return found | ({"text": body.texts[one["corpus_id"]]} if body.return_text else {})
+
+    return lambda: [result(one) for one in ranked]
 
 
 RANKS = Kind(

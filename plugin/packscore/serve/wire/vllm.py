@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -91,7 +92,7 @@ def _error(refusal: RefusedError, status: int, request_id: str) -> dict[str, Any
 FAMILY = Family("vLLM", 400, _error)
 
 
-async def _answer(call: Call, body: PairsBody) -> dict[str, Any]:
+async def _answer(call: Call, body: PairsBody) -> Callable[[], Any]:
     first, second = body.sides()
     queries = first * len(second) if len(first) == 1 else first
     a, b = body.names
@@ -115,7 +116,7 @@ async def _answer(call: Call, body: PairsBody) -> dict[str, Any]:
                 tasks.create_task(group(index))
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from None
-    return {
+    return lambda: {
         "id": body.request_id or call.id,
         "object": "list",
         "created": int(time.time()),
