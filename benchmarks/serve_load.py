@@ -74,9 +74,6 @@ class Outcome:
         self.seconds.append(seconds)
 
 
-# --- requests
-
-
 def words(rng: random.Random, least: int, most: int) -> str:
     """So many words of Python's documentation."""
     return " ".join(rng.choices(WORDS, k=rng.randint(least, most)))
@@ -132,9 +129,6 @@ def in_process(scorer: MultiItemScorer, path: str, body: dict[str, Any]) -> Aske
         return Asked(path, body, numbers({"scores": scores}))
     decision = scorer.decide(body["state"], body["questions"])
     return Asked(path, body, numbers(decision.to_systemone()))
-
-
-# --- the server
 
 
 @dataclass(frozen=True)
@@ -225,9 +219,6 @@ def loaded(name: str) -> MultiItemScorer:
     return MultiItemScorer.from_pretrained(name, **options)
 
 
-# --- clients
-
-
 class Connection:
     """One client's, which it keeps."""
 
@@ -279,9 +270,6 @@ async def ask_all(server: Server, asked: list[Asked], n: int, watch: Any = None)
 
     await asyncio.gather(*(client(Connection(server.port)) for _ in range(n)))
     return outcome
-
-
-# --- what is asked for
 
 
 def load(scorer: MultiItemScorer, name: str, options: argparse.Namespace) -> bool:

@@ -56,9 +56,6 @@ def client(distribution: str, state: Any = None) -> Callable[[Any], Any]:
     return enter
 
 
-# --- rerankers
-
-
 @client("cohere")
 def cohere_v2(root: str) -> Ranks:
     import cohere
@@ -138,9 +135,6 @@ def llama_index_jina(root: str) -> Ranks:
     reranker = JinaRerank(top_n=3, model=MODEL, base_url=f"{root}/v1", api_key=KEY)
     found = reranker.postprocess_nodes(_nodes(), query_str=QUERY)
     return [(DOCUMENTS.index(node.text), node.score) for node in found]
-
-
-# --- decisions
 
 
 def _answers(nouls: Any, choices: Any, scores: Any) -> Answers:
