@@ -104,6 +104,10 @@ class QueueFullError(PackscoreError, RuntimeError):
         return type(self), self._named
 
 
+class RequestTooLargeError(InputError):
+    """A request has more tokens than one request may have."""
+
+
 class BatcherClosedError(PackscoreError, RuntimeError):
     """The batcher was closed, and takes no more requests."""
 

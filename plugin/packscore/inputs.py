@@ -280,7 +280,7 @@ OPTIONS: dict[str, Callable[[str, Any], None]] = {
     "dtype": _check_dtype,
     "model_kwargs": _or_none(_check_mapping),
     "seconds": _check_seconds,
-    "max_requests": check_count,
+    **dict.fromkeys(["max_requests", "max_request_tokens"], check_count),
     "window_seconds": _check_window,
 }
 

@@ -906,6 +906,7 @@ class MultiItemScorer:
         max_requests: int = MAX_REQUESTS,
         max_tokens: int | None = None,
         window_seconds: float = WINDOW_SECONDS,
+        max_request_tokens: int | None = None,
     ) -> Batcher:
         """Make the queue of `async_score` and its kin with limits of one's own.
 
@@ -913,6 +914,8 @@ class MultiItemScorer:
           max_requests: how many may wait; more are refused.
           max_tokens: how many tokens of items may wait; None is about a million.
           window_seconds: how long the first request of an idle queue waits for others; 0 does not.
+          max_request_tokens: of one request, its query once and its items; more are refused with a
+            `RequestTooLargeError`. None sets no limit.
 
         Returns:
           The queue, which `batcher` gives from now on; `with` closes it at its end.
@@ -931,6 +934,7 @@ class MultiItemScorer:
             max_requests=max_requests,
             max_tokens=max_tokens,
             window_seconds=window_seconds,
+            max_request_tokens=max_request_tokens,
         )
         return self._batcher
 

@@ -16,7 +16,14 @@ from typing import Any, Self, TypeVar, cast
 from packscore.batcher.stats import BatcherStats
 from packscore.batcher.waiting import Call, Turn, Waiting
 from packscore.core import ScoringCore
-from packscore.errors import BatcherClosedError, LaunchError, PackscoreError, QueueFullError
+from packscore.encoded import EncodedRequest
+from packscore.errors import (
+    BatcherClosedError,
+    LaunchError,
+    PackscoreError,
+    QueueFullError,
+    RequestTooLargeError,
+)
 from packscore.flows.runner import Runner
 from packscore.reading.prepared import Prepared
 
@@ -41,6 +48,7 @@ class Batcher:
       max_requests: that may wait.
       max_tokens: of items, that may wait; None is about a million.
       window_seconds: how long the first of an idle queue waits for others.
+      max_request_tokens: of one request, its prefix once and its items; None sets no limit.
     """
 
     def __init__(
@@ -50,12 +58,14 @@ class Batcher:
         max_requests: int = MAX_REQUESTS,
         max_tokens: int | None = None,
         window_seconds: float = WINDOW_SECONDS,
+        max_request_tokens: int | None = None,
     ) -> None:
         self._core = core
         self._process = os.getpid()
         self.max_requests = max_requests
         self.max_tokens = MAX_TOKENS if max_tokens is None else max_tokens
         self.window_seconds = window_seconds
+        self.max_request_tokens = max_request_tokens
         self._changed = threading.Condition()
         self._open: set[Call] = set()  # accepted, and neither done nor left
         self._encoding: set[Call] = set()
@@ -155,6 +165,7 @@ class Batcher:
         try:
             self._core.check_ready()
             prepared = call.prepare()
+            self._check_size(prepared.request)
             runner = self._core.runner
             is_kept = not len(prepared.request.prefix) or runner.can_hold(prepared.request.prefix)
             call.is_ready(prepared, now=time.perf_counter(), is_kept=is_kept)
@@ -177,6 +188,14 @@ class Batcher:
             self._counts["rejected"] += 1
             error = self._full()
         self._finish([(call, error)])
+
+    def _check_size(self, request: EncodedRequest) -> None:
+        tokens = len(request.prefix) + sum(map(len, request.items))
+        if self.max_request_tokens is not None and tokens > self.max_request_tokens:
+            raise RequestTooLargeError(
+                f"the request has {tokens:,} tokens, over the {self.max_request_tokens:,} that one "
+                "may have; send its items in several"
+            )
 
     def _start_step(self) -> None:
         """The device thread has something to do."""

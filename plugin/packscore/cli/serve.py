@@ -65,8 +65,8 @@ def serve(
     max_items: Annotated[int, typer.Option(min=1, help="Of a request.")] = 10_000,
     max_questions: Annotated[int, typer.Option(min=1, help="Of a request.")] = 400,
     max_request_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of a request, its items together.")
-    ] = None,
+        int, typer.Option(min=1, help="Of a request, its items together.")
+    ] = 1_000_000,
     timeout_seconds: Annotated[
         float, typer.Option(min=0.001, help="After which a request is given up.")
     ] = 300.0,
@@ -116,7 +116,6 @@ def serve(
             max_body_bytes=max_body_bytes,
             max_items=max_items,
             max_questions=max_questions,
-            max_tokens=max_request_tokens,
             timeout_seconds=timeout_seconds,
         )
         try:
@@ -129,6 +128,7 @@ def serve(
                 max_requests=queue_requests,
                 max_tokens=queue_tokens,
                 window_seconds=window_seconds,
+                max_request_tokens=max_request_tokens,
             )
         app = serving.create_app(
             scorers, limits=limits, api_keys=api_key or (), cors_origins=cors_origin or ()

@@ -17,7 +17,6 @@ class Limits:
       max_items: items, documents, texts or pairs.
       max_scores: of an answer: items times labels.
       max_questions: about one state.
-      max_tokens: of a request's prefix and items together, as they run; None: what the queue holds.
       timeout_seconds: from the first byte of a body to the answer.
       max_waiting_bytes: of the bodies of all requests that are read or answered now.
 
@@ -29,15 +28,12 @@ class Limits:
     max_items: int = 10_000
     max_scores: int = 1_000_000
     max_questions: int = 400
-    max_tokens: int | None = None
     timeout_seconds: float = 300.0
     max_waiting_bytes: int = 512 * 2**20
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is None and field.name == "max_tokens":
-                continue
             kinds = int | float if field.name == "timeout_seconds" else int
             if isinstance(value, bool) or not isinstance(value, kinds):
                 raise InputTypeError(f"{field.name}={short(value)} must be a number")

@@ -14,6 +14,7 @@ from packscore.errors import (
     NonFiniteScoreError,
     NotPatchedError,
     QueueFullError,
+    RequestTooLargeError,
     UnsupportedModelError,
 )
 
@@ -64,6 +65,8 @@ def refusal_of(error: Exception) -> RefusedError:
     if isinstance(error, RefusedError):
         return error
     message = str(error)
+    if isinstance(error, RequestTooLargeError):
+        return RefusedError(message, 413)
     if isinstance(error, InputError | InputTypeError):
         found = PATH.match(message)
         return RefusedError(message, None, found.group() if found else None)

@@ -36,8 +36,8 @@ class State:
         self._warming: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to warm up, once; a server that is mounted in another learns of its start late."""
-        if self._warming is None:
+        """Begin to warm up, unless it did; an app that is mounted in another's is not told."""
+        if not self.warm and (self._warming is None or self._warming.done()):
             self._warming = asyncio.create_task(self._warm_up())
 
     async def _warm_up(self) -> None:
