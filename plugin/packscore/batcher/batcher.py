@@ -83,9 +83,14 @@ class Batcher:
     @property
     def stats(self) -> BatcherStats:
         """What it did so far, and what waits."""
+        pool = self._core.engine.pool
+        pages = 0 if pool is None else pool.num_pages
+        used = 0 if pool is None else pages - pool.num_free_pages
         with self._changed:
             return BatcherStats(
                 **self._counts,
+                pages=pages,
+                used_pages=used,
                 queued_requests=self._queued,
                 queued_tokens=self._waiting.tokens,
                 **{f"{stage}_seconds": spent for stage, spent in self._seconds.items()},

@@ -24,6 +24,7 @@ class BatcherStats:
       computed_tokens, saved_tokens, cached_tokens, padding_tokens: sums of the usages of what ran,
         the last two of `Usage.cached_tokens` and `Usage.padding_tokens`.
       prefix_hits: requests some of whose prefix was in pages when they first ran.
+      pages, used_pages: pages that prefixes may be kept in, and those that are taken now.
       waiting_seconds: from the end of encoding to the first run, summed over requests.
       encoding_seconds: in the thread that encodes.
       running_seconds: in the device thread, the window apart.
@@ -46,6 +47,8 @@ class BatcherStats:
     cached_tokens: int = 0
     padding_tokens: int = 0
     prefix_hits: int = 0
+    pages: int = 0
+    used_pages: int = 0
     waiting_seconds: float = 0.0
     encoding_seconds: float = 0.0
     running_seconds: float = 0.0

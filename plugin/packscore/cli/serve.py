@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
@@ -135,8 +136,9 @@ def serve(
         )
         log_to_stderr(quiet=quiet)
         place = f"[{host}]" if ":" in host else host
-        tell(f"serving {', '.join(scorers)} at http://{place}:{listener.getsockname()[1]}")
-        Server(app, listener, drain_seconds).run_until_stopped()
+        address = f"http://{place}:{listener.getsockname()[1]}"
+        listening = functools.partial(tell, f"serving {', '.join(scorers)} at {address}")
+        Server(app, listener, drain_seconds, listening).run_until_stopped()
 
 
 def _named(given: list[str], option: str = "") -> dict[str, str]:

@@ -40,7 +40,7 @@ def with_adapter(scorer: MultiItemScorer, name_or_path: str | PathLike[str]) -> 
     trained = [tensor.requires_grad for tensor in tensors]
     twin = copy.deepcopy(scorer, {id(tensor): tensor for tensor in tensors})
     try:
-        add_adapter(base_model(twin.model), name_or_path, {})
+        add_adapter(base_model(twin.model), name_or_path)
     finally:
         # peft freezes what it adds to, and these tensors are the base's
         for tensor, is_trained in zip(tensors, trained, strict=True):

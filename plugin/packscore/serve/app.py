@@ -12,8 +12,10 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from packscore import __version__
 from packscore.errors import InputTypeError
 from packscore.scoring import MultiItemScorer
+from packscore.serve.docs_page import docs_page
 from packscore.serve.endpoints import Endpoint, refused
 from packscore.serve.gate import Gate
 from packscore.serve.limits import Limits
@@ -103,7 +105,9 @@ def _app(
         yield
         state.draining = True
 
-    app = FastAPI(title="packscore", lifespan=lifespan, redoc_url=None)
+    app = FastAPI(
+        title="packscore", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
+    )
     app.state.packscore = state
     for endpoint in endpoints:
         _add(app, state, endpoint)
@@ -162,10 +166,18 @@ def _add_others(app: FastAPI, state: State, *, page: bool) -> None:
     async def metrics() -> Response:
         return Response(state.metrics.text(), media_type="text/plain; version=0.0.4")
 
+    @app.get("/docs", include_in_schema=False)
+    async def docs(request: Request) -> Response:
+        return _page(docs_page(app.openapi(), str(request.base_url).rstrip("/")))
+
     html = files("packscore.serve") / "page.html"
     if page and html.is_file():
 
         @app.get("/", include_in_schema=False)
         async def index() -> Response:
-            headers = {"content-security-policy": PAGE_POLICY, "cache-control": "no-cache"}
-            return Response(html.read_bytes(), headers=headers, media_type="text/html")
+            return _page(html.read_bytes())
+
+
+def _page(html: str | bytes) -> Response:
+    headers = {"content-security-policy": PAGE_POLICY, "cache-control": "no-cache"}
+    return Response(html, headers=headers, media_type="text/html")

@@ -131,8 +131,8 @@ def _odd(value: Any, where: str) -> tuple[str, str]:
     if isinstance(value, float) and not math.isfinite(value):
         return where or "body", "NaN or an infinity"
     if isinstance(value, str):
-        odd = any("\ud800" <= letter <= "\udfff" for letter in value)
-        return (where or "body", "half of a surrogate pair") if odd else ("", "")
+        is_half = any("\ud800" <= letter <= "\udfff" for letter in value)
+        return (where or "body", "half of a surrogate pair") if is_half else ("", "")
     entries: list[tuple[str, Any]] = []
     if isinstance(value, dict):
         for key, entry in value.items():

@@ -27,7 +27,7 @@ ID = re.compile(r"[\x21-\x7e]{1,128}")
 # what says only that the server is there, and whether it is ready
 ALIVE = ("/health", "/ready")
 # what holds nothing of anybody's
-OPEN = (*ALIVE, "/", "/docs", "/docs/oauth2-redirect", "/openapi.json")
+OPEN = (*ALIVE, "/", "/docs", "/openapi.json")
 
 
 @dataclass

@@ -31,6 +31,8 @@ COUNTED = {
 GAUGES = {
     "queued_requests": ("packscore_queue_requests", "Requests that wait."),
     "queued_tokens": ("packscore_queue_tokens", "Their tokens."),
+    "pages": ("packscore_prefix_pages_budget", "Pages that prefixes may be kept in."),
+    "used_pages": ("packscore_prefix_pages", "Pages that are taken."),
     "requests_a_launch": ("packscore_requests_per_launch", "Requests that ran, for each launch."),
 }
 STAGES = ("waiting", "encoding", "running", "finishing")

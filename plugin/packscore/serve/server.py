@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 import time
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -23,9 +24,16 @@ class Server(uvicorn.Server):
       app: of `create_app`.
       listener: bound, and not yet listening.
       drain_seconds: of the first step, in which new requests are refused and told why.
+      listening: called when it does.
     """
 
-    def __init__(self, app: FastAPI, listener: socket.socket, drain_seconds: float) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        listener: socket.socket,
+        drain_seconds: float,
+        listening: Callable[[], None] = lambda: None,
+    ) -> None:
         # log_config: what the application logs and how is for who runs it to say
         super().__init__(
             uvicorn.Config(app, log_config=None, access_log=False, server_header=False)
@@ -34,6 +42,7 @@ class Server(uvicorn.Server):
         self._listener = listener
         self._drain_seconds = drain_seconds
         self._leave_at = float("inf")
+        self._listening = listening
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to stop; the signal is not raised again at the end, which is a good one."""
@@ -43,6 +52,12 @@ class Server(uvicorn.Server):
             self.should_exit = True
         self._state.draining = True
         self._leave_at = min(self._leave_at, time.monotonic() + self._drain_seconds)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say so."""
+        await super().startup(sockets)
+        if self.started:
+            self._listening()
 
     async def on_tick(self, counter: int) -> bool:
         """Whether the first step is over."""

@@ -154,4 +154,5 @@ def _kind(body: type[PairsBody]) -> Kind:
     )
 
 
-PAIRS = tuple(map(_kind, (Text1Text2, QueriesDocuments, QueriesItems, Data1Data2)))
+BODIES: tuple[type[PairsBody], ...] = (Text1Text2, QueriesDocuments, QueriesItems, Data1Data2)
+PAIRS = tuple(map(_kind, BODIES))
