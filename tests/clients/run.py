@@ -1,6 +1,6 @@
 """Ask `packscore serve` with every client there is, in an environment of its own.
 
-    python tests/clients/run.py             # some 3 GB while it runs
+    python tests/clients/run.py             # some 2 GB while it runs
     python tests/clients/run.py --record    # and keep what they sent, in recorded/
 
 For each client it says whether the scores that it hands its user are those of the scorer without

@@ -69,6 +69,11 @@ def test_every_call_of_a_client_is_recorded() -> None:
     assert RECORDED.keys() == CALLS.keys()
 
 
+def test_the_page_says_which_versions_were_asked() -> None:
+    page = (Path(__file__).parents[2] / "docs/serve.md").read_text(encoding="utf-8")
+    assert [one["client"] for one in RECORDED.values() if one["client"] not in page] == []
+
+
 def test_clients_of_both_kinds_read_the_list_of_models(app: TestClient) -> None:
     told = app.get("/v1/models").json()
     assert [model["id"] for model in told["data"]] == [MODEL]  # openai
