@@ -5,6 +5,7 @@ python tests/input_tables.py --write
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import sys
@@ -56,6 +57,8 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "dtype": ("int8", "fp16", None, torch.int8, 16),
     "model_kwargs": ("sdpa", ["sdpa"], 1),
     "seconds": (0, -1, float("nan"), "5", True),
+    "max_requests": (0, -1, None, 2.0, "3", True),
+    "window_seconds": (-1, None, float("nan"), "5", False),
 }
 KINDS: dict[str, Callable[[], Any]] = {
     "list": lambda: [*TEXTS],
@@ -87,6 +90,7 @@ Call = Callable[[MultiItemScorer, Any], Any]
 CALLS: dict[str, Call] = {
     "score": lambda scorer, x: scorer.score("tea?", x),
     "rank": lambda scorer, x: scorer.rank("tea?", x),
+    "async_score": lambda scorer, x: asyncio.run(scorer.async_score("tea?", x)),
     "score_stream": lambda scorer, x: list(scorer.score_stream("tea?", x)),
     "score_many": lambda scorer, x: scorer.score_many([("tea?", x)]),
     "predict": lambda scorer, x: scorer.predict(_pairs(x)),
@@ -139,6 +143,19 @@ def options_of() -> Iterator[tuple[str, str, Callable[[MultiItemScorer, Any], An
             MultiItemScorer.score_stream,
             lambda s, **o: s.score_stream("q", TEXTS, **o),
         ),
+        "async_score": (
+            MultiItemScorer.async_score,
+            lambda s, **o: asyncio.run(s.async_score("q", TEXTS, **o)),
+        ),
+        "async_rank": (
+            MultiItemScorer.async_rank,
+            lambda s, **o: asyncio.run(s.async_rank("q", TEXTS, **o)),
+        ),
+        "async_decide": (
+            MultiItemScorer.async_decide,
+            lambda s, **o: asyncio.run(s.async_decide("q", ASKED, **o)),
+        ),
+        "start_batcher": (MultiItemScorer.start_batcher, lambda s, **o: s.start_batcher(**o)),
         "decide": (MultiItemScorer.decide, lambda s, **o: s.decide("q", ASKED, **o)),
         "decide_many": (
             MultiItemScorer.decide_many,

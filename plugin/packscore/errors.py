@@ -88,7 +88,7 @@ class StalePrefixError(PackscoreError, RuntimeError):
 class QueueFullError(PackscoreError, RuntimeError):
     """Too many requests wait, or too many tokens; `retry_after` is when to try again, in seconds.
 
-    It is what the queue takes to empty at the speed of what ran so far.
+    By then half of what waits should have run, at the speed of what ran so far.
     """
 
     def __init__(self, requests: int, tokens: int, retry_after: float) -> None:
@@ -117,16 +117,6 @@ class LaunchError(PackscoreError, RuntimeError):
 
     The request may be tried again: others, in other launches, were not touched.
     """
-
-    @classmethod
-    def of(cls, failure: Exception) -> LaunchError:
-        """The error of one request of a launch that failed."""
-        error = cls(
-            f"the launch that this request was in failed ({type(failure).__name__}: {failure}); "
-            "try it again, and look at the cause if it fails once more"
-        )
-        error.__cause__ = failure
-        return error
 
 
 class ScoringError(PackscoreError, RuntimeError):

@@ -246,8 +246,14 @@ def _check_seconds(name: str, value: Any) -> None:
 
 
 def _check_window(name: str, value: Any) -> None:
-    if value != 0:  # which does not wait
+    if type(value) is not int or value:  # 0 does not wait
         _check_seconds(name, value)
+
+
+def _check_number(name: str, value: Any) -> None:
+    if value is None:
+        raise InputTypeError(f"{name}=None must be an int")
+    check_count(name, value)
 
 
 def _check_one_of(*choices: str) -> Callable[[str, Any], None]:
@@ -280,7 +286,7 @@ OPTIONS: dict[str, Callable[[str, Any], None]] = {
     "dtype": _check_dtype,
     "model_kwargs": _or_none(_check_mapping),
     "seconds": _check_seconds,
-    **dict.fromkeys(["max_requests", "max_request_tokens"], check_count),
+    "max_requests": _check_number,
     "window_seconds": _check_window,
 }
 

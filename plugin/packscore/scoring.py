@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from packscore.batcher.batcher import MAX_REQUESTS, WINDOW_SECONDS, Batcher
+from packscore.batcher.batcher import MAX_REQUESTS, STARTING, WINDOW_SECONDS, Batcher
 from packscore.calls import program_of
 from packscore.core import Activation, Scores, ScoringCore, core_of
 from packscore.decisions.answers import Answer, Decision
@@ -796,7 +796,7 @@ class MultiItemScorer:
           LaunchError: the launch that the request was in failed.
           InputError, InputTypeError, NotPatchedError, NonFiniteScoreError: as in `score`.
         """
-        return await self._submit(
+        found = await self._submit(
             prepare_score,
             query,
             as_list("items", items, may_be_empty=True),
@@ -809,6 +809,7 @@ class MultiItemScorer:
             item_first=item_first,
             return_usage=return_usage,
         )
+        return cast("list[list[float]]", found)
 
     @overload
     async def async_rank(
@@ -856,7 +857,7 @@ class MultiItemScorer:
           QueueFullError, BatcherClosedError, LaunchError: as `async_score` raises them.
           InputError, InputTypeError, NotPatchedError, NonFiniteScoreError: as in `rank`.
         """
-        return await self._submit(
+        found = await self._submit(
             prepare_rank,
             query,
             as_list("documents", documents, may_be_empty=True),
@@ -865,6 +866,7 @@ class MultiItemScorer:
             activation_fn=activation_fn,
             return_usage=return_usage,
         )
+        return cast("list[RankedDocument]", found)
 
     async def async_decide(
         self, state: Any, questions: Questions, *, permutations: int = 1
@@ -881,9 +883,9 @@ class MultiItemScorer:
           QueueFullError, BatcherClosedError, LaunchError: as `async_score` raises them.
           InputError, InputTypeError, UnsupportedModelError, NonFiniteScoreError: as in `decide`.
         """
-        return await self._submit(
-            _prepare_decide, self._ask, state, questions, permutations=permutations
-        )
+        asking = functools.partial(_prepare_decide, self._ask)
+        found = await self._submit(asking, state, questions, permutations=permutations)
+        return cast(Decision, found)
 
     async def _submit(
         self, prepare: Callable[..., Prepared[Any]], *args: Any, **options: Any
@@ -895,9 +897,10 @@ class MultiItemScorer:
     @property
     def batcher(self) -> Batcher:
         """The queue of `async_score` and its kin, made when it is first asked for."""
-        if self._batcher is None or not self._batcher.is_ours:
-            self._batcher = Batcher(self._core)
-        return self._batcher
+        with STARTING:
+            if self._batcher is None or not self._batcher.is_ours:
+                self._batcher = Batcher(self._core)
+            return self._batcher
 
     @checked
     def start_batcher(
@@ -921,22 +924,26 @@ class MultiItemScorer:
           The queue, which `batcher` gives from now on; `with` closes it at its end.
 
         Raises:
-          InputError: there is one already, which is not closed; or a limit is out of range.
+          InputError, InputTypeError: there is one already, which is not closed; or a limit is out
+            of range.
         """
-        old = self._batcher
-        if old is not None and old.is_ours and not old.is_closed:
-            raise InputError(
-                "this scorer has a batcher already, since its first async call or start_batcher; "
-                "call start_batcher before them, or close it: await scorer.batcher.aclose()"
-            )
-        self._batcher = Batcher(
+        made = Batcher(
             self._core,
             max_requests=max_requests,
             max_tokens=max_tokens,
             window_seconds=window_seconds,
             max_request_tokens=max_request_tokens,
         )
-        return self._batcher
+        with STARTING:
+            old = self._batcher
+            if old is not None and old.is_ours and not old.is_closed:
+                raise InputError(
+                    "this scorer has a batcher already, since its first async call or "
+                    "start_batcher; call start_batcher before them, or close it: await "
+                    "scorer.batcher.aclose()"
+                )
+            self._batcher = made
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy makes its own
@@ -1035,7 +1042,7 @@ class MultiItemScorer:
 
 
 def _prepare_decide(
-    _: ScoringCore, decider: Callable[[], Decider], state: Any, questions: Any, *, permutations: int
+    decider: Callable[[], Decider], _: ScoringCore, state: Any, questions: Any, *, permutations: int
 ) -> Prepared[Decision]:
     return decider().prepare(state, questions, permutations)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 from collections.abc import AsyncIterator
@@ -12,6 +13,7 @@ import pytest
 
 from packscore import MultiItemScorer
 from packscore.serve import Limits, create_app
+from packscore.serve.bodies import zstd
 from serve_helpers import DOCUMENTS, QUERY, STATE, post, within
 
 NOUL = {"type": "noul", "instructions": "Is it urgent?"}
@@ -227,13 +229,20 @@ def test_a_bad_body_is_refused_by_the_name_of_its_field(strict: Any, name: str) 
     [
         ({"content-encoding": "gzip"}, gzip.compress(b" " * 10**8), 415, "content-encoding"),
         ({"content-encoding": "deflate"}, b"x", 415, "content-encoding"),
+        ({"content-encoding": "zstd"}, zstd.compress(b" " * 10**8), 413, "body"),
+        ({"content-encoding": "zstd"}, zstd.compress(b" " * 10**5)[:-9], 400, "body"),
+        ({"content-encoding": "zstd"}, zstd.compress(b"{}") * 2, 400, "body"),
+        ({"content-encoding": "zstd"}, b"{}", 400, "body"),
         ({"content-encoding": "br, gzip"}, b"x", 415, "content-encoding"),
         ({"content-type": "text/plain"}, b"{}", 415, "content-type"),
         ({"content-type": "multipart/form-data; boundary=a"}, b"{}", 415, "content-type"),
         ({"content-length": str(10**8)}, b"{}", 413, "body"),
         ({"content-length": "9" * 400}, b"{}", 413, "body"),
     ],
-    ids=["bomb", "deflate", "two", "text", "form", "told", "told absurdly"],
+    ids=[
+        *("bomb", "deflate", "zstd bomb", "half zstd", "zstd twice", "no zstd", "two", "text"),
+        *("form", "told", "told absurdly"),
+    ],
 )
 def test_headers_that_promise_something_else_are_refused(
     strict: Any, headers: dict[str, str], data: bytes, status: int, named: str
@@ -241,6 +250,13 @@ def test_headers_that_promise_something_else_are_refused(
     response = post(strict, "/rerank", data, **headers)
     assert response.status_code == status, response.text
     assert named in told(response)
+
+
+def test_a_body_may_be_compressed_by_zstd(strict: Any) -> None:
+    path, body = "/v1/systemone", asked(NOUL, state="again " * 2000)
+    data = zstd.compress(json.dumps(body).encode())
+    found = post(strict, path, data, **{"content-encoding": "zstd"})
+    assert found.json()["answers"] == post(strict, path, body).json()["answers"]
 
 
 def test_a_body_longer_than_it_says_is_read_no_further_than_the_limit(strict: Any) -> None:
@@ -263,6 +279,20 @@ def test_a_body_longer_than_it_says_is_read_no_further_than_the_limit(strict: An
     assert "body" in response.text
     assert sent == 100  # its client could send all of it, and so comes to read the answer
     assert strict.state.packscore.held_bytes == 0
+
+
+def test_a_body_that_is_too_long_in_one_piece_is_refused_at_once(strict: Any) -> None:
+    """Nothing of it is left to read, and nobody waits for more."""
+
+    async def piece() -> AsyncIterator[bytes]:
+        yield b" " * 2**21
+
+    async def call(client: httpx.AsyncClient) -> httpx.Response:
+        headers = {"content-type": "application/json"}
+        async with asyncio.timeout(10):
+            return await client.post("/v1/rerank", content=piece(), headers=headers)
+
+    assert within(strict, call).status_code == 413
 
 
 def test_the_server_goes_on(strict: Any, scorer: MultiItemScorer) -> None:

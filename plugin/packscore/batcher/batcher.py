@@ -8,24 +8,22 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
+from packscore.batcher.outcomes import closed, deliver, fault_of, own
 from packscore.batcher.stats import BatcherStats
 from packscore.batcher.waiting import Call, Turn, Waiting
 from packscore.core import ScoringCore
 from packscore.encoded import EncodedRequest
-from packscore.errors import (
-    BatcherClosedError,
-    LaunchError,
-    PackscoreError,
-    QueueFullError,
-    RequestTooLargeError,
-)
+from packscore.errors import PackscoreError, QueueFullError, RequestTooLargeError
 from packscore.flows.runner import Runner
+from packscore.inputs import check_count
+from packscore.model.weight_watch import WeightWatch
 from packscore.reading.prepared import Prepared
+from packscore.results import Usage
 
 T = TypeVar("T")
 
@@ -34,21 +32,27 @@ MAX_TOKENS = 2**20
 WINDOW_SECONDS = 0.003
 # What a full queue says before anything ran, and the least and most that it says.
 RETRY_SECONDS, LEAST_RETRY, MOST_RETRY = 1.0, 0.1, 60.0
+# Held while a scorer gets its batcher, so that it gets one.
+STARTING = threading.Lock()
 
 
 class Batcher:
     """The queue of one scorer: `scorer.batcher`, or `scorer.start_batcher(...)` with other limits.
 
-    Requests wait a few milliseconds for others, or until a launch is full, and run together
+    Requests wait a few milliseconds for others, or until a launch is full, and run together,
     whatever their labels and options are. One thread encodes, one runs launches, one makes results
-    of them; event loops only wait.
+    of what was read; event loops only wait. With nothing to do the threads hold nothing, and they
+    end with the scorer.
 
     Args:
       core: of the scorer.
-      max_requests: that may wait.
-      max_tokens: of items, that may wait; None is about a million.
-      window_seconds: how long the first of an idle queue waits for others.
+      max_requests: how many may wait.
+      max_tokens: how many tokens of items may wait; None is about a million.
+      window_seconds: how long the first request of an idle queue waits for others.
       max_request_tokens: of one request, its prefix once and its items; None sets no limit.
+
+    Raises:
+      InputError: a limit is out of range.
     """
 
     def __init__(
@@ -60,12 +64,15 @@ class Batcher:
         window_seconds: float = WINDOW_SECONDS,
         max_request_tokens: int | None = None,
     ) -> None:
+        check_count("max_tokens", max_tokens)
+        check_count("max_request_tokens", max_request_tokens)
         self._core = core
         self._process = os.getpid()
         self.max_requests = max_requests
         self.max_tokens = MAX_TOKENS if max_tokens is None else max_tokens
         self.window_seconds = window_seconds
         self.max_request_tokens = max_request_tokens
+        # holds all that follows; its lock may be taken again by who has it
         self._changed = threading.Condition()
         self._open: set[Call] = set()  # accepted, and neither done nor left
         self._encoding: set[Call] = set()
@@ -73,9 +80,7 @@ class Batcher:
         self._is_stepping = False
         self._is_closed = False
         self._counts: Counter[str] = Counter()
-        self._seconds: dict[str, float] = dict.fromkeys(
-            ("waiting", "encoding", "running", "finishing"), 0.0
-        )
+        self._seconds = dict.fromkeys(("waiting", "encoding", "running", "finishing"), 0.0)
         self._encoder = ThreadPoolExecutor(1, "packscore-encode")
         self._device = ThreadPoolExecutor(1, "packscore-device")
         self._finisher = ThreadPoolExecutor(1, "packscore-finish")
@@ -93,18 +98,21 @@ class Batcher:
                 used_pages=used,
                 queued_requests=self._queued,
                 queued_tokens=self._waiting.tokens,
-                **{f"{stage}_seconds": spent for stage, spent in self._seconds.items()},
+                waiting_seconds=self._seconds["waiting"],
+                encoding_seconds=self._seconds["encoding"],
+                running_seconds=self._seconds["running"],
+                finishing_seconds=self._seconds["finishing"],
             )
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether this process made it: the threads of another did not come along."""
-        return self._process == os.getpid()
 
     @property
     def is_closed(self) -> bool:
         """Whether it takes no more requests."""
         return self._is_closed
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process made it: the threads of another did not come along."""
+        return self._process == os.getpid()
 
     @property
     def _queued(self) -> int:
@@ -132,66 +140,79 @@ class Batcher:
     def _accept(self, call: Call) -> None:
         with self._changed:
             if self._is_closed:
-                raise _closed()
+                raise closed()
             if self._queued >= self.max_requests or self._waiting.tokens >= self.max_tokens:
                 self._counts["rejected"] += 1
                 raise self._full()
+            self._open.add(call)
+            self._encoding.add(call)
             try:
                 self._encoder.submit(self._encode, call)
             except RuntimeError as error:  # the interpreter ends
-                raise _closed() from error
+                self._open.remove(call)
+                self._encoding.remove(call)
+                raise closed() from error
             self._counts["accepted"] += 1
-            self._open.add(call)
-            self._encoding.add(call)
 
     def _leave(self, call: Call) -> None:
-        """Nobody waits for its result: what of it has not run never does."""
+        """Nobody waits for its result any more: what of it has not run never does."""
         with self._changed:
             if call not in self._open:
                 return
-            call.is_left = True
             self._open.remove(call)
-            self._encoding.discard(call)
-            self._waiting.remove(call)
+            self._unqueue(call)
             self._counts.update(cancelled=1, dropped=int(not call.has_run))
             self._changed.notify_all()
+
+    def _unqueue(self, call: Call) -> None:
+        self._encoding.discard(call)
+        self._waiting.remove(call)
 
     def _full(self) -> QueueFullError:
         ran, seconds = self._counts["computed_tokens"], self._seconds["running"]
         after = RETRY_SECONDS
         if ran and seconds:
-            after = min(max(self._waiting.tokens * seconds / ran, LEAST_RETRY), MOST_RETRY)
+            half = self._waiting.tokens / 2 * seconds / ran
+            after = min(max(half, LEAST_RETRY), MOST_RETRY)
         return QueueFullError(self._queued, self._waiting.tokens, after)
 
-    def _encode(self, call: Call) -> None:
-        if call.is_left:
-            return
+    @contextlib.contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
-            self._core.check_ready()
-            prepared = call.prepare()
-            self._check_size(prepared.request)
-            runner = self._core.runner
-            is_kept = not len(prepared.request.prefix) or runner.can_hold(prepared.request.prefix)
-            call.is_ready(prepared, now=time.perf_counter(), is_kept=is_kept)
-        except Exception as error:
+            yield
+        finally:
             with self._changed:
-                self._seconds["encoding"] += time.perf_counter() - start
-                self._encoding.discard(call)
-            self._finish([(call, error)])
+                self._seconds[stage] += time.perf_counter() - start
+
+    # In the thread that encodes.
+
+    def _encode(self, call: Call) -> None:
+        if call not in self._open:
             return
+        error: BaseException | None = None
+        with self._timed("encoding"):
+            try:
+                self._core.check_ready()
+                prepared = call.prepare()
+                self._check_size(prepared.request)
+                prefix = prepared.request.prefix
+                is_kept = not len(prefix) or self._core.runner.can_hold(prefix)
+                call.encoded(prepared, is_kept=is_kept)
+            except BaseException as found:  # a task waits for it, whatever it is
+                error = found
         with self._changed:
-            self._seconds["encoding"] += time.perf_counter() - start
-            if call.is_left:
+            if call not in self._open:
                 return
-            self._encoding.remove(call)
-            is_full = self._waiting.tokens + call.tokens > self.max_tokens
-            if not (is_full and len(self._waiting)):
+            self._encoding.discard(call)
+            has_room = self._waiting.tokens + call.tokens <= self.max_tokens
+            if error is None and (has_room or not len(self._waiting)):
                 self._waiting.append(call)
-                self._start_step()
+                self._wake()
                 return
-            self._counts["rejected"] += 1
-            error = self._full()
+            if error is None:
+                error = self._full()
+                self._counts.update(accepted=-1, rejected=1)
         self._finish([(call, error)])
 
     def _check_size(self, request: EncodedRequest) -> None:
@@ -202,91 +223,103 @@ class Batcher:
                 "may have; send its items in several"
             )
 
-    def _start_step(self) -> None:
+    def _wake(self) -> None:
         """The device thread has something to do."""
         if self._is_stepping:
             self._changed.notify_all()
-            return
-        self._is_stepping = True
-        self._step_later(is_first=True)
+        else:
+            self._is_stepping = True
+            self._step_later(is_first=True)
 
     def _step_later(self, *, is_first: bool) -> None:
         try:
             self._device.submit(self._step, is_first)
-        except RuntimeError:  # closed without waiting for it, or the interpreter ends
+        except RuntimeError:  # the interpreter ends
             self._fail([*self._waiting])
+
+    # In the device thread.
 
     def _step(self, is_first: bool) -> None:
         """Run what fits into a launch, then again for as long as something waits."""
-        runner = self._runner()
+        turns: list[Turn] = []
+        try:
+            runner = Runner(self._core.engine, launching=self._count_launch, retries=False)
+            turns = self._next_turns(runner, is_first)
+            found = self._run(runner, turns) if turns else []
+        except BaseException as error:
+            found = [own(error) for _ in turns]
+            if not turns:  # there is no engine
+                self._fail([*self._waiting], error)
+        ended = self._sorted_out(turns, found)
+        if ended:
+            try:
+                self._finisher.submit(self._finish, ended)
+            except RuntimeError:  # the interpreter ends, or the batcher was closed too soon
+                self._finish(ended)
+        with self._changed:
+            self._is_stepping = len(self._waiting) > 0
+            if self._is_stepping:
+                self._step_later(is_first=False)
+
+    def _next_turns(self, runner: Runner, is_first: bool) -> list[Turn]:
         limits = runner.engine.limits
         with self._changed:
-            if is_first:
-                self._wait_for_more(limits.target_tokens)
-            turns = self._waiting.take(
-                limits.target_tokens,
-                limits.max_groups,
-                lambda prefix: len(prefix) - runner.cached_len(prefix),
-            )
+            end = time.perf_counter() + self.window_seconds
+            while is_first and not (self._is_closed or self._waiting.fill(limits)):
+                left = end - time.perf_counter()
+                if left <= 0:
+                    break
+                self._changed.wait(left)
+            turns = self._waiting.take(limits, lambda x: len(x) - runner.cached_len(x))
             now = time.perf_counter()
             for turn in turns:
                 if not turn.call.has_run:
                     self._seconds["waiting"] += now - turn.call.ready_at
                 turn.call.has_run = True
-        if turns:
-            self._run(runner, turns)
-        with self._changed:
-            self._changed.notify_all()
-            self._is_stepping = len(self._waiting) > 0
-            if self._is_stepping:
-                self._step_later(is_first=False)
-
-    def _wait_for_more(self, full: int) -> None:
-        end = time.perf_counter() + self.window_seconds
-        while self._waiting.tokens < full and not self._is_closed:
-            left = end - time.perf_counter()
-            if left <= 0:
-                break
-            self._changed.wait(left)
-
-    def _runner(self) -> Runner:
-        return Runner(self._core.engine, launching=self._count_launch)
+        for turn in turns:
+            if not turn.is_whole and turn.call.watch is None:
+                turn.call.watch = WeightWatch(self._core.model)
+        return turns
 
     def _count_launch(self) -> None:
         with self._changed:
             self._counts["launches"] += 1
 
-    def _run(self, runner: Runner, turns: list[Turn]) -> None:
-        start = time.perf_counter()
-        try:
+    def _run(self, runner: Runner, turns: list[Turn]) -> list[Any]:
+        with self._timed("running"):
             self._core.check_ready()
-            found = self._core.run(
-                [turn.request for turn in turns], [turn.read for turn in turns], runner=runner
-            )
-        except Exception as error:
-            found = [error for _ in turns]
+            requests, reads = [turn.request for turn in turns], [turn.read for turn in turns]
+            return self._core.run(requests, reads, runner=runner)
+
+    def _sorted_out(self, turns: list[Turn], found: list[Any]) -> list[tuple[Call, Any]]:
+        """Calls that have run to their end, and the error that they met, or None."""
+        changed = {
+            turn.call
+            for turn in turns
+            if turn.call.watch and turn.call.watch.sees_change(self._core.model)
+        }
         ended: list[tuple[Call, Any]] = []
         with self._changed:
-            self._counts["runs"] += 1
-            self._seconds["running"] += time.perf_counter() - start
+            self._counts["runs"] += bool(turns)
             for turn, one in zip(turns, found, strict=True):
                 call = turn.call
                 if isinstance(one, Exception):
-                    self._waiting.remove(call)
-                    is_own = isinstance(one, PackscoreError)
-                    ended.append((call, one if is_own else LaunchError.of(one)))
+                    self._unqueue(call)
+                    ended.append((call, one if isinstance(one, PackscoreError) else fault_of(one)))
                     continue
                 self._count_usage(call, one.usage)
                 call.found.append(one)
-                if call.is_taken and len(call.found) == len(call.parts):
+                if call in changed:  # no result is of two models
+                    self._unqueue(call)
+                    call.start_over()
+                    if call in self._open:
+                        self._waiting.append(call)
+                elif call.is_taken:
                     ended.append((call, None))
             self._counts["ran"] += len(ended)
-        try:
-            self._finisher.submit(self._finish, ended)
-        except RuntimeError:  # as in `_step_later`
-            self._finish(ended)
+        return ended
 
-    def _count_usage(self, call: Call, usage: Any) -> None:
+    def _count_usage(self, call: Call, usage: Usage) -> None:
         self._counts.update(
             computed_tokens=usage.computed_tokens,
             saved_tokens=usage.prefix_tokens_saved,
@@ -295,38 +328,41 @@ class Batcher:
             prefix_hits=int(not call.found and usage.cached_tokens > 0),
         )
 
+    # In the thread that makes results.
+
     def _finish(self, ended: Iterable[tuple[Call, Any]]) -> None:
         """Make results of what was read, and hand them to those who wait."""
-        start = time.perf_counter()
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Any], Any]]] = {}
-        for call, result in ended:
-            if call.is_left:
-                continue
-            if not isinstance(result, Exception):
-                assert call.prepared is not None
-                try:
-                    result = call.prepared.finish(call.whole())
-                except Exception as error:
-                    result = error
-            with self._changed:
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Call, Any]]] = {}
+        with self._timed("finishing"):
+            for call, result in ended:
                 if call not in self._open:
                     continue
-                self._open.remove(call)
-                is_error = isinstance(result, Exception)
-                self._counts["failed" if is_error else "answered"] += 1
-            by_loop.setdefault(call.loop, []).append((call.future, result))
+                try:
+                    result = result or call.result()
+                except BaseException as error:  # whatever a head of the user's raises
+                    result = error
+                by_loop.setdefault(call.loop, []).append((call, result))
         for loop, results in by_loop.items():
-            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
-                loop.call_soon_threadsafe(_deliver, results)
+            with self._changed:
+                results = [(call, result) for call, result in results if call in self._open]
+                for call, result in results:
+                    self._open.remove(call)
+                    if not isinstance(result, QueueFullError):
+                        is_error = isinstance(result, BaseException)
+                        self._counts["failed" if is_error else "answered"] += 1
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+                loop.call_soon_threadsafe(deliver, results)
         with self._changed:
-            self._seconds["finishing"] += time.perf_counter() - start
             self._changed.notify_all()
+
+    # Where it ends.
 
     def close(self, timeout: float | None = None) -> bool:
         """Finish what was accepted and refuse the rest; then its threads end.
 
         Args:
-          timeout: seconds after which what still waits fails; None waits for all of it.
+          timeout: seconds after which what still waits fails, and what runs is not waited for;
+            None waits for all of it.
 
         Returns:
           Whether all of it was finished.
@@ -340,12 +376,12 @@ class Batcher:
             pool.shutdown(wait=is_done)
         return is_done
 
-    def _fail(self, calls: list[Call]) -> None:
-        """What does not run any more."""
-        for call in calls:
-            self._encoding.discard(call)
-            self._waiting.remove(call)
-        self._finish([(call, _closed()) for call in calls])
+    def _fail(self, calls: list[Call], error: BaseException | None = None) -> None:
+        """What waits is not run."""
+        with self._changed:
+            for call in calls:
+                self._unqueue(call)
+        self._finish([(call, own(error or closed())) for call in calls])
 
     async def aclose(self, timeout: float | None = None) -> bool:
         """`close`, while the event loop goes on."""
@@ -372,23 +408,3 @@ class Batcher:
         trace: TracebackType | None,
     ) -> None:
         await self.aclose()
-
-
-def _closed() -> BatcherClosedError:
-    return BatcherClosedError(
-        "the batcher is closed and takes no more requests; start another with "
-        "scorer.start_batcher()"
-    )
-
-
-def _deliver(results: list[tuple[asyncio.Future[Any], Any]]) -> None:
-    """In the event loop of those who wait."""
-    for future, result in results:
-        if future.done():  # cancelled meanwhile
-            continue
-        if isinstance(result, StopIteration):  # which no future takes
-            result = RuntimeError(repr(result))
-        if isinstance(result, Exception):
-            future.set_exception(result)
-        else:
-            future.set_result(result)

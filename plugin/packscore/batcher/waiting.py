@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,14 +11,19 @@ from typing import Any
 import numpy as np
 
 from packscore.encoded import EncodedRequest, TokenIds
+from packscore.flows.engine import Limits
 from packscore.flows.parts import Items, item_order, item_tokens, joined, part_of
 from packscore.flows.reads import HiddenRows, LabelLogits, Read
+from packscore.model.weight_watch import WeightWatch
 from packscore.reading.prepared import Prepared
 
 # A long request takes this share of a launch at a time where others wait.
 LONG_SHARE = 0.5
-# Parts of a prefix that nothing keeps are at least so many times its tokens, each computing it.
+# Nothing is cut for launches of fewer tokens; those of a dense mask hold one request each.
+LEAST_ROOM = 1024
+# Parts of a request whose prefix nothing keeps are so many times its tokens, as each computes it.
 PREFIX_TIMES = 4
+NOTHING = np.zeros(0, np.int64)
 
 
 @dataclass(eq=False)
@@ -34,36 +39,38 @@ class Call:
     prepare: Callable[[], Prepared[Any]]
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[Any]
-    is_left: bool = False  # nobody waits for its result any more
-    has_run: bool = False
+    has_run: bool = False  # some of it
     ready_at: float = 0.0
-    prefix: bytes = b""
-    is_kept: bool = True  # the pages can hold its prefix
-    prepared: Prepared[Any] | None = None
-    parts: list[Items] = field(default_factory=list)
+    watch: WeightWatch | None = None  # the model of its first part, where there are several
     found: list[LabelLogits | HiddenRows] = field(default_factory=list)
-    _order: Items = field(default_factory=lambda: np.zeros(0, np.int64))
-    _ends: Items = field(default_factory=lambda: np.zeros(0, np.int64))
+    _parts: list[Items] = field(default_factory=list)
+    _order: Items = field(default_factory=lambda: NOTHING)
+    _ends: Items = field(default_factory=lambda: NOTHING)
     _taken: int = 0
 
-    def is_ready(self, prepared: Prepared[Any], *, now: float, is_kept: bool) -> None:
-        """It was encoded."""
+    def encoded(self, prepared: Prepared[Any], *, is_kept: bool) -> None:
+        """It is ready to run.
+
+        Args:
+          prepared: what runs.
+          is_kept: the pages can hold its prefix.
+        """
         request = prepared.request
-        self.prepared, self.ready_at, self.is_kept = prepared, now, is_kept
+        self.prepared, self.ready_at = prepared, time.perf_counter()
         self.prefix = request.prefix.tobytes()
+        self.least = 0 if is_kept else PREFIX_TIMES * len(request.prefix)
         self._order = item_order(request)
         self._ends = np.cumsum(item_tokens(request, prepared.read)[self._order])
 
-    @property
-    def prefix_ids(self) -> TokenIds:
-        """i64[prefix_len]."""
-        assert self.prepared is not None
-        return self.prepared.request.prefix
+    def start_over(self) -> None:
+        """Nothing has run, and next time all of it does."""
+        self.found, self._parts, self._taken, self.watch = [], [], 0, None
+        self.least = self.tokens
 
     @property
     def tokens(self) -> int:
         """Item tokens that have not run."""
-        return int(self._ends[-1] - self._begin) if len(self._ends) else 0
+        return int(self._ends[-1]) - self._begin if len(self._ends) else 0
 
     @property
     def _begin(self) -> int:
@@ -74,23 +81,23 @@ class Call:
         """Whether nothing of it waits."""
         return self._taken == len(self._order)
 
-    def cut(self, tokens: int) -> tuple[EncodedRequest, Read]:
+    def cut(self, tokens: int) -> Turn:
         """Its next items, of at most so many tokens, but one at least."""
-        assert self.prepared is not None
-        request, read = self.prepared.request, self.prepared.read
         end = int(np.searchsorted(self._ends, self._begin + tokens, "right"))
         end = max(end, min(self._taken + 1, len(self._order)))
-        items, self._taken = self._order[self._taken : end], end
-        self.parts.append(items)
-        is_whole = len(items) == len(self._order)
-        return (request, read) if is_whole else part_of(request, read, np.sort(items))
+        items, self._taken = np.sort(self._order[self._taken : end]), end
+        self._parts.append(items)
+        request, read = self.prepared.request, self.prepared.read
+        if len(items) == len(self._order):
+            return Turn(self, request, read, is_whole=True)
+        return Turn(self, *part_of(request, read, items), is_whole=False)
 
-    def whole(self) -> LabelLogits | HiddenRows:
-        """What was read of all of its parts."""
-        assert self.prepared is not None
-        if len(self.parts) == 1:
-            return self.found[0]
-        return joined(self.prepared.request, [np.sort(part) for part in self.parts], self.found)
+    def result(self) -> Any:
+        """What its caller gets; raises what is wrong with it."""
+        (found, *others) = self.found
+        if others:
+            found = joined(self.prepared.request, self._parts, self.found)
+        return self.prepared.finish(found)
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,7 @@ class Turn:
     call: Call
     request: EncodedRequest
     read: Read
+    is_whole: bool
 
 
 class Waiting:
@@ -110,7 +118,7 @@ class Waiting:
     """
 
     def __init__(self) -> None:
-        self._calls: deque[Call] = deque()
+        self._calls: dict[Call, None] = {}  # in their order
         self.tokens = 0  # of items, of all that wait
 
     def __len__(self) -> int:
@@ -121,62 +129,61 @@ class Waiting:
 
     def append(self, call: Call) -> None:
         """The last of all."""
-        self._calls.append(call)
+        self._calls[call] = None
         self.tokens += call.tokens
 
-    def remove(self, call: Call) -> bool:
-        """Whether it waited; it does no more."""
-        if call not in self._calls:
-            return False
-        self._calls.remove(call)
-        self.tokens -= call.tokens
-        return True
+    def remove(self, call: Call) -> None:
+        """It waits no more, if it did."""
+        if call in self._calls:
+            del self._calls[call]
+            self.tokens -= call.tokens
 
-    def take(self, room: int, most_calls: int, missing: Callable[[TokenIds], int]) -> list[Turn]:
+    def fill(self, limits: Limits) -> bool:
+        """Whether they fill a launch."""
+        return self.tokens >= limits.target_tokens or len(self) >= limits.max_groups
+
+    def take(self, limits: Limits, missing: Callable[[TokenIds], int]) -> list[Turn]:
         """What runs next: whose turn it is, and others that fit beside it.
 
         Args:
-          room: tokens of a launch.
-          most_calls: calls of a launch.
+          limits: of a launch.
           missing: how many tokens of a prefix are in no pages.
 
         Returns:
           Turns, those of one prefix next to each other.
         """
-        shares = self._shares(room, most_calls, missing)
         turns, rest = [], []
-        for call, tokens in shares.items():
-            self._calls.remove(call)
-            before = call.tokens
-            turns.append(Turn(call, *call.cut(tokens)))
-            self.tokens -= before - call.tokens
+        for call, tokens in self._shares(limits, missing).items():
+            self.remove(call)
+            turns.append(call.cut(tokens))
             if not call.is_taken:
                 rest.append(call)
-        self._calls += rest
+        for call in rest:
+            self.append(call)
         first: dict[bytes, int] = {}
         for i, turn in enumerate(turns):
             first.setdefault(turn.call.prefix, i)
         return sorted(turns, key=lambda turn: first[turn.call.prefix])
 
-    def _shares(
-        self, room: int, most_calls: int, missing: Callable[[TokenIds], int]
-    ) -> dict[Call, int]:
-        """How many item tokens each may run now; the first in any case."""
+    def _shares(self, limits: Limits, missing: Callable[[TokenIds], int]) -> dict[Call, int]:
+        """How many item tokens each runs now; some of the first in any case."""
+        room = max(limits.target_tokens, LEAST_ROOM)
+        most = room if len(self) == 1 else int(LONG_SHARE * room)
         shares: dict[Call, int] = {}
         prefixes: set[bytes] = set()
-        most = room if len(self._calls) == 1 else int(room * LONG_SHARE)
         for call in self._calls:
-            if len(shares) == most_calls or (shares and room <= 0):
+            if shares and (room <= 0 or len(shares) == limits.max_groups):
                 break
-            own = 0 if call.prefix in prefixes else missing(call.prefix_ids)
-            least = 0 if call.is_kept else PREFIX_TIMES * len(call.prefix_ids)
-            tokens = min(call.tokens, max(most, least))
+            tokens = min(call.tokens, max(most, call.least))
+            if shares and tokens > room:
+                continue
+            own = 0 if call.prefix in prefixes else missing(call.prepared.request.prefix)
             if shares and own + tokens > room:
                 continue
             shares[call] = tokens
             prefixes.add(call.prefix)
             room -= own + tokens
-        for call in shares:
+        for call in shares:  # what is left goes to those who have more, in their order
             more = min(call.tokens - shares[call], max(room, 0))
             shares[call] += more
             room -= more

@@ -89,6 +89,8 @@ class Run:
       flow: of every request; None is the cheapest.
       lease: of a prefix that all requests start with, held by the caller; None takes one for each.
       launch: starts a launch on the engine.
+      is_fault: whether an error, of a launch or of reading it, is the launch's own: then its
+        requests get it, and all others go on. Any other ends the run.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class Run:
         flow: Flow | None,
         lease: PrefixLease | None,
         launch: Launch,
+        is_fault: Callable[[Exception], bool],
     ) -> None:
         self._engine = engine
         self._planner = planner
@@ -108,13 +111,15 @@ class Run:
         self._flow = flow
         self._lease = lease
         self._launch = launch
+        self._is_fault = is_fault
+        self._failed: dict[int, Exception] = {}
         self._waiting = deque(range(len(requests)))
         self._begun: deque[_Job] = deque()
         self._jobs: dict[int, _Job] = {}
 
-    def results(self) -> list[RequestValues]:
-        """Launch everything, and what is read of every request."""
-        launched, order = [], []
+    def results(self) -> list[RequestValues | Exception]:
+        """Launch everything, and what is read of every request, or the fault of its launch."""
+        launched: list[tuple[Any, list[Share]]] = []
         try:
             while self._waiting or self._begun:
                 shares = self._next_shares()
@@ -122,14 +127,47 @@ class Run:
                     if share.lease is not None:
                         share.lease.check()
                 batch = pack(shares)
-                launched.append(self._launch(batch, self._readout))
-                order += shares
-                self._account(batch)
+                try:
+                    launched.append((self._launch(batch, self._readout), shares))
+                except Exception as error:
+                    self._fail(shares, error)
+                else:
+                    self._account(batch)
                 self._begun = deque(job for job in self._begun if job.shares)
         finally:
             for job in self._jobs.values():
                 job.release()
-        return self._by_request(order, self._engine.read(launched))
+        return self._by_request(*self._read(launched))
+
+    def _fail(self, shares: list[Share], error: Exception) -> None:
+        """The requests of a launch get its fault, and no other launch."""
+        if not self._is_fault(error):
+            raise error
+        for share in shares:
+            self._failed[share.request] = error
+            self._jobs[share.request].shares.clear()
+            self._jobs[share.request].release()
+
+    def _read(
+        self, launched: list[tuple[Any, list[Share]]]
+    ) -> tuple[list[Share], RowValues | None]:
+        """The shares that could be read, and their rows; None where there are none."""
+        try:
+            if not launched:
+                return [], None
+            found = self._engine.read([one for one, _ in launched])
+            return [share for _, shares in launched for share in shares], found
+        except Exception as error:
+            if not self._is_fault(error):
+                raise
+        order, values = [], []
+        for one, shares in launched:
+            try:
+                values.append(self._engine.read([one]))
+                order += shares
+            except Exception as error:
+                self._fail(shares, error)
+        return order, RowValues.joined(values) if values else None
 
     def _next_shares(self) -> list[Share]:
         """What the next launch computes: of every request that is begun, then of waiting ones."""
@@ -224,7 +262,9 @@ class Run:
             if not job.shares:
                 job.release()
 
-    def _by_request(self, order: list[Share], found: RowValues) -> list[RequestValues]:
+    def _by_request(
+        self, order: list[Share], found: RowValues | None
+    ) -> list[RequestValues | Exception]:
         """Rows of all launches back to the requests and into the order of their items."""
         spans = {
             number: np.empty((len(job.request.items), 2), np.int64)
@@ -236,8 +276,11 @@ class Run:
             begins = first + np.cumsum(counts) - counts
             spans[share.request][share.index] = np.stack([begins, counts], 1)
             first += int(counts.sum())
-        results = []
+        results: list[RequestValues | Exception] = []
         for number, job in sorted(self._jobs.items()):
+            if number in self._failed or found is None:
+                results.append(self._failed[number])
+                continue
             begins, counts = spans[number][job.same_as].T
             # of each item its rows, which lie one behind the other
             behind = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)

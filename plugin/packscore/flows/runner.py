@@ -12,7 +12,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from packscore.encoded import EncodedRequest, TokenIds
-from packscore.errors import MaskTooLargeError, OutOfMemoryError, StalePrefixError
+from packscore.errors import (
+    MaskTooLargeError,
+    OutOfMemoryError,
+    PackscoreError,
+    StalePrefixError,
+)
 from packscore.flows.costs import measured_cost_model
 from packscore.flows.engine import Engine, Readout
 from packscore.flows.jobs import RequestValues, Run
@@ -39,15 +44,32 @@ class Runner:
     Args:
       engine: what computes launches.
       launching: called before each launch, also of those that fail.
+      retries: run requests again, one by one, whose launch failed for no reason of theirs; else
+        they get its fault.
     """
 
-    def __init__(self, engine: Engine, launching: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        launching: Callable[[], object] = lambda: None,
+        retries: bool = True,
+    ) -> None:
         self.engine = engine
         self._launching = launching
+        self._retries = retries
 
     def _launch(self, batch: PackedBatch, readout: Readout) -> Any:
         self._launching()
         return self.engine.launch(batch, readout)
+
+    def _is_fault(self, error: Exception) -> bool:
+        """Whether an error is kept to its launch: not one that names what is wrong with a request.
+
+        Nor one that smaller launches mend.
+        """
+        is_told = isinstance(error, PackscoreError) or self.engine.is_out_of_memory(error)
+        return not (self._retries or is_told)
 
     @property
     def planner(self) -> Planner:
@@ -112,16 +134,16 @@ class Runner:
         readout: Readout,
         flow: Flow | None,
         lease: PrefixLease | None,
-    ) -> list[RequestValues]:
+    ) -> list[RequestValues | Exception]:
         """The results of a run; where memory is short of smaller launches, in the end one by one.
 
         Raises:
           OutOfMemoryError: it is short for that too.
         """
 
-        def attempt(flow: Flow | None, planner: Planner) -> list[RequestValues]:
-            run = Run(self.engine, planner, requests, readout, flow, lease, self._launch)
-            return run.results()
+        def attempt(flow: Flow | None, planner: Planner) -> list[RequestValues | Exception]:
+            how = readout, flow, lease, self._launch, self._is_fault
+            return Run(self.engine, planner, requests, *how).results()
 
         num_tokens = sum(map(_num_tokens, requests))
         try:

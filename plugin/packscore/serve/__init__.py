@@ -11,6 +11,8 @@ try:
     import fastapi as _fastapi  # noqa: F401  # named here, before files that import more of them
     import prometheus_client as _prometheus_client  # noqa: F401
     import uvicorn as _uvicorn  # noqa: F401
+
+    from packscore.serve import bodies as _bodies  # noqa: F401
 except ImportError as error:
     raise MissingPackageError("packscore.serve", "serve") from error
 

@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from packscore.serve.bodies import discard, offload, parse, read_body
+from packscore.serve.bodies import offload, parse, read_body
 from packscore.serve.call import Call
 from packscore.serve.refusals import RefusedError, refusal_of
 from packscore.serve.state import State
@@ -42,10 +42,11 @@ class Endpoint:
         record = request.scope["packscore"]
         family = self.kinds[0].family
         held = state.hold_bytes()
-        data = None
         try:
             async with asyncio.timeout(state.limits.timeout_seconds):
-                data = await read_body(request, state.limits.max_body_bytes, held.take)
+                data = await read_body(
+                    request.receive, request.headers, state.limits.max_body_bytes, held.take
+                )
                 raw = await offload(len(data), parse, data)
                 family = self.family_of(raw)
                 kind = self.kind_of(raw)
@@ -63,8 +64,6 @@ class Endpoint:
             return refused(family, late, record.id)
         except Exception as error:
             refusal = refusal_of(error)
-            if data is None:
-                await discard(request.receive, request.headers)
             if refusal.status in (424, 503):
                 logger.warning("request %s: %s", record.id, type(error).__name__, exc_info=error)
             return refused(family, refusal, record.id)
