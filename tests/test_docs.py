@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ NOT_RUN = {
     "needs a TPU": "no machine of ours has one",
     "makes machines in your Google account": "they cost money",
     "installs into the system": "the tests' own environment stays as it is",
+    "needs a container engine": "the tests' machine has none",
     "takes minutes": "the suite has a quarter of an hour for everything",
 }
 MARK = r"^\*Not run by the tests: (.+)\.\*\n\n(?=```)"
@@ -148,24 +150,50 @@ def sessions(page: Path) -> Iterator[tuple[str, str]]:
             yield part[:end], part[end:]
 
 
+@contextmanager
+def serving(command: str, environment: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """A server that a page leaves running: its port, a free one, and what it printed."""
+    script = "exec " + command.rstrip("& \n").replace("--port 8000", "--port 0")
+    server = subprocess.Popen(["bash", "-c", script], stderr=subprocess.PIPE, env=environment)
+    assert server.stderr
+    try:
+        printed, found = "", None
+        for line in map(bytes.decode, server.stderr):
+            printed += line
+            if found := re.search(r"http://127\.0\.0\.1:(\d+)", line):
+                break
+        assert found, printed
+        ready = f"curl -sf --retry 60 --retry-delay 1 --retry-all-errors {found[0]}/ready"
+        subprocess.run(ready.split(), check=True, capture_output=True)
+        yield found[1], printed.replace(found[1], "8000")
+    finally:
+        server.terminate()
+        assert server.wait(60) == 0
+        server.stderr.close()
+
+
 @pytest.mark.parametrize("page", with_blocks("console"), ids=lambda page: page.name)
 def test_console_shows_what_commands_print(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, environment = 0, with_command(tmp_path / "scripts")
-    for command, shown in sessions(page):
-        if command.startswith("packscore "):
-            words = shlex.split(command.replace("$MODEL", environment["MODEL"]))
-            done = Cli(tmp_path)(*words[1:])
-            code, printed = done.code, done.err + done.out
-        else:
-            shell = ["bash", "-c", f"(exit {code}); {command}"]
-            found = subprocess.run(
-                shell, capture_output=True, text=True, check=True, env=environment
-            )
-            printed = found.stdout
-        assert without_numbers(printed) == without_numbers(shown), command
+    code, environment, port = 0, with_command(tmp_path / "scripts"), "8000"
+    with ExitStack() as servers:
+        for command, shown in sessions(page):
+            if command.startswith("packscore serve "):
+                port, printed = servers.enter_context(serving(command, environment))
+            elif command.startswith("packscore "):
+                words = shlex.split(command.replace("$MODEL", environment["MODEL"]))
+                done = Cli(tmp_path)(*words[1:])
+                code, printed = done.code, done.err + done.out
+            else:
+                here = command.replace("localhost:8000", f"localhost:{port}")
+                shell = ["bash", "-c", f"(exit {code}); {here}"]
+                found = subprocess.run(
+                    shell, capture_output=True, text=True, check=True, env=environment
+                )
+                printed = found.stdout
+            assert without_numbers(printed) == without_numbers(shown), command
 
 
 def steps(text: str) -> list[str]:

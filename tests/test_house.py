@@ -42,7 +42,8 @@ integrations, verify -> scoring
 testing -> verify
 selftest -> verify, shipped
 plot -> inputs
-cli -> scoring, verify, files, selftest
+serve -> scoring
+cli -> serve, verify, files, selftest
 __main__ -> cli
 """
 # programs brings jax and torchax; from outside it is imported here and nowhere else.

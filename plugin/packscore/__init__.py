@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from packscore.errors import OutOfMemoryError as OutOfMemoryError
     from packscore.errors import PackscoreError as PackscoreError
     from packscore.errors import QueueFullError as QueueFullError
+    from packscore.errors import RequestTooLargeError as RequestTooLargeError
     from packscore.errors import ScoringError as ScoringError
     from packscore.errors import StalePrefixError as StalePrefixError
     from packscore.errors import UnexpectedCompileError as UnexpectedCompileError
@@ -85,7 +86,7 @@ _HOMES = {
     "errors": (
         *("BatcherClosedError", "InputError", "InputTypeError", "LaunchError", "LoadError"),
         *("MaskTooLargeError", "MissingPackageError", "NonFiniteScoreError", "NotPatchedError"),
-        *("OutOfMemoryError", "PackscoreError", "QueueFullError"),
+        *("OutOfMemoryError", "PackscoreError", "QueueFullError", "RequestTooLargeError"),
         *("ScoringError", "StalePrefixError", "UnexpectedCompileError", "UnsupportedModelError"),
         "UnsupportedVersionError",
     ),

@@ -88,7 +88,7 @@ class StalePrefixError(PackscoreError, RuntimeError):
 class QueueFullError(PackscoreError, RuntimeError):
     """Too many requests wait, or too many tokens; `retry_after` is when to try again, in seconds.
 
-    It is what the queue takes to empty at the speed of what ran so far.
+    By then half of what waits should have run, at the speed of what ran so far.
     """
 
     def __init__(self, requests: int, tokens: int, retry_after: float) -> None:
@@ -102,6 +102,10 @@ class QueueFullError(PackscoreError, RuntimeError):
 
     def __reduce__(self) -> Any:
         return type(self), self._named
+
+
+class RequestTooLargeError(InputError):
+    """A request has more tokens than one request may have."""
 
 
 class BatcherClosedError(PackscoreError, RuntimeError):

@@ -182,7 +182,7 @@ def load_model(
             options: dict[str, Any] = {"dtype": dtype, "model_kwargs": model_kwargs}
             adapted = load_model(base, device=device, **options, **{**hub, "revision": None})
             if device != "meta":  # there are no weights to add it to
-                _add_adapter(adapted, name_or_path, hub)
+                add_adapter(adapted, name_or_path, **hub)
             return adapted
         given = dict(model_kwargs or {})
         config = AutoConfig.from_pretrained(name_or_path, **hub)
@@ -225,20 +225,25 @@ def _base_of(name_or_path: str | os.PathLike[str], hub: Mapping[str, Any]) -> st
     return base
 
 
-def _add_adapter(
-    model: PreTrainedModel, name_or_path: str | os.PathLike[str], hub: Mapping[str, Any]
-) -> None:
+def add_adapter(model: PreTrainedModel, name_or_path: str | os.PathLike[str], **hub: Any) -> None:
+    """Add an adapter's weights to a model, in place.
+
+    Raises:
+      LoadError: there is no such adapter, it cannot be read, lacks weights, or has others.
+    """
     # Any: transformers types it as returning nothing
     add: Any = model.load_adapter
-    found = add(os.fspath(name_or_path), adapter_kwargs=_of_files(hub))
-    if found is None:
-        raise LoadError(
-            name_or_path,
-            f"transformers {version_of('transformers')} does not say which weights of an adapter "
-            "it found; install transformers 5.7 or newer, or merge the adapter into the model and "
-            "save that",
-        )
-    _check_whole(name_or_path, found.missing_keys, found.mismatched_keys)
+    with _told_by_name(name_or_path):
+        _check_folder(name_or_path)
+        found = add(os.fspath(name_or_path), adapter_kwargs=_of_files(hub))
+        if found is None:
+            raise LoadError(
+                name_or_path,
+                f"transformers {version_of('transformers')} does not say which weights of an "
+                "adapter it found; install transformers 5.7 or newer, or merge the adapter into "
+                "the model and save that",
+            )
+        _check_whole(name_or_path, found.missing_keys, found.mismatched_keys)
 
 
 def _auto_class(config: Any) -> Any:

@@ -796,7 +796,7 @@ class MultiItemScorer:
           LaunchError: the launch that the request was in failed.
           InputError, InputTypeError, NotPatchedError, NonFiniteScoreError: as in `score`.
         """
-        return await self._submit(
+        found = await self._submit(
             prepare_score,
             query,
             as_list("items", items, may_be_empty=True),
@@ -809,6 +809,7 @@ class MultiItemScorer:
             item_first=item_first,
             return_usage=return_usage,
         )
+        return cast("list[list[float]]", found)
 
     @overload
     async def async_rank(
@@ -856,7 +857,7 @@ class MultiItemScorer:
           QueueFullError, BatcherClosedError, LaunchError: as `async_score` raises them.
           InputError, InputTypeError, NotPatchedError, NonFiniteScoreError: as in `rank`.
         """
-        return await self._submit(
+        found = await self._submit(
             prepare_rank,
             query,
             as_list("documents", documents, may_be_empty=True),
@@ -865,6 +866,7 @@ class MultiItemScorer:
             activation_fn=activation_fn,
             return_usage=return_usage,
         )
+        return cast("list[RankedDocument]", found)
 
     async def async_decide(
         self, state: Any, questions: Questions, *, permutations: int = 1
@@ -881,16 +883,16 @@ class MultiItemScorer:
           QueueFullError, BatcherClosedError, LaunchError: as `async_score` raises them.
           InputError, InputTypeError, UnsupportedModelError, NonFiniteScoreError: as in `decide`.
         """
-        return await self._submit(
-            _prepare_decide, self._ask, state, questions, permutations=permutations
-        )
+        asking = functools.partial(_prepare_decide, self._ask)
+        found = await self._submit(asking, state, questions, permutations=permutations)
+        return cast(Decision, found)
 
     async def _submit(
-        self, prepare: Callable[..., Prepared[Any]], *args: Any, **options: Any
+        self, prepare: Callable[..., Prepared[Any]], *texts: Any, **options: Any
     ) -> Any:
         """The result of a request that `prepare` makes of the core and these, in the queue."""
-        preparing = functools.partial(checked(prepare), self._core, *args, **options)
-        return await self.batcher.submit(preparing)
+        preparing = functools.partial(checked(prepare), self._core, *texts, **options)
+        return await self.batcher.submit(preparing, texts)
 
     @property
     def batcher(self) -> Batcher:
@@ -907,6 +909,7 @@ class MultiItemScorer:
         max_requests: int = MAX_REQUESTS,
         max_tokens: int | None = None,
         window_seconds: float = WINDOW_SECONDS,
+        max_request_tokens: int | None = None,
     ) -> Batcher:
         """Make the queue of `async_score` and its kin with limits of one's own.
 
@@ -914,6 +917,8 @@ class MultiItemScorer:
           max_requests: how many may wait; more are refused.
           max_tokens: how many tokens of items may wait; None is about a million.
           window_seconds: how long the first request of an idle queue waits for others; 0 does not.
+          max_request_tokens: of one request, its query once and its items; more are refused with a
+            `RequestTooLargeError`. None sets no limit.
 
         Returns:
           The queue, which `batcher` gives from now on; `with` closes it at its end.
@@ -927,6 +932,7 @@ class MultiItemScorer:
             max_requests=max_requests,
             max_tokens=max_tokens,
             window_seconds=window_seconds,
+            max_request_tokens=max_request_tokens,
         )
         with STARTING:
             old = self._batcher
@@ -1036,7 +1042,7 @@ class MultiItemScorer:
 
 
 def _prepare_decide(
-    _: ScoringCore, decider: Callable[[], Decider], state: Any, questions: Any, *, permutations: int
+    decider: Callable[[], Decider], _: ScoringCore, state: Any, questions: Any, *, permutations: int
 ) -> Prepared[Decision]:
     return decider().prepare(state, questions, permutations)
 

@@ -1,4 +1,4 @@
-"""`packscore score | rank | decide | verify | doctor | warmup | selftest`."""
+"""`packscore score | rank | decide | serve | verify | doctor | warmup | selftest`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 import packscore
 from packscore.cli import options as opt
 from packscore.cli.exits import ExitCode, exit_codes
+from packscore.cli.serve import ENVIRONMENT, serve
 from packscore.cli.start import run_over_files
 from packscore.files.failures import UsageError
 from packscore.files.file_plan import plan_files
@@ -249,6 +250,9 @@ def decide(
         read = deciding.read_options(state_field, questions_field, given, max_line_bytes, delimiter)
         code = run_over_files(plan, read, chosen, task, dry_run=dry_run, quiet=quiet)
     raise typer.Exit(code)
+
+
+app.command(context_settings=ENVIRONMENT)(serve)
 
 
 @app.command()

@@ -101,6 +101,8 @@ def load(options: ModelOptions, *, weights: bool = True) -> Loaded:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped in transformers
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     cache = open_cache(options.cache_dir) if place.programs else Cache(None)
+    cached = options.prefix_cache_bytes
+    pages = {} if cached is None else {"prefix_cache_bytes": cached}
     try:
         names = names_of(options.model, revision=options.revision) if options.prompt == AUTO else []
         spec = read_prompt(options.prompt, *names)
@@ -117,6 +119,7 @@ def load(options: ModelOptions, *, weights: bool = True) -> Loaded:
             on_long=options.on_long,
             on_non_finite=options.on_non_finite,
             compile_cache=cache.folder,
+            **pages,
         )
     except LoadError as error:
         raise RunError(f"--model={options.model} cannot be loaded: {error.reason}") from error

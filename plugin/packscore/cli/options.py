@@ -150,6 +150,7 @@ class ModelOptions:
       label_token_ids: labels as ids, or None.
       cache_dir: folder of compiled programs; "none" keeps none, None is the default.
       reads_labels: whether the prompt must have labels.
+      prefix_cache_bytes: as `MultiItemScorer` takes it; None is its default.
 
     Raises:
       UsageError: `dtype`, `on_long` or `on_non_finite` is not one of its values.
@@ -168,6 +169,7 @@ class ModelOptions:
     on_non_finite: NonFiniteChoice = "raise"
     cache_dir: str | None = None
     reads_labels: bool = True
+    prefix_cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
         _check_choice("--dtype", self.dtype, DTYPES)

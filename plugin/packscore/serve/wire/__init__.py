@@ -1,0 +1,1 @@
+"""What clients send and read: one file for each family of clients."""
