@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastapi import FastAPI
 from transformers import PreTrainedModel
 
 from packscore import InputError, InputTypeError, MultiItemScorer
@@ -164,6 +165,17 @@ def test_pairs_are_scored_as_vllm_does(
     assert answered(app, path, {a: QUERY, b: "x"})["data"][0]["index"] == 0
 
 
+def test_more_pairs_than_the_queue_holds_are_scored(
+    shipped: PreTrainedModel, tokenizer: Any
+) -> None:
+    scorer = MultiItemScorer(shipped, tokenizer, prompt="qwen3-reranker")
+    with scorer.start_batcher(max_requests=8):
+        queries = [f"query {i}" for i in range(40)]
+        found = answered(create_app(scorer), "/score", {"text_1": queries, "text_2": queries})
+    expected = [scorer.rank(query, [query])[0]["score"] for query in queries]
+    assert [one["score"] for one in found["data"]] == pytest.approx(expected, abs=1e-6)
+
+
 def test_pairs_without_activation_are_log_odds(app: Any, raw_by_index: list[float]) -> None:
     body = {"text_1": [QUERY], "text_2": DOCUMENTS, "use_activation": False}
     found = answered(app, "/score", body)["data"]
@@ -288,6 +300,19 @@ def test_every_example_of_the_documentation_can_be_sent(app: Any) -> None:
     names = set(schema["components"]["schemas"])
     told = json.dumps(schema).split("#/components/schemas/")[1:]
     assert {one.partition('"')[0] for one in told} <= names
+
+
+def test_an_app_can_be_mounted_in_another(scorer: MultiItemScorer) -> None:
+    outer = FastAPI()
+    outer.mount("/scores", create_app(scorer, api_keys=["key"]))
+    body = {"query": QUERY, "texts": DOCUMENTS}
+    refused = post(outer, "/scores/rerank", body)
+    assert (refused.status_code, "API key" in refused.json()["message"]) == (401, True)
+    key = {"authorization": "Bearer key"}
+    assert len(post(outer, "/scores/rerank", body, **key).json()) == len(DOCUMENTS)
+    assert get(outer, "/scores/rerank", **key).json()["message"] == "Method Not Allowed"
+    assert get(outer, "/scores/health").status_code == 200
+    assert "http://test/scores/v1/score" in get(outer, "/scores/docs").text
 
 
 def test_a_decision_app_decides_and_nothing_else(scorer: MultiItemScorer) -> None:

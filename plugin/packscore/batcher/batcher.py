@@ -14,11 +14,10 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
 from packscore.batcher.outcomes import closed, deliver, fault_of, own
-from packscore.batcher.stats import BatcherStats
-from packscore.batcher.waiting import Call, Turn, Waiting
+from packscore.batcher.stats import BatcherStats, pages_of
+from packscore.batcher.waiting import Call, Turn, Waiting, check_size
 from packscore.core import ScoringCore
-from packscore.encoded import EncodedRequest
-from packscore.errors import PackscoreError, QueueFullError, RequestTooLargeError
+from packscore.errors import PackscoreError, QueueFullError
 from packscore.flows.runner import Runner
 from packscore.inputs import check_count
 from packscore.model.weight_watch import WeightWatch
@@ -88,14 +87,11 @@ class Batcher:
     @property
     def stats(self) -> BatcherStats:
         """What it did so far, and what waits."""
-        pool = self._core.engine.pool
-        pages = 0 if pool is None else pool.num_pages
-        used = 0 if pool is None else pages - pool.num_free_pages
+        pages = pages_of(self._core.engine.pool)
         with self._changed:
             return BatcherStats(
                 **self._counts,
-                pages=pages,
-                used_pages=used,
+                **pages,
                 queued_requests=self._queued,
                 queued_tokens=self._waiting.tokens,
                 waiting_seconds=self._seconds["waiting"],
@@ -195,7 +191,7 @@ class Batcher:
             try:
                 self._core.check_ready()
                 prepared = call.prepare()
-                self._check_size(prepared.request)
+                check_size(prepared.request, self.max_request_tokens)
                 prefix = prepared.request.prefix
                 is_kept = not len(prefix) or self._core.runner.can_hold(prefix)
                 call.encoded(prepared, is_kept=is_kept)
@@ -214,14 +210,6 @@ class Batcher:
                 error = self._full()
                 self._counts.update(accepted=-1, rejected=1)
         self._finish([(call, error)])
-
-    def _check_size(self, request: EncodedRequest) -> None:
-        tokens = len(request.prefix) + sum(map(len, request.items))
-        if self.max_request_tokens is not None and tokens > self.max_request_tokens:
-            raise RequestTooLargeError(
-                f"the request has {tokens:,} tokens, over the {self.max_request_tokens:,} that one "
-                "may have; send its items in several"
-            )
 
     def _wake(self) -> None:
         """The device thread has something to do."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from packscore.flows.page_pool import PagePool
+
 
 @dataclass(frozen=True)
 class BatcherStats:
@@ -58,3 +60,10 @@ class BatcherStats:
     def requests_a_launch(self) -> float:
         """Requests that ran, for each launch; 0 before the first."""
         return self.ran / self.launches if self.launches else 0.0
+
+
+def pages_of(pool: PagePool | None) -> dict[str, int]:
+    """What the pages of an engine are to `BatcherStats`."""
+    if pool is None:
+        return {}
+    return {"pages": pool.num_pages, "used_pages": pool.num_pages - pool.num_free_pages}

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from packscore.encoded import EncodedRequest, TokenIds
+from packscore.errors import RequestTooLargeError
 from packscore.flows.engine import Limits
 from packscore.flows.parts import Items, item_order, item_tokens, joined, part_of
 from packscore.flows.reads import HiddenRows, LabelLogits, Read
@@ -98,6 +99,20 @@ class Call:
         if others:
             found = joined(self.prepared.request, self._parts, self.found)
         return self.prepared.finish(found)
+
+
+def check_size(request: EncodedRequest, most: int | None) -> None:
+    """Refuse a request of more tokens than one may have.
+
+    Raises:
+      RequestTooLargeError: it has more.
+    """
+    tokens = len(request.prefix) + sum(map(len, request.items))
+    if most is not None and tokens > most:
+        raise RequestTooLargeError(
+            f"the request has {tokens:,} tokens, over the {most:,} that one may have; send its "
+            "items in several"
+        )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from packscore.errors import InputTypeError
 from packscore.scoring import MultiItemScorer
 from packscore.serve.docs_page import docs_page
 from packscore.serve.endpoints import Endpoint, refused
-from packscore.serve.gate import Gate
+from packscore.serve.gate import Gate, path_of
 from packscore.serve.limits import Limits
 from packscore.serve.models import Models
 from packscore.serve.openapi import describe
@@ -121,7 +121,7 @@ def _app(
     async def of_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         refusal = RefusedError(str(error.detail), error.status_code, headers=error.headers or {})
-        return refuse(request.url.path, refusal, request.scope["packscore"].id)
+        return refuse(path_of(request.scope), refusal, request.scope["packscore"].id)
 
     app.add_exception_handler(HTTPException, of_http)
     paths = frozenset(getattr(route, "path", "") for route in app.routes)
@@ -168,7 +168,8 @@ def _add_others(app: FastAPI, state: State, *, page: bool) -> None:
 
     @app.get("/docs", include_in_schema=False)
     async def docs(request: Request) -> Response:
-        return _page(docs_page(app.openapi(), str(request.base_url).rstrip("/")))
+        address = str(request.url.replace(query="")).removesuffix("/docs")
+        return _page(docs_page(app.openapi(), address))
 
     html = files("packscore.serve") / "page.html"
     if page and html.is_file():

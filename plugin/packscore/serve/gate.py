@@ -89,7 +89,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
+        path = path_of(scope)
         record = scope["packscore"] = Record(_id_of(headers))
         status = 500
 
@@ -141,6 +141,12 @@ class Gate:
             self._state.metrics.items.labels(record.call.model).inc(record.call.items)
         if endpoint not in ALIVE:
             access.info(record.line(endpoint, status))
+
+
+def path_of(scope: Scope) -> str:
+    """The path within the app, wherever that is mounted."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", "")) or "/"
 
 
 def _id_of(headers: Headers) -> str:

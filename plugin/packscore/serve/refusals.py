@@ -11,6 +11,7 @@ from packscore.errors import (
     BatcherClosedError,
     InputError,
     InputTypeError,
+    LaunchError,
     NonFiniteScoreError,
     NotPatchedError,
     QueueFullError,
@@ -81,8 +82,9 @@ def refusal_of(error: Exception) -> RefusedError:
     if isinstance(error, NotPatchedError | BatcherClosedError):
         return RefusedError(message, 503, headers=RETRY)
     # of the launch, whose request was not at fault; its insides are for the log
+    cause = error.__cause__ if isinstance(error, LaunchError) and error.__cause__ else error
     return RefusedError(
-        f"the launch of this request failed ({type(error).__name__}); try again",
+        f"the launch of this request failed ({type(cause).__name__}); try again",
         503,
         headers=RETRY,
     )

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import logging
 import socket
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from packscore.serve.state import State
+
+# how long a connection has for a request that its client sent already
+READ_SECONDS = 0.5
 
 
 class Server(uvicorn.Server):
@@ -63,6 +69,28 @@ class Server(uvicorn.Server):
         """Whether the first step is over."""
         return await super().on_tick(counter) or time.monotonic() >= self._leave_at
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no more connections, but those that the system took already and nobody read."""
+        taken: list[socket.socket] = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                taken.append(self._listener.accept()[0])
+        for server in self.servers:
+            server.close()
+        loop = asyncio.get_running_loop()
+        for connection in taken:
+            await loop.connect_accepted_socket(self._protocol, connection)
+        await asyncio.sleep(READ_SECONDS)
+        await super().shutdown(sockets)
+
+    def _protocol(self) -> asyncio.Protocol:
+        # Any: uvicorn types the class of its protocols as one of asyncio's, without arguments
+        protocol: Any = self.config.http_protocol_class
+        made: asyncio.Protocol = protocol(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return made
+
     def run_until_stopped(self) -> None:
         """Listen, until a signal comes and all that was accepted is answered."""
         asyncio.run(self._until_stopped())
@@ -91,12 +119,29 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+class Lines(logging.Formatter):
+    """Every record as one line of JSON; those of requests are one already."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        message = record.getMessage()
+        if record.name == "packscore.serve.access":
+            return message
+        found = {"level": record.levelname.lower(), "message": message}
+        if record.exc_info:
+            found["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(found)
+
+
 def log_to_stderr(*, quiet: bool) -> None:
-    """Lines of requests, and of failed launches, as they are: JSON, and text."""
+    """Lines of requests, unless it is quiet, and of what went wrong."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    root = logging.getLogger("packscore.serve")
-    root.addHandler(handler)
-    root.setLevel(logging.WARNING if quiet else logging.INFO)
-    root.propagate = False
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    handler.setFormatter(Lines())
+    for name, level in (
+        ("packscore.serve", logging.WARNING if quiet else logging.INFO),
+        ("uvicorn", logging.WARNING),
+    ):
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = False

@@ -17,6 +17,8 @@ from packscore.serve.refusals import RefusedError
 from packscore.serve.wire.kinds import Body, Family, Kind, error_type
 from packscore.text.encoding import group_by_query
 
+# queries of one body that wait at a time
+GROUPS = 64
 Texts = Annotated[list[str], Field(min_length=1)] | str
 
 
@@ -98,14 +100,18 @@ async def _answer(call: Call, body: PairsBody) -> Callable[[], Any]:
     a, b = body.names
     scores = [0.0] * len(second)
 
+    # one body leaves room in the queue for others
+    turn = asyncio.Semaphore(max(1, min(GROUPS, call.scorer.batcher.max_requests // 8)))
+
     async def group(index: list[int]) -> None:
-        ranked = await call.rank(
-            queries[index[0]],
-            [second[i] for i in index],
-            raw=body.use_activation is False,
-            query_name=a if len(first) == 1 else f"{a}[{index[0]}]",
-            name=lambda k: f"{b}[{index[k]}]",
-        )
+        async with turn:
+            ranked = await call.rank(
+                queries[index[0]],
+                [second[i] for i in index],
+                raw=body.use_activation is False,
+                query_name=a if len(first) == 1 else f"{a}[{index[0]}]",
+                name=lambda k: f"{b}[{index[k]}]",
+            )
         for one in ranked:
             scores[index[one["corpus_id"]]] = one["score"]
 
