@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import threading
 from dataclasses import dataclass
@@ -71,12 +72,46 @@ def fork() -> int:
     return pid
 
 
+# As much of curl as the pages use, for machines that have none, or one that knows no --json.
+CURL = """#!{python}
+import sys, urllib.error, urllib.request
+words = iter(sys.argv[1:])
+body, url = None, ""
+for word in words:
+    if word == "--json":
+        body = next(words).encode()
+    elif not word.startswith("-"):
+        url = word if "://" in word else "http://" + word
+request = urllib.request.Request(url, body, {{"content-type": "application/json"}})
+try:
+    answer = urllib.request.urlopen(request)
+except urllib.error.HTTPError as error:
+    answer = error
+sys.stdout.write(answer.read().decode())
+"""
+
+
+def has_curl() -> bool:
+    """Whether there is one that takes --json."""
+    try:
+        found = subprocess.run(
+            ["curl", "--help", "all"], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return False
+    return "--json" in found.stdout
+
+
 def with_command(folder: Path) -> dict[str, str]:
     """An environment for shells in which `packscore` is this interpreter's, installed or not."""
     folder.mkdir(exist_ok=True)
-    script = folder / "packscore"
-    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m packscore "$@"\n')
-    script.chmod(0o755)
+    scripts = {"packscore": f'#!/bin/sh\nexec {sys.executable} -m packscore "$@"\n'}
+    if not has_curl():
+        scripts["curl"] = CURL.format(python=sys.executable)
+    for name, text in scripts.items():
+        script = folder / name
+        script.write_text(text)
+        script.chmod(0o755)
     python = Path(sys.executable).parent
     path = os.pathsep.join([str(folder), str(python), os.environ["PATH"]])
     return {**os.environ, "MODEL": str(shipped_model_path()), "PATH": path}

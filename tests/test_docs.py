@@ -8,7 +8,9 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 import tomllib
+import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -150,6 +152,18 @@ def sessions(page: Path) -> Iterator[tuple[str, str]]:
             yield part[:end], part[end:]
 
 
+def wait_for(url: str) -> None:
+    """Ask a server that is warming up until it is ready."""
+    end = time.monotonic() + 120
+    while True:
+        try:
+            urllib.request.urlopen(url).close()
+            return
+        except OSError:  # a status of 503 among them
+            assert time.monotonic() < end, url
+            time.sleep(0.2)
+
+
 @contextmanager
 def serving(command: str, environment: dict[str, str]) -> Iterator[tuple[str, str]]:
     """A server that a page leaves running: its port, a free one, and what it printed."""
@@ -163,8 +177,7 @@ def serving(command: str, environment: dict[str, str]) -> Iterator[tuple[str, st
             if found := re.search(r"http://127\.0\.0\.1:(\d+)", line):
                 break
         assert found, printed
-        ready = f"curl -sf --retry 60 --retry-delay 1 --retry-all-errors {found[0]}/ready"
-        subprocess.run(ready.split(), check=True, capture_output=True)
+        wait_for(f"{found[0]}/ready")
         yield found[1], printed.replace(found[1], "8000")
     finally:
         server.terminate()
