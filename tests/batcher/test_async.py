@@ -342,6 +342,19 @@ def test_long_requests_of_every_readout_are_put_together(scorer: MultiItemScorer
     assert sum(result.usage.computed_tokens for result in found) <= 3 * own
 
 
+@pytest.mark.parametrize("options", [{"mask_impl": "dense"}, {"prefix_cache_bytes": 0}], ids=str)
+def test_without_pages_or_under_a_dense_mask(options: Any) -> None:
+    scorer, items = make_scorer(**options), [random_ids(1 + n % 7, seed=n) for n in range(400)]
+
+    async def main() -> list[Any]:
+        return await asyncio.gather(
+            *(scorer.async_score(prefix, items[n:]) for n, prefix in enumerate([*PREFIXES[:3], []]))
+        )
+
+    for n, found in enumerate(asyncio.run(main())):
+        close_to(found, scorer.score([*PREFIXES[:3], []][n], items[n:]))
+
+
 def test_a_model_that_changes_between_parts_is_one_model_in_the_end(
     scorer: MultiItemScorer, gate: Gate
 ) -> None:
