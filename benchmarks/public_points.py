@@ -215,7 +215,7 @@ def flash_cycles(path: str, query_tiles: int, steps: int) -> int:
 def counted(text: str, schedules: list[str], sizes: Sequence[Any]) -> dict[str, Any]:
     """What `program.summary` says of a compiled program of arguments of these shapes."""
 
-    def cost_of(name: str, path: str, _: Sequence[str]) -> program.Cost | None:
+    def cost_of(name: str, path: str) -> program.Cost | None:
         if not name.startswith("flash_attention"):
             return None
         steps, (batch, heads, *_) = steps_of(path), sizes[0].shape

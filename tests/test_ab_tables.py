@@ -212,7 +212,7 @@ def test_a_program_is_counted_by_its_text(tmp_path: Path) -> None:
     found = instructions(
         HLO,
         list(map(str, files)),
-        cost_of=lambda name, path, _: Cost(1000.0, 5.0, 4) if name == "fusion.9" else None,
+        cost_of=lambda name, path: Cost(1000.0, 5.0, 4) if name == "fusion.9" else None,
         layers=28,
     )
     inner, last = found  # fusion.70 is of another program

@@ -1,18 +1,18 @@
 """Cycles of our kernels in a compiled program, whose loops and guards its text does not tell.
 
 Each is counted by what its own folder says of how often it runs which piece (`count_runs`,
-`qkv_runs`, `mlp_runs`, `most_visits`, `write_runs`).
+`qkv_runs`, `mlp_runs`, `write_runs`).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from packscore_kernels.hardware import Chip, cdiv
 from tpu_compiler.kernel import Job, layer_cycles, read_costs
-from tpu_compiler.program import KERNEL, Cost, CostOf, sizes_of
+from tpu_compiler.program import KERNEL, Cost
 from tpu_compiler.schedule import pipelined_cycles, regions, tracing_for
 
 if TYPE_CHECKING:
@@ -84,34 +84,14 @@ def qkv_cycles(path: str, runs: QkvRuns) -> int:
     return cycles
 
 
-def grouped_cost(path: str, arrays: Sequence[str], config: Any, count: int, chip: Chip) -> Cost:
-    """Of a product of experts, every step of whose grid is the same.
-
-    Counted with the most tiles that so many tokens can make it visit, whatever they choose.
-    """
-    from packscore_kernels.layer.counts import most_visits
-    from packscore_kernels.layer.experts import tile_of
-
-    shapes = [sizes_of(array) for array in arrays]
-    (rows, columns), (_, _, inner) = shapes[0], next(x for x in shapes if len(x) == 3)
-    tile_rows, _, part = tile_of(rows, inner, columns, 2)
-    live = min(rows, count * config.num_experts_per_tok)
-    steps = most_visits(live, config.num_experts, tile_rows) * (columns // part)
-    # rows anew for each part of the columns; an expert's weights once, and the first of them and
-    # the first rows arrive before anything runs
-    moved = columns // part * live * inner + config.num_experts * columns * inner + live * columns
-    first = 2 * (tile_rows + part) * inner / chip.hbm_bytes_per_s * chip.clock_hz
-    return Cost(pipelined_cycles(path, steps) + first, 2 * moved, steps)
-
-
 def costs_of_kernels(
     config: Any,
     job: Job,
     key: ProgramKey,
     inputs: LaunchInputs,
     chip: Chip,
-) -> CostOf:
-    """What an instruction takes, None where it is none of our kernels.
+) -> Callable[[str, str], Cost | None]:
+    """What (instruction, the file of its schedule) takes, None where it is none of our kernels.
 
     Args:
       config: of the model, in bfloat16.
@@ -209,9 +189,7 @@ def costs_of_kernels(
         "row_attention": rows_read,
     }
 
-    def cost(name: str, path: str, arrays: Sequence[str]) -> Cost | None:
-        if name.startswith("gmm"):
-            return grouped_cost(path, arrays, config, count, chip)
+    def cost(name: str, path: str) -> Cost | None:
         own = (of for kernel, of in kernels.items() if name.startswith(kernel))
         with tracing_for(chip.topology):
             return next((of(path) for of in own), None)

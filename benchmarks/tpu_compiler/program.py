@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,11 +42,6 @@ class Cost(NamedTuple):
     grid_steps: int = 0
 
 
-# (instruction, the file of its schedule, shapes of its result and its operands) to what it takes;
-# None where that is read off
-CostOf = Callable[[str, str, Sequence[str]], Cost | None]
-
-
 @dataclass(frozen=True)
 class Instruction:
     """One scheduled instruction of a program."""
@@ -62,12 +57,6 @@ class Instruction:
     def milliseconds(self, clock_hz: float, hbm_bytes_per_s: float) -> float:
         """All its runs."""
         return 1e3 * self.times * max(self.cycles / clock_hz, self.hbm_bytes / hbm_bytes_per_s)
-
-
-def sizes_of(shape: str) -> list[int]:
-    """Of the first array that a shape names."""
-    found = ARRAY.search(shape)
-    return [int(size) for size in found[2].split(",") if size] if found else []
 
 
 def array_bytes(shape: str, layers: int = 1) -> float:
@@ -142,7 +131,7 @@ def twins(bodies: dict[str, tuple[bool, list[str]]]) -> Iterator[tuple[str, str]
 def instructions(
     hlo: str,
     schedules: list[str],
-    cost_of: CostOf = lambda name, path, arrays: None,
+    cost_of: Callable[[str, str], Cost | None] = lambda name, path: None,
     turns_of: Callable[[str], int] = lambda line: 1,
     layers: int = 1,
     stands_for: Mapping[int, int] | None = None,
@@ -152,7 +141,7 @@ def instructions(
     Args:
       hlo: the compiled program's text.
       schedules: the files that the compiler dumped for it.
-      cost_of: what an instruction takes, where that cannot be read off.
+      cost_of: (instruction, its file) to what it takes, where that cannot be read off.
       turns_of: a loop's line to its turns, where these are data.
       layers: over which weights and pages are stacked: one layer reads its own. What stands in no
         loop and gives a stack gives all of it.
@@ -181,7 +170,7 @@ def instructions(
                 path = files[own]
                 operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
                 arrays = [shape, *(shapes.get(operand, "") for operand in dict.fromkeys(operands))]
-                cost = cost_of(own, path, arrays)
+                cost = cost_of(own, path)
                 cycles, moved, steps = cost or Cost(pipelined_cycles(path))
                 if moved is None:
                     given = array_bytes(shape, layers if turns > 1 else 1)

@@ -9,10 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from jax.experimental.pallas.ops.tpu.megablox.gmm import make_group_metadata
 
-from packscore_kernels.layer.counts import most_visits
-from packscore_kernels.layer.experts import TILE_ROWS, columns_of_step, grouped_experts, tile_of
+from packscore_kernels.layer.experts import columns_of_step, grouped_experts
 
 LAYERS, EXPERTS, CHOSEN, HIDDEN, COLUMNS = 3, 5, 2, 128, 64
 RNG = np.random.default_rng(0)
@@ -64,28 +62,3 @@ def test_steps_have_whole_registers_of_columns() -> None:
     assert columns_of_step(2048, 4096) == 2048
     assert columns_of_step(128, 1) == 128
     assert columns_of_step(96, 1) == 96
-    # of a 30B-A3B's experts, into the gate and back
-    assert tile_of(98_304, 2048, 1536, 2) == (256, 2048, 768)
-    assert tile_of(98_304, 768, 2048, 2) == (256, 768, 2048)
-
-
-@pytest.mark.parametrize("spread", ["even", "drawn", "one"])
-def test_no_choice_makes_the_kernel_visit_more_tiles_than_are_counted(spread: str) -> None:
-    experts, rows, room = 128, 128 * 750, 98_304
-    sizes = {
-        "even": np.full(experts, rows // experts),
-        "drawn": RNG.multinomial(rows, RNG.dirichlet(np.full(experts, 0.3))),
-        "one": np.eye(experts, dtype=int)[7] * rows,
-    }[spread]
-    _, visits = make_group_metadata(
-        group_sizes=jnp.asarray(sizes, jnp.int32),
-        m=room,
-        tm=TILE_ROWS,
-        start_group=jnp.int32(0),
-        num_nonzero_groups=experts,
-        visit_empty_groups=False,
-    )
-    most = most_visits(rows, experts, TILE_ROWS)
-    assert visits <= most == 375 + 127
-    # the even one is what it is
-    assert (visits == most) == (spread == "even")

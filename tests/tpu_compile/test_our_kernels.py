@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from packscore_kernels.hardware import CHIPS
 from packscore_kernels.layer.counts import MlpRuns, QkvRuns, mlp_runs, qkv_runs
 from packscore_kernels.layer.walks import QkvSteps
 from tpu_compiler import our_kernels
-from tpu_compiler import schedule as schedules
 from tpu_compiler.schedule import Region
 
 
@@ -30,8 +27,7 @@ def schedule(monkeypatch: pytest.MonkeyPatch) -> None:
         piece(250, "vmatmul"),
         piece(190, exits=(8,)),
     ]
-    for module in (our_kernels, schedules):
-        monkeypatch.setattr(module, "regions", lambda path: iter(pieces))
+    monkeypatch.setattr(our_kernels, "regions", lambda path: iter(pieces))
 
 
 @pytest.mark.usefixtures("schedule")
@@ -52,16 +48,3 @@ def test_pieces_of_the_projections_count_as_often_as_they_run() -> None:
     assert qkv_runs(14, QkvSteps.of(16, 4, 4)) == QkvRuns(14, 2, (2, 6, 2, 2))
     # and without q: two tiles of two steps of k, two of v, and one that ends them
     assert qkv_runs(10, QkvSteps.of(0, 8, 4)) == QkvRuns(10, 2, (2, 2, 2, 2))
-
-
-@pytest.mark.usefixtures("schedule")
-def test_a_product_of_experts_counts_all_tiles_that_it_may_visit() -> None:
-    config, chip = SimpleNamespace(num_experts=4, num_experts_per_tok=2), CHIPS["v6e"]
-    arrays = "bf16[1024,1536]", "s32[4]", "bf16[1024,2048]{1,0}", "bf16[8,1536,2048]{2,1,0}"
-    found = our_kernels.grouped_cost("", arrays, config, 500, chip)
-    # 1 000 rows are of four tiles, three experts begin inside one; 768 columns a step
-    assert found.grid_steps == (4 + 3) * 2
-    first = 2 * (256 + 768) * 2048 / chip.hbm_bytes_per_s * chip.clock_hz
-    assert found.cycles == pytest.approx(10 + 14 * (20 + 300 + 250 + 190) + first)
-    # the rows twice, the weights of four experts once
-    assert found.hbm_bytes == 2 * (2 * 1000 * 2048 + 4 * 1536 * 2048 + 1000 * 1536)

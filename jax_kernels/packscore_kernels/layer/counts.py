@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from packscore_kernels.hardware import cdiv
 from packscore_kernels.layer.walks import QkvSteps
 
 
@@ -36,11 +35,3 @@ def mlp_runs(num_steps: int, num_chunks: int) -> MlpRuns:
     """Of a grid of tiles x chunks of the width."""
     tiles = num_steps // num_chunks
     return MlpRuns(num_steps, tiles, num_steps - tiles)
-
-
-def most_visits(num_rows: int, num_experts: int, tile_rows: int) -> int:
-    """Of rows sorted by expert: tiles times the experts that have rows in them, at most.
-
-    Whoever chooses: each expert but the first begins inside a tile that another one has met.
-    """
-    return cdiv(num_rows, tile_rows) + max(min(num_experts, num_rows) - 1, 0)

@@ -104,7 +104,9 @@ def kernel_product(chosen: jax.Array, num_groups: int, interpret: Any) -> Produc
     sizes = sizes_of(chosen, num_groups)
 
     def product(rows: jax.Array, matrices: jax.Array) -> jax.Array:
-        tile = tile_of(*rows.shape, matrices.shape[1], rows.dtype.itemsize)
+        (count, inner), columns = rows.shape, matrices.shape[1]
+        most = BLOCK_BYTES // (inner * rows.dtype.itemsize)
+        tile = math.gcd(count, TILE_ROWS), inner, columns_of_step(columns, most)
         # the kernel says nothing of it, and refuses bfloat16 more than the one pass that it needs
         with jax.default_matmul_precision(precision_of(rows.dtype).name.lower()):
             out: jax.Array = gmm(
@@ -113,12 +115,6 @@ def kernel_product(chosen: jax.Array, num_groups: int, interpret: Any) -> Produc
         return out
 
     return product
-
-
-def tile_of(rows: int, inner: int, columns: int, itemsize: int) -> tuple[int, int, int]:
-    """Rows, terms and columns that a step of the kernel multiplies."""
-    most = BLOCK_BYTES // (inner * itemsize)
-    return math.gcd(rows, TILE_ROWS), inner, columns_of_step(columns, most)
 
 
 def columns_of_step(columns: int, most: int) -> int:
