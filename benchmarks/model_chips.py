@@ -1,15 +1,16 @@
 """Every model on every chip: which kernels, how much memory, how long. A table.
 
     python benchmarks/model_chips.py                           print the table
-    python benchmarks/model_chips.py --count --chip v6e        count what stands for that chip first
+    python benchmarks/model_chips.py --count --chip v6e        count what fits one such chip first
     python benchmarks/model_chips.py --count --chip v6e --model Qwen3-8B
     python benchmarks/model_chips.py --write                   put the table into docs/tpu.md
 
 Kernels and memory follow from the sizes of models and chips, anew at each call. Times are those of
 the reference job (a query of 2 000 tokens, 500 items of 20, two labels, bfloat16, cold), predicted
-as in `predict_tpu.py`, steps of grids among them: a program of four layers is compiled, which
-stand for all of a model's. That takes minutes for each model and chip, so what was counted is kept
-with its date and versions, in `results/model_chips.json`.
+as in `predict_tpu.py`, steps of grids among them: a program of some layers is compiled, which stand
+for all of a model's. That takes minutes for each model and chip, so what was counted is kept with
+its date and versions, in `results/model_chips.json`. Only what fits one chip has a time, and of
+that no mixture: its tokens are sorted and gathered in loops whose turns no schedule tells.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ COLUMNS = ("v5e", "v6e", "v5p", "tpu7x")
 COUNTED = ("v5e", "v6e", "tpu7x")
 # Chips of a slice, and how much of their memory a program may plan with.
 SLICES, HBM_SHARE = (1, 4, 8, 16, 32), 0.92
-# That are compiled: no other loop of a program turns as often as that over all layers but the last.
-LAYERS = 4
+# That are compiled. No other loop of a program turns as often as that over all layers but the last,
+# and no array but those of all layers has a first axis that they divide.
+LAYERS = 13
 
 
 class Model(NamedTuple):
@@ -250,7 +252,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--chip", choices=COLUMNS)
     parser.add_argument("--model", choices=sorted(MODELS))
-    parser.add_argument("--count", action="store_true", help="compile and count; minutes for each")
+    parser.add_argument(
+        "--count", action="store_true", help="count what fits one chip; minutes each"
+    )
     parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.name}")
     parser.add_argument("--one", choices=["count", "cells"], help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -262,7 +266,14 @@ def main() -> None:
         if args.chip not in (None, *COUNTED):
             parser.error(f"--chip {args.chip} has no times; take one of {', '.join(COUNTED)}")
         for chip in [args.chip] if args.chip else COUNTED:
-            for name in [args.model] if args.model else MODELS:
+            has_time = [
+                name
+                for name, model in MODELS.items()
+                if cells[chip][name]["chips"] == 1 and not model.expert
+            ]
+            if args.model not in (None, *has_time):
+                parser.error(f"on {chip} these have times: {', '.join(has_time)}")
+            for name in [args.model] if args.model else has_time:
                 times = counted()
                 times[f"{name}, {chip}"] = own_process(
                     *("--one", "count", "--chip", chip, "--model", name)

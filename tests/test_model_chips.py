@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("jax")
 
-from model_chips import COLUMNS, HERE, MARKS, MODELS, PAGE, chips_for, memory_of, table
+from model_chips import COLUMNS, HERE, LAYERS, MARKS, MODELS, PAGE, chips_for, memory_of, table
 from packscore_kernels.hardware import CHIPS, KNOWN_ERROR
 
 GIB = 2**30
@@ -56,6 +56,11 @@ def test_a_table_says_what_was_counted_and_what_needs_a_slice() -> None:
     assert large.split(" | ")[2] == "chunked; 15.5 GiB; 4 chips"
     assert KNOWN_ERROR[1:] in text
     assert "2026-11-26" in text
+
+
+def test_layers_that_stand_for_all_are_taken_for_nothing_else() -> None:
+    for model in MODELS.values():
+        assert all(n % LAYERS for n in (*model[1:8], model.expert or 1, 12_288, 16_384, 128))
 
 
 @pytest.mark.long

@@ -16,6 +16,7 @@ some of both.
 
 from __future__ import annotations
 
+import functools
 import glob
 import itertools
 import os
@@ -142,8 +143,13 @@ def find(dump: str, name: str = "") -> list[str]:
     )
 
 
-def regions(path: str) -> Iterator[Region]:
+@functools.lru_cache(maxsize=1)  # what an instruction takes, and whether it multiplies
+def regions(path: str) -> tuple[Region, ...]:
     """Cut the schedule where control flow can change: at labels and after branches."""
+    return tuple(_cut(path))
+
+
+def _cut(path: str) -> Iterator[Region]:
     b = _bundles(path)
     stem = glob.escape(re.sub(r"-\d+-[^/]*$", "", path))
     found = glob.glob(stem + "-*pre-delay_hlo-static-per-bundle-utilization.txt")

@@ -5,9 +5,11 @@ Interpreted, memory that nobody wrote holds NaN, and so do the rows behind the l
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,9 +17,12 @@ from helpers import LABELS, QWEN3, one_by_one, random_ids, random_qwen3
 from packscore import MultiItemScorer, patch_model, program_of
 from packscore.flows.costs import tpu_cost_model
 from packscore.model.sizes import ModelSizes
-from packscore.programs import sizes
+from packscore.programs import engine, sizes
+from packscore.programs.compiling import arguments_of
 from packscore.programs.fused_layer import grid_steps
-from packscore.programs.sizes import program_key
+from packscore.programs.launch_inputs import LaunchInputs
+from packscore.programs.pages import DevicePages
+from packscore.programs.sizes import ProgramKey, program_key
 from tolerances import PROBABILITY_MAX_FLOAT32
 
 pytestmark = pytest.mark.usefixtures("quick_programs")
@@ -88,3 +93,57 @@ def test_all_lengths_run_two_programs(scorer: MultiItemScorer, count: int) -> No
     assert worst <= PROBABILITY_MAX_FLOAT32
     assert program.compile_count == before
     assert len(program._executables.by_key) == 2
+
+
+def structure(inputs: LaunchInputs) -> Any:
+    """What a program was compiled for: of each array its shape and dtype, and what is static."""
+    leaves, tree = jax.tree.flatten(inputs)
+    return [(np.shape(x), np.asarray(x).dtype) for x in leaves], tree
+
+
+def test_forty_lengths_are_planned_for_the_programs_of_a_v6e(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Qwen3-0.6B's widths, layers, tiles, costs and pages; in the place of a chip, who counts."""
+    monkeypatch.setattr(engine, "chip_of", lambda device: "v6e")
+    monkeypatch.setattr(DevicePages, "through", lambda pages, run, leases: run(pages.struct)[0])
+    widths = {"num_heads": 16, "num_kv_heads": 8, "head_dim": 128, "hidden_size": 1024}
+    model = random_qwen3(**widths, num_layers=1, intermediate_size=3072).bfloat16()
+    scorer = MultiItemScorer(patch_model(model, device="jax"), label_token_ids=LABELS[:2])
+    program: Any = program_of(model)
+    program.sizes = ModelSizes.of(QWEN3)
+    executables, launches = program._executables, Counter[ProgramKey]()
+    executables.implementation = "pallas"
+
+    def compiled(key: ProgramKey) -> Any:
+        norm = executables._weights["norm"]["weight"]
+        pool, inputs = arguments_of(key, program.sizes, norm, "v6e")
+        expected = structure(inputs)
+
+        def run(weights: Any, pages: Any, given: LaunchInputs) -> Any:
+            assert (pages, structure(given)) == (pool, expected)
+            launches[key] += 1
+            logits = np.zeros((key.num_rows, key.num_labels), np.float32)
+            return ((logits, logits[:, 0], logits[:, 0]),), pages
+
+        executables.count += 1
+        return run
+
+    monkeypatch.setattr(executables, "_compile", compiled)
+    assert program.warmup() <= 4
+    program.strict = True
+    before, rng, live = program.compile_count, np.random.default_rng(0), set()
+    for k, total in enumerate(np.geomspace(8, 16_000, 40).astype(int).tolist()):
+        num_items = min(int(rng.integers(1, 200)), total // 2)
+        cuts = np.sort(rng.choice(np.arange(1, total), num_items, replace=False))
+        lens = np.diff([*cuts, total]).tolist()
+        prefix = random_ids(int(cuts[0]), seed=k)
+        items = [random_ids(n, seed=1000 * k + j) for j, n in enumerate(lens)]
+        launches.clear()
+        found, *_ = call(scorer, KINDS[k % len(KINDS)], prefix, items)
+        assert len(found.scores) == num_items
+        # of each launch less than a tile
+        assert found.usage.padding_tokens < sum(key.tile * n for key, n in launches.items())
+        live.add(found.usage.computed_tokens)
+    assert len(live) >= 38
+    assert program.compile_count == before
