@@ -102,7 +102,7 @@ def load(options: ModelOptions, *, weights: bool = True) -> Loaded:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     cache = open_cache(options.cache_dir) if place.programs else Cache(None)
     cached = options.prefix_cache_bytes
-    pages = {} if cached is None else {"prefix_cache_bytes": cached}
+    pages: dict[str, Any] = {} if cached is None else {"prefix_cache_bytes": cached}
     try:
         names = names_of(options.model, revision=options.revision) if options.prompt == AUTO else []
         spec = read_prompt(options.prompt, *names)
