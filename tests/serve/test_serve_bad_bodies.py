@@ -224,6 +224,12 @@ def test_a_bad_body_is_refused_by_the_name_of_its_field(strict: Any, name: str) 
     assert len(response.content) < 2000  # it does not send the body back
 
 
+def greedy_frame() -> bytes:
+    """What asks for 128 MiB before its first byte comes out."""
+    made = zstd.ZstdCompressor(options={zstd.CompressionParameter.window_log: 27})
+    return made.compress(b" " * 2**20, mode=made.FLUSH_BLOCK) + made.flush()
+
+
 @pytest.mark.parametrize(
     ("headers", "data", "status", "named"),
     [
@@ -233,6 +239,7 @@ def test_a_bad_body_is_refused_by_the_name_of_its_field(strict: Any, name: str) 
         ({"content-encoding": "zstd"}, zstd.compress(b" " * 10**5)[:-9], 400, "body"),
         ({"content-encoding": "zstd"}, zstd.compress(b"{}") * 2, 400, "body"),
         ({"content-encoding": "zstd"}, b"{}", 400, "body"),
+        ({"content-encoding": "zstd"}, greedy_frame(), 400, "too much memory"),
         ({"content-encoding": "br, gzip"}, b"x", 415, "content-encoding"),
         ({"content-type": "text/plain"}, b"{}", 415, "content-type"),
         ({"content-type": "multipart/form-data; boundary=a"}, b"{}", 415, "content-type"),
@@ -240,8 +247,17 @@ def test_a_bad_body_is_refused_by_the_name_of_its_field(strict: Any, name: str) 
         ({"content-length": "9" * 400}, b"{}", 413, "body"),
     ],
     ids=[
-        *("bomb", "deflate", "zstd bomb", "half zstd", "zstd twice", "no zstd", "two", "text"),
-        *("form", "told", "told absurdly"),
+        *(
+            "bomb",
+            "deflate",
+            "zstd bomb",
+            "half zstd",
+            "zstd twice",
+            "no zstd",
+            "zstd wants",
+            "two",
+        ),
+        *("text", "form", "told", "told absurdly"),
     ],
 )
 def test_headers_that_promise_something_else_are_refused(
