@@ -75,7 +75,7 @@ def own_names(trees: Iterable[ast.Module]) -> set[str]:
     """Private names that packscore itself gives, but for those that stand in its tables."""
     found: set[str] = set()
     for node in (node for tree in trees for node in ast.walk(tree)):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             found.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             found.add(node.id)

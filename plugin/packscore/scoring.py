@@ -888,11 +888,11 @@ class MultiItemScorer:
         return cast(Decision, found)
 
     async def _submit(
-        self, prepare: Callable[..., Prepared[Any]], *args: Any, **options: Any
+        self, prepare: Callable[..., Prepared[Any]], *texts: Any, **options: Any
     ) -> Any:
         """The result of a request that `prepare` makes of the core and these, in the queue."""
-        preparing = functools.partial(checked(prepare), self._core, *args, **options)
-        return await self.batcher.submit(preparing)
+        preparing = functools.partial(checked(prepare), self._core, *texts, **options)
+        return await self.batcher.submit(preparing, texts)
 
     @property
     def batcher(self) -> Batcher:

@@ -289,6 +289,29 @@ def scorer_alone(items: Any) -> Any:
     return make_scorer().score(PREFIXES[0], items, return_usage=True)
 
 
+def test_a_short_request_does_not_wait_until_a_long_one_is_encoded(
+    scorer: MultiItemScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, reached, opened = scorer._core.encode, threading.Event(), threading.Event()
+
+    def slowly(query: Any, items: list[Any], *args: Any, **options: Any) -> Any:
+        if len(items) > 1:
+            reached.set()
+            assert opened.wait(30)
+        return encode(query, items, *args, **options)
+
+    monkeypatch.setattr(scorer._core, "encode", slowly)
+
+    async def main() -> None:
+        long = asyncio.create_task(scorer.async_score(PREFIXES[0], [[1] * 400] * 200))
+        assert await asyncio.to_thread(reached.wait, 30)
+        assert await scorer.async_score(PREFIXES[1], SHORT)
+        opened.set()
+        assert len(await long) == 200
+
+    asyncio.run(main())
+
+
 def test_long_requests_of_every_readout_are_put_together(scorer: MultiItemScorer) -> None:
     labels = [LABELS[: 1 + n % 3] for n in range(len(LONG))]
 
@@ -406,6 +429,9 @@ def test_each_request_meets_its_own_error(texts: MultiItemScorer) -> None:
     def ends(_: Any) -> Any:
         raise SystemExit(3)
 
+    endless: list[Any] = []
+    endless.append(endless)
+
     async def main() -> list[Any]:
         return await asyncio.gather(
             texts.async_score("a list", ["one"]),
@@ -413,6 +439,8 @@ def test_each_request_meets_its_own_error(texts: MultiItemScorer) -> None:
             texts.async_score("a list", ["a\ud800"]),
             texts.async_rank("a list", ["one"], top_k=0),
             texts.async_decide("state", {"a": {"type": "neither"}}),
+            texts.async_score("a list", torch.tensor(3)),
+            texts.async_decide(endless, {"a": {"type": "noul"}}),
             texts.async_score("a list", ["one"], readout=Hidden(ends)),
             texts.async_score("a list", ["one"], readout=Hidden(lambda rows: next(iter([])))),
             texts.async_rank("a list", ["one"]),
@@ -422,8 +450,8 @@ def test_each_request_meets_its_own_error(texts: MultiItemScorer) -> None:
     first, *failed, last = asyncio.run(main())
     close_to(first, texts.score("a list", ["one"]))
     assert last[0]["corpus_id"] == 0
-    kinds = [InputTypeError, InputError, InputError, InputError, RuntimeError, RuntimeError]
-    assert [type(one) for one in failed] == kinds
+    kinds = [InputTypeError, InputError, InputError, InputError, InputTypeError, InputError]
+    assert [type(one) for one in failed] == [*kinds, RuntimeError, RuntimeError]
     assert "items[0]=3.5" in str(failed[0])
     assert "top_k=0" in str(failed[2])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ LIMITS = Limits(max_tokens=32_768, target_tokens=2048, max_groups=8)
 def make_call(prefix: int, item_lens: list[int], *, is_kept: bool = True) -> Call:
     """A call whose prefix has ten tokens of one id."""
     nothing: Any = None
-    call = Call(nothing, nothing, asyncio.Future(loop=asyncio.new_event_loop()))
+    call = Call(nothing, nothing, nothing, nothing)
     items = [np.full(n, i, np.int64) for i, n in enumerate(item_lens)]
     request = EncodedRequest(np.full(10, prefix, np.int64), items)
     call.encoded(Prepared(request, HiddenRead(), lambda found: found), is_kept=is_kept)
@@ -92,6 +91,15 @@ def test_equal_prefixes_are_neighbours_and_are_counted_once() -> None:
     full = waiting_of(*(make_call(n, [1000]) for n in (0, 0, 1)))
     assert len(full.take(LIMITS, lambda _: 40)) == 2
     assert len(waiting_of(*calls[:0]).take(LIMITS, lambda _: 0)) == 0
+
+
+def test_what_shares_a_prefix_comes_sooner_but_not_first() -> None:
+    calls = [make_call(n, [500]) for n in (1, 2, 3, 4, 5, 2, 1)]
+    waiting = waiting_of(*calls)
+    turns = [turn.call for turn in waiting.take(LIMITS, lambda _: 10)]
+    assert [calls.index(call) for call in turns] == [0, 1, 5, 2]
+    turns = [turn.call for turn in waiting.take(LIMITS, lambda _: 10)]
+    assert [calls.index(call) for call in turns] == [3, 4, 6]
 
 
 def test_a_launch_holds_so_many_requests() -> None:

@@ -7,30 +7,30 @@ import contextlib
 import os
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
 from packscore.batcher.outcomes import closed, deliver, fault_of, own
-from packscore.batcher.stats import BatcherStats, pages_of
-from packscore.batcher.waiting import Call, Turn, Waiting, check_size
+from packscore.batcher.stats import BatcherStats, Counters
+from packscore.batcher.waiting import Call, Turn, Waiting, check_size, extent
 from packscore.core import ScoringCore
 from packscore.errors import PackscoreError, QueueFullError
 from packscore.flows.runner import Runner
 from packscore.inputs import check_count
 from packscore.model.weight_watch import WeightWatch
 from packscore.reading.prepared import Prepared
-from packscore.results import Usage
 
 T = TypeVar("T")
 
 MAX_REQUESTS = 1024
 MAX_TOKENS = 2**20
 WINDOW_SECONDS = 0.003
-# What a full queue says before anything ran, and the least and most that it says.
-RETRY_SECONDS, LEAST_RETRY, MOST_RETRY = 1.0, 0.1, 60.0
+# More is encoded apart, so that no short request waits for it.
+LONG_CHARACTERS = 50_000
+# Results of a run that take longer to make are handed out as they come.
+HAND_OUT_SECONDS = 0.002
 # Held while a scorer gets its batcher, so that it gets one.
 STARTING = threading.Lock()
 
@@ -39,9 +39,9 @@ class Batcher:
     """The queue of one scorer: `scorer.batcher`, or `scorer.start_batcher(...)` with other limits.
 
     Requests wait a few milliseconds for others, or until a launch is full, and run together,
-    whatever their labels and options are. One thread encodes, one runs launches, one makes results
-    of what was read; event loops only wait. With nothing to do the threads hold nothing, and they
-    end with the scorer.
+    whatever their labels and options are. One thread encodes (and one what is long), one runs
+    launches, one makes results of what was read; event loops only wait. With nothing to do the
+    threads hold nothing, and they end with the scorer.
 
     Args:
       core: of the scorer.
@@ -78,27 +78,18 @@ class Batcher:
         self._waiting = Waiting()
         self._is_stepping = False
         self._is_closed = False
-        self._counts: Counter[str] = Counter()
-        self._seconds = dict.fromkeys(("waiting", "encoding", "running", "finishing"), 0.0)
+        self._counters = Counters()
         self._encoder = ThreadPoolExecutor(1, "packscore-encode")
+        self._long_encoder = ThreadPoolExecutor(1, "packscore-encode-long")
         self._device = ThreadPoolExecutor(1, "packscore-device")
         self._finisher = ThreadPoolExecutor(1, "packscore-finish")
 
     @property
     def stats(self) -> BatcherStats:
         """What it did so far, and what waits."""
-        pages = pages_of(self._core.engine.pool)
+        pool = self._core.engine.pool
         with self._changed:
-            return BatcherStats(
-                **self._counts,
-                **pages,
-                queued_requests=self._queued,
-                queued_tokens=self._waiting.tokens,
-                waiting_seconds=self._seconds["waiting"],
-                encoding_seconds=self._seconds["encoding"],
-                running_seconds=self._seconds["running"],
-                finishing_seconds=self._seconds["finishing"],
-            )
+            return self._counters.stats(self._queued, self._waiting.tokens, pool)
 
     @property
     def is_closed(self) -> bool:
@@ -114,11 +105,13 @@ class Batcher:
     def _queued(self) -> int:
         return len(self._encoding) + len(self._waiting)
 
-    async def submit(self, prepare: Callable[[], Prepared[T]]) -> T:
+    async def submit(self, prepare: Callable[[], Prepared[T]], given: Any = ()) -> T:
         """The result of a request, once it ran.
 
         Args:
-          prepare: called in the thread that encodes; what it raises is raised here.
+          prepare: called in a thread that encodes; what it raises is raised here.
+          given: the texts that it encodes, in lists and dicts; long ones have a thread of their
+            own.
 
         Raises:
           QueueFullError: too many requests wait, or too many tokens.
@@ -126,19 +119,20 @@ class Batcher:
           LaunchError: the launch that it was in failed.
         """
         loop = asyncio.get_running_loop()
-        call = Call(prepare, loop, loop.create_future())
+        call = Call(prepare, given, loop, loop.create_future())
         self._accept(call)
         try:
             return cast(T, await call.future)
         finally:
             self._leave(call)
+            del call  # an error holds this frame, and the call the error
 
     def _accept(self, call: Call) -> None:
         with self._changed:
             if self._is_closed:
                 raise closed()
             if self._queued >= self.max_requests or self._waiting.tokens >= self.max_tokens:
-                self._counts["rejected"] += 1
+                self._counters.add(rejected=1)
                 raise self._full()
             self._open.add(call)
             self._encoding.add(call)
@@ -148,7 +142,7 @@ class Batcher:
                 self._open.remove(call)
                 self._encoding.remove(call)
                 raise closed() from error
-            self._counts["accepted"] += 1
+            self._counters.add(accepted=1)
 
     def _leave(self, call: Call) -> None:
         """Nobody waits for its result any more: what of it has not run never does."""
@@ -157,7 +151,7 @@ class Batcher:
                 return
             self._open.remove(call)
             self._unqueue(call)
-            self._counts.update(cancelled=1, dropped=int(not call.has_run))
+            self._counters.add(cancelled=1, dropped=int(not call.has_run))
             self._changed.notify_all()
 
     def _unqueue(self, call: Call) -> None:
@@ -165,30 +159,20 @@ class Batcher:
         self._waiting.remove(call)
 
     def _full(self) -> QueueFullError:
-        ran, seconds = self._counts["computed_tokens"], self._seconds["running"]
-        after = RETRY_SECONDS
-        if ran and seconds:
-            half = self._waiting.tokens / 2 * seconds / ran
-            after = min(max(half, LEAST_RETRY), MOST_RETRY)
-        return QueueFullError(self._queued, self._waiting.tokens, after)
+        tokens = self._waiting.tokens
+        return QueueFullError(self._queued, tokens, self._counters.retry_after(tokens))
 
-    @contextlib.contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._seconds[stage] += time.perf_counter() - start
+    # In the threads that encode.
 
-    # In the thread that encodes.
-
-    def _encode(self, call: Call) -> None:
+    def _encode(self, call: Call, is_long: bool = False) -> None:
         if call not in self._open:
             return
         error: BaseException | None = None
-        with self._timed("encoding"):
+        with self._counters.timed("encoding"):
             try:
+                if not is_long and _is_long(call.given):
+                    self._long_encoder.submit(self._encode, call, True)
+                    return
                 self._core.check_ready()
                 prepared = call.prepare()
                 check_size(prepared.request, self.max_request_tokens)
@@ -208,7 +192,6 @@ class Batcher:
                 return
             if error is None:
                 error = self._full()
-                self._counts.update(accepted=-1, rejected=1)
         self._finish([(call, error)])
 
     def _wake(self) -> None:
@@ -230,15 +213,18 @@ class Batcher:
     def _step(self, is_first: bool) -> None:
         """Run what fits into a launch, then again for as long as something waits."""
         turns: list[Turn] = []
+        changed: set[Call] = set()
         try:
             runner = Runner(self._core.engine, launching=self._count_launch, retries=False)
             turns = self._next_turns(runner, is_first)
-            found = self._run(runner, turns) if turns else []
+            with self._counters.timed("running"):
+                found = self._run(runner, turns)
+                changed = {turn.call for turn in turns if self._has_changed(turn.call)}
         except BaseException as error:
             found = [own(error) for _ in turns]
             if not turns:  # there is no engine
                 self._fail([*self._waiting], error)
-        ended = self._sorted_out(turns, found)
+        ended = self._sorted_out(turns, found, changed)
         if ended:
             try:
                 self._finisher.submit(self._finish, ended)
@@ -262,40 +248,40 @@ class Batcher:
             now = time.perf_counter()
             for turn in turns:
                 if not turn.call.has_run:
-                    self._seconds["waiting"] += now - turn.call.ready_at
+                    self._counters.add_seconds("waiting", now - turn.call.ready_at)
                 turn.call.has_run = True
-        for turn in turns:
-            if not turn.is_whole and turn.call.watch is None:
-                turn.call.watch = WeightWatch(self._core.model)
         return turns
 
     def _count_launch(self) -> None:
-        with self._changed:
-            self._counts["launches"] += 1
+        self._counters.add(launches=1)
 
     def _run(self, runner: Runner, turns: list[Turn]) -> list[Any]:
-        with self._timed("running"):
-            self._core.check_ready()
-            requests, reads = [turn.request for turn in turns], [turn.read for turn in turns]
-            return self._core.run(requests, reads, runner=runner)
+        if not turns:  # all were cancelled
+            return []
+        self._core.check_ready()
+        for turn in turns:
+            if not turn.is_whole and turn.call.watch is None:
+                turn.call.watch = WeightWatch(self._core.model)
+        requests, reads = [turn.request for turn in turns], [turn.read for turn in turns]
+        return self._core.run(requests, reads, runner=runner)
 
-    def _sorted_out(self, turns: list[Turn], found: list[Any]) -> list[tuple[Call, Any]]:
+    def _has_changed(self, call: Call) -> bool:
+        """Whether the model is another than that of the call's first part."""
+        return call.watch is not None and call.watch.sees_change(self._core.model)
+
+    def _sorted_out(
+        self, turns: list[Turn], found: list[Any], changed: set[Call]
+    ) -> list[tuple[Call, Any]]:
         """Calls that have run to their end, and the error that they met, or None."""
-        changed = {
-            turn.call
-            for turn in turns
-            if turn.call.watch and turn.call.watch.sees_change(self._core.model)
-        }
         ended: list[tuple[Call, Any]] = []
         with self._changed:
-            self._counts["runs"] += bool(turns)
             for turn, one in zip(turns, found, strict=True):
                 call = turn.call
                 if isinstance(one, Exception):
                     self._unqueue(call)
                     ended.append((call, one if isinstance(one, PackscoreError) else fault_of(one)))
                     continue
-                self._count_usage(call, one.usage)
+                self._counters.add_usage(one.usage, is_first=not call.found)
                 call.found.append(one)
                 if call in changed:  # no result is of two models
                     self._unqueue(call)
@@ -304,24 +290,16 @@ class Batcher:
                         self._waiting.append(call)
                 elif call.is_taken:
                     ended.append((call, None))
-            self._counts["ran"] += len(ended)
+            self._counters.add(runs=int(bool(turns)), ran=len(ended))
         return ended
-
-    def _count_usage(self, call: Call, usage: Usage) -> None:
-        self._counts.update(
-            computed_tokens=usage.computed_tokens,
-            saved_tokens=usage.prefix_tokens_saved,
-            cached_tokens=usage.cached_tokens,
-            padding_tokens=usage.padding_tokens,
-            prefix_hits=int(not call.found and usage.cached_tokens > 0),
-        )
 
     # In the thread that makes results.
 
     def _finish(self, ended: Iterable[tuple[Call, Any]]) -> None:
         """Make results of what was read, and hand them to those who wait."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Call, Any]]] = {}
-        with self._timed("finishing"):
+        done: list[tuple[Call, Any]] = []
+        with self._counters.timed("finishing"):
+            since = time.perf_counter()
             for call, result in ended:
                 if call not in self._open:
                     continue
@@ -329,19 +307,30 @@ class Batcher:
                     result = result or call.result()
                 except BaseException as error:  # whatever a head of the user's raises
                     result = error
+                done.append((call, result))
+                if time.perf_counter() - since > HAND_OUT_SECONDS:
+                    self._hand_out(done)
+                    done, since = [], time.perf_counter()
+            self._hand_out(done)
+
+    def _hand_out(self, done: list[tuple[Call, Any]]) -> None:
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Call, Any]]] = {}
+        with self._changed:
+            for call, result in done:
+                if call not in self._open:
+                    continue
+                self._open.remove(call)
                 by_loop.setdefault(call.loop, []).append((call, result))
+                if isinstance(result, QueueFullError):
+                    self._counters.add(accepted=-1, rejected=1)
+                elif isinstance(result, BaseException):
+                    self._counters.add(failed=1)
+                else:
+                    self._counters.add(answered=1)
+            self._changed.notify_all()
         for loop, results in by_loop.items():
-            with self._changed:
-                results = [(call, result) for call, result in results if call in self._open]
-                for call, result in results:
-                    self._open.remove(call)
-                    if not isinstance(result, QueueFullError):
-                        is_error = isinstance(result, BaseException)
-                        self._counts["failed" if is_error else "answered"] += 1
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
                 loop.call_soon_threadsafe(deliver, results)
-        with self._changed:
-            self._changed.notify_all()
 
     # Where it ends.
 
@@ -360,7 +349,7 @@ class Batcher:
             self._changed.notify_all()
             is_done = self._changed.wait_for(lambda: not self._open, timeout)
             self._fail([*self._encoding, *self._waiting])
-        for pool in (self._encoder, self._device, self._finisher):
+        for pool in (self._encoder, self._long_encoder, self._device, self._finisher):
             pool.shutdown(wait=is_done)
         return is_done
 
@@ -396,3 +385,11 @@ class Batcher:
         trace: TracebackType | None,
     ) -> None:
         await self.aclose()
+
+
+def _is_long(given: Any) -> bool:
+    """Whether it takes long to encode."""
+    try:
+        return extent(given) > LONG_CHARACTERS
+    except Exception:  # it is no text, or without end; who encodes it says so
+        return False

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from packscore.flows.page_pool import PagePool
+from packscore.results import Usage
+
+# What a full queue says before anything ran, and the least and most that it says.
+RETRY_SECONDS, LEAST_RETRY, MOST_RETRY = 1.0, 0.1, 60.0
 
 
 @dataclass(frozen=True)
@@ -62,8 +72,65 @@ class BatcherStats:
         return self.ran / self.launches if self.launches else 0.0
 
 
-def pages_of(pool: PagePool | None) -> dict[str, int]:
-    """What the pages of an engine are to `BatcherStats`."""
-    if pool is None:
-        return {}
-    return {"pages": pool.num_pages, "used_pages": pool.num_pages - pool.num_free_pages}
+class Counters:
+    """What a batcher counts; for several threads at once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+        self._seconds = dict.fromkeys(("waiting", "encoding", "running", "finishing"), 0.0)
+
+    def add(self, **counts: int) -> None:
+        """Counters of `BatcherStats` go on by so many."""
+        with self._lock:
+            self._counts.update(counts)
+
+    def add_usage(self, usage: Usage, *, is_first: bool) -> None:
+        """A request ran, or a part of it."""
+        self.add(
+            computed_tokens=usage.computed_tokens,
+            saved_tokens=usage.prefix_tokens_saved,
+            cached_tokens=usage.cached_tokens,
+            padding_tokens=usage.padding_tokens,
+            prefix_hits=int(is_first and usage.cached_tokens > 0),
+        )
+
+    def add_seconds(
+        self, stage: Literal["waiting", "encoding", "running", "finishing"], seconds: float
+    ) -> None:
+        """A stage took so long."""
+        with self._lock:
+            self._seconds[stage] += seconds
+
+    @contextlib.contextmanager
+    def timed(self, stage: Literal["encoding", "running", "finishing"]) -> Iterator[None]:
+        """What a stage does now."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add_seconds(stage, time.perf_counter() - start)
+
+    def retry_after(self, tokens: int) -> float:
+        """Seconds in which half of so many tokens should run."""
+        ran, seconds = self._counts["computed_tokens"], self._seconds["running"]
+        if not (ran and seconds):
+            return RETRY_SECONDS
+        return min(max(tokens / 2 * seconds / ran, LEAST_RETRY), MOST_RETRY)
+
+    def stats(
+        self, queued_requests: int, queued_tokens: int, pool: PagePool | None
+    ) -> BatcherStats:
+        """All of them, what waits now, and what is in pages."""
+        with self._lock:
+            return BatcherStats(
+                **self._counts,
+                queued_requests=queued_requests,
+                queued_tokens=queued_tokens,
+                pages=0 if pool is None else pool.num_pages,
+                used_pages=0 if pool is None else pool.num_pages - pool.num_free_pages,
+                waiting_seconds=self._seconds["waiting"],
+                encoding_seconds=self._seconds["encoding"],
+                running_seconds=self._seconds["running"],
+                finishing_seconds=self._seconds["finishing"],
+            )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,17 +27,28 @@ PREFIX_TIMES = 4
 NOTHING = np.zeros(0, np.int64)
 
 
+def extent(given: Any) -> int:
+    """About how many characters, or token ids, there are in texts, lists and dicts."""
+    if isinstance(given, Mapping):
+        return sum(map(extent, given.values()))
+    if isinstance(given, list | tuple):
+        return sum(map(extent, given))
+    return len(given) if isinstance(given, Sized) else 1
+
+
 @dataclass(eq=False)
 class Call:
     """One request on its way through the batcher.
 
     Args:
       prepare: makes it ready to run.
+      given: what that encodes.
       loop: of the task that awaits it.
       future: what that task awaits.
     """
 
     prepare: Callable[[], Prepared[Any]]
+    given: Any
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[Any]
     has_run: bool = False  # some of it
@@ -183,10 +194,11 @@ class Waiting:
     def _shares(self, limits: Limits, missing: Callable[[TokenIds], int]) -> dict[Call, int]:
         """How many item tokens each runs now; some of the first in any case."""
         room = max(limits.target_tokens, LEAST_ROOM)
-        most = room if len(self) == 1 else int(LONG_SHARE * room)
+        half = int(LONG_SHARE * room)
+        most = room if len(self) == 1 else half
         shares: dict[Call, int] = {}
         prefixes: set[bytes] = set()
-        for call in self._calls:
+        for call in self._in_turn(half):
             if shares and (room <= 0 or len(shares) == limits.max_groups):
                 break
             tokens = min(call.tokens, max(most, call.least))
@@ -203,3 +215,13 @@ class Waiting:
             shares[call] += more
             room -= more
         return shares
+
+    def _in_turn(self, tokens: int) -> list[Call]:
+        """By turns up to so many tokens, then what shares a prefix with those, then others."""
+        calls = iter(self._calls)
+        first: list[Call] = []
+        while tokens > 0 and (call := next(calls, None)):
+            first.append(call)
+            tokens -= call.tokens
+        near = {call.prefix for call in first}
+        return first + sorted(calls, key=lambda call: call.prefix not in near)
