@@ -137,6 +137,24 @@ def llama_index_jina(root: str) -> Ranks:
     return [(DOCUMENTS.index(node.text), node.score) for node in found]
 
 
+def _rerankers(provider: str, url: str) -> Ranks:
+    from rerankers import Reranker
+
+    reranker = Reranker(MODEL, model_type="APIRanker", api_provider=provider, api_key=KEY, url=url)
+    found = reranker.rank(QUERY, DOCUMENTS)
+    return [(one.document.doc_id, one.score) for one in found.results]
+
+
+@client("rerankers")
+def rerankers_jina(root: str) -> Ranks:
+    return _rerankers("jina", f"{root}/v1/rerank")
+
+
+@client("rerankers")
+def rerankers_tei(root: str) -> Ranks:
+    return _rerankers("text-embeddings-inference", f"{root}/rerank")
+
+
 def _litellm_rerank(provider: str, root: str) -> Ranks:
     import litellm
 
