@@ -633,7 +633,7 @@ def test_a_program_that_ends_waits_for_the_launch_that_runs_alone() -> None:
 
         async def main():
             items = [[1 + n % 90, n // 90] for n in range(2000)]
-            calls = [asyncio.create_task(scorer.async_score([n], items)) for n in range(100)]
+            calls = [asyncio.create_task(scorer.async_score([n], items)) for n in range(90)]
             while not scorer.batcher.stats.runs:
                 await asyncio.sleep(0.01)
             loop.stop()
