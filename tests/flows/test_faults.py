@@ -9,7 +9,7 @@ import pytest
 
 from helpers import LABELS, engine_of, random_ids, random_qwen3
 from packscore import EncodedRequest, MultiItemScorer, UnsupportedModelError, patch_model
-from packscore.flows.engine import Readout
+from packscore.flows.engine import Limits, Readout
 from packscore.flows.jobs import RequestValues
 from packscore.flows.runner import Runner
 from page_books import check_books
@@ -73,10 +73,14 @@ def check(engine: Any, found: list[Any], expected: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("method", ["launch", "read"])
-@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("number", "most"), [(1, None), (2, None), (3, None), (1, 400), (3, 400), (6, 400)]
+)
 def test_a_fault_stays_with_the_requests_of_its_launch(
-    engine: Any, monkeypatch: pytest.MonkeyPatch, number: int, method: str
+    engine: Any, monkeypatch: pytest.MonkeyPatch, number: int, most: int | None, method: str
 ) -> None:
+    if most:  # then the first of each prefix takes several launches
+        engine.most = Limits(most, most, 4)
     requests = requests_of(4, each=3)
     expected = run(engine, requests)
     engine.pool.clear()
@@ -87,6 +91,8 @@ def test_a_fault_stays_with_the_requests_of_its_launch(
     assert failed == faults.launched[number - 1]
     assert 0 < len(failed) < len(requests)
     assert all(found[i] is fault for i in failed)
+    if method == "launch":  # nothing more of it is launched
+        assert all(failed.isdisjoint(others) for others in faults.launched[number:])
     check(engine, found, expected)
 
 

@@ -146,7 +146,6 @@ class Run:
         for share in shares:
             self._failed[share.request] = error
             self._jobs[share.request].shares.clear()
-            self._jobs[share.request].release()
 
     def _read(
         self, launched: list[tuple[Any, list[Share]]]
