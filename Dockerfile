@@ -2,7 +2,7 @@
 FROM python:3.11-slim
 
 # torch without CUDA; leave this line out, and take an image with CUDA, where there is a GPU
-RUN pip install --no-cache-dir torch --index-url https://download.pytorch.org/whl/cpu
+RUN pip install --no-cache-dir 'torch<2.16' --index-url https://download.pytorch.org/whl/cpu
 
 COPY pyproject.toml setup.cfg README.md LICENSE /src/
 COPY plugin /src/plugin

@@ -323,14 +323,15 @@ def prefixes(scorer: MultiItemScorer, name: str, options: argparse.Namespace) ->
 
         outcome = asyncio.run(ask_all(server, asked, options.clients, watch))
         hits = server.counted("prefix_hits_total")
-        pages = server.counted("prefix_bytes"), server.counted("prefix_bytes_budget")
+        pages, budget = server.counted("prefix_pages"), server.counted("prefix_pages_budget")
     print(f"{dict(outcome.counts)}, {outcome.furthest:.0e} apart at most; {hits:.0f} prefix hits")
-    print(f"pages: {pages[0]:,.0f} bytes of {pages[1]:,.0f}")
+    print(f"pages: {pages:.0f} of {budget:.0f} are taken")
     print("MiB after so many:", {n: round(size) for n, size in seen.items()})
     later = [size for n, size in seen.items() if n > 1000]
     grown = max(later, default=seen[1000]) / seen[1000] - 1
     print(f"grown by at most {100 * grown:.1f} % after the first 1 000")
-    return outcome.counts == {"right": len(asked)} and hits > 0 and grown < 0.05
+    held = outcome.counts == {"right": len(asked)} and hits > len(asked) / 2
+    return held and 0 < pages <= budget and grown < 0.05
 
 
 def stop(scorer: MultiItemScorer, name: str, options: argparse.Namespace) -> bool:
@@ -373,7 +374,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(shipped_model_path()))
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--clients", type=int, default=200)
-    parser.add_argument("--prefix-cache-bytes", type=int, default=2**26)
+    parser.add_argument("--prefix-cache-bytes", type=int, default=2**24)
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--prefixes", action="store_true", help="memory and pages")
     way.add_argument("--stop", action="store_true", help="kill -TERM under load")

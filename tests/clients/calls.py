@@ -137,6 +137,48 @@ def llama_index_jina(root: str) -> Ranks:
     return [(DOCUMENTS.index(node.text), node.score) for node in found]
 
 
+def _rerankers(provider: str, url: str) -> Ranks:
+    from rerankers import Reranker
+
+    reranker = Reranker(MODEL, model_type="APIRanker", api_provider=provider, api_key=KEY, url=url)
+    found = reranker.rank(QUERY, DOCUMENTS)
+    return [(one.document.doc_id, one.score) for one in found.results]
+
+
+@client("rerankers")
+def rerankers_jina(root: str) -> Ranks:
+    return _rerankers("jina", f"{root}/v1/rerank")
+
+
+@client("rerankers")
+def rerankers_tei(root: str) -> Ranks:
+    return _rerankers("text-embeddings-inference", f"{root}/rerank")
+
+
+def _litellm_rerank(provider: str, root: str) -> Ranks:
+    import litellm
+
+    found = litellm.rerank(
+        f"{provider}/{MODEL}", QUERY, DOCUMENTS, top_n=3, api_key=KEY, api_base=root
+    )
+    return [(one["index"], one["relevance_score"]) for one in found.results]
+
+
+@client("litellm")
+def litellm_cohere(root: str) -> Ranks:
+    return _litellm_rerank("cohere", root)
+
+
+@client("litellm")
+def litellm_jina(root: str) -> Ranks:
+    return _litellm_rerank("jina_ai", f"{root}/v1/rerank")
+
+
+@client("litellm")
+def litellm_vllm(root: str) -> Ranks:
+    return _litellm_rerank("hosted_vllm", root)
+
+
 def _answers(nouls: Any, choices: Any, scores: Any) -> Answers:
     """Of typesafe-sdk's and systemone-client's answers, whose attributes have the same names."""
     found: Answers = {name: ({"yes": x.noul, "no": 1 - x.noul}, None) for name, x in nouls.items()}
@@ -332,3 +374,40 @@ def jevbench(root: str) -> Answers:
         "refund": ({"yes": told["refund"]["noul"], "no": 1 - told["refund"]["noul"]}, None),
         "topic": (topic["probabilities"], topic["confidence"]),
     }
+
+
+@client("typesafe-sdk")
+def typesafe_large(root: str) -> Answers:
+    from typesafe_sdk import Noul, TypeSafeClient
+
+    # from 1 KiB on its body is compressed, here and in a Python 3.14 without being asked for it
+    with TypeSafeClient(api_key=KEY, base_url=root, model=MODEL, compression="zstd") as client:
+        found = client.system_one({"letters": [TEXT] * 30}, {"refund": Noul(instructions=REFUND)})
+    return _answers(found.nouls, found.choices, found.scores)
+
+
+@client("litellm")
+def litellm_systemone(root: str) -> Answers:
+    import litellm
+
+    asked: Any = {
+        "refund": {"type": "noul", "instructions": REFUND},
+        "topic": {"type": "choice", "instructions": "What is it about?", "criteria": TOPICS},
+    }
+    found = litellm.systemone(f"typesafe/{MODEL}", STATE, asked, api_key=KEY, api_base=root)
+    refund, topic = found.answers["refund"], found.answers["topic"]
+    return {
+        "refund": ({"yes": refund.noul, "no": 1 - refund.noul}, None),
+        "topic": (topic.probabilities, topic.confidence),
+    }
+
+
+@client("litellm")
+def litellm_decisions(root: str) -> Answers:
+    import litellm
+
+    asked: Any = OPENAI_QUESTIONS[::2]  # it takes no parts for instructions
+    found: Any = litellm.decisions(
+        f"openai/{MODEL}", TEXT, asked, api_key=KEY, api_base=f"{root}/v1"
+    )
+    return _openai_answers(found.answers)

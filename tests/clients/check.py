@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import html
 import inspect
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -53,7 +55,7 @@ def main() -> int:
         failed = _clients(scorer, port, options.only, options.record)
         if options.only is None:
             root = f"http://127.0.0.1:{port}"
-            failed += _refusals(root) + _laws(scorer, root)
+            failed += _refusals(root) + _commands(root) + _laws(scorer, root)
             failed += _schema(root, options.examples) + _page(root, options.pictures)
     return int(failed > 0)
 
@@ -152,6 +154,21 @@ def _refusals(root: str) -> int:
         _say(_named(distribution), call.__name__, expected[0] if seen else f"FAILED: {told[:300]}")
         failed += not seen
     return failed
+
+
+def _commands(root: str) -> int:
+    """The commands of /docs, as they are but for the key."""
+    told = urllib.request.urlopen(f"{root}/docs", timeout=60).read().decode()
+    commands = [html.unescape(found) for found in re.findall(r"<pre>(.*?)</pre>", told)]
+    failed = [one for one in commands if _fails(f"{one} -sf -H 'authorization: Bearer {KEY}'")]
+    _say(
+        "curl", f"{len(commands)} commands of /docs", f"FAILED: {failed}" if failed else "answered"
+    )
+    return len(failed) or int(not commands)
+
+
+def _fails(command: str) -> bool:
+    return subprocess.run(["bash", "-c", command], capture_output=True, check=False).returncode != 0
 
 
 def _laws(scorer: MultiItemScorer, root: str) -> int:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import http.client
-import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from clients import wire
+
 # others tell of the machine, or are a key
 KEPT = {"accept", "content-encoding", "content-type", "user-agent", "x-client-name"}
 
 
 class Exchanges(list[dict[str, Any]]):
-    """Requests with their answers, in order."""
+    """Requests, in order."""
 
 
 @contextmanager
@@ -35,11 +36,7 @@ def between(server_port: int) -> Iterator[tuple[str, Exchanges]]:
             there.close()
             headers = {k.lower(): v for k, v in self.headers.items() if k.lower() in KEPT}
             asked = {"method": self.command, "path": self.path, "headers": headers}
-            kept.append(
-                asked
-                | {"body": json.loads(body) if body else None, "status": answer.status}
-                | {"answer": json.loads(told)}
-            )
+            kept.append(asked | {"body": wire.unpacked(headers, body)})
             self.send_response(answer.status)
             for name, value in answer.getheaders():
                 if name.lower() not in ("content-length", "transfer-encoding", "connection"):

@@ -59,7 +59,8 @@ def _pip(python: Path, *what: str) -> None:
 def _check(python: Path, options: list[str]) -> int:
     paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "benchmarks")])
     command = [str(python), "-P", "-m", "clients.check", *options]
-    environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
+    offline = {"HF_HUB_OFFLINE": "1", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    environment = {**os.environ, "PYTHONPATH": paths, **offline}
     return subprocess.run(command, env=environment, check=False).returncode
 
 

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from typing import Any
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 from packscore import MultiItemScorer
 from packscore.decisions.answers import Answer, ChoiceAnswer, NoulAnswer
@@ -13,6 +20,18 @@ from packscore.decisions.reading import read_decisions
 Ranks = list[tuple[int, float]]
 # by the question's name: the probability of each option, and the confidence where there is one
 Answers = dict[str, tuple[dict[str, float], float | None]]
+
+
+def packed(headers: dict[str, str], body: Any) -> bytes:
+    """A body as it travels under these headers."""
+    text = json.dumps(body).encode()
+    return zstd.compress(text) if headers.get("content-encoding") == "zstd" else text
+
+
+def unpacked(headers: dict[str, str], body: bytes) -> Any:
+    """And back; None of an empty one."""
+    text = zstd.decompress(body) if headers.get("content-encoding") == "zstd" else body
+    return json.loads(text) if text else None
 
 
 def in_process(scorer: MultiItemScorer, path: str, body: dict[str, Any], state: Any) -> Any:

@@ -40,7 +40,10 @@ def sent(app: TestClient, recorded: dict[str, Any], body: Any) -> Any:
     """The response to a recorded request, with this body."""
     headers = recorded["headers"]
     return app.request(
-        recorded["method"], recorded["path"], headers=headers, content=json.dumps(body)
+        recorded["method"],
+        recorded["path"],
+        headers=headers,
+        content=wire.packed(headers, body),
     )
 
 
