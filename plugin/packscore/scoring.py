@@ -240,6 +240,11 @@ class MultiItemScorer:
         """How items are kept apart."""
         return self._core.mask_impl
 
+    @property
+    def prefix_cache_bytes(self) -> int:
+        """What keys and values of queries may take on the device."""
+        return self._core.prefix_cache_bytes
+
     @overload
     def score(
         self,

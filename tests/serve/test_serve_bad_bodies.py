@@ -156,6 +156,8 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "cut documents": ("/v2/rerank", rerank(max_tokens_per_doc=5), "max_tokens_per_doc"),
     "ranked fields": ("/v1/rerank", rerank(rank_fields=["title"]), "rank_fields"),
     "cut from the left": ("/rerank", texts(truncation_direction="left"), "truncation_direction"),
+    "an instruction": ("/v1/rerank", rerank(instruction="find poems"), "instruction"),
+    "a salt": ("/score", pairs(cache_salt="a"), "cache_salt"),
     "cut prompts": ("/score", pairs(truncate_prompt_tokens=9), "truncate_prompt_tokens"),
     # questions and messages that are malformed
     "an unknown type": ("/v1/systemone", asked({"type": "guess"}), "type"),

@@ -200,6 +200,22 @@ def test_it_is_ready_once_it_is_warm(own: MultiItemScorer, monkeypatch: pytest.M
     assert within(app, call) == [503, 200, 200]
 
 
+def test_programs_are_compiled_as_the_scorer_will_run_them(
+    own: MultiItemScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    class Program:
+        def warmup(self, **options: Any) -> None:
+            asked.append(options)
+
+    monkeypatch.setattr(serve_state, "program_of", lambda _: Program())
+    serve_state.warm_up(own)
+    assert asked == [
+        {"num_labels": 2, "prefix_cache_bytes": own.prefix_cache_bytes, "mask_impl": "segment"}
+    ]
+
+
 def test_a_server_that_stops_says_so(own: MultiItemScorer) -> None:
     app = create_app(own)
     app.state.packscore.draining = True

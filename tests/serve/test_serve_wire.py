@@ -98,6 +98,12 @@ def test_reranking_takes_the_best_and_gives_texts_as_it_is_asked(app: Any) -> No
     assert sorted(one["document"]["text"] for one in found) == sorted(DOCUMENTS)
 
 
+def test_reranking_without_activation_gives_log_odds(app: Any, raw_by_index: list[float]) -> None:
+    body = {"query": QUERY, "documents": DOCUMENTS, "use_activation": False}
+    for one in answered(app, "/v1/rerank", body)["results"]:
+        assert one["relevance_score"] == raw_by_index[one["index"]]
+
+
 @pytest.mark.parametrize("raw", [None, False, True])
 def test_texts_are_ranked_as_tei_does(
     app: Any, by_index: list[float], raw_by_index: list[float], raw: bool | None
@@ -254,11 +260,12 @@ def test_a_request_goes_to_the_model_that_it_names(
 ) -> None:
     other = MultiItemScorer(shipped, tokenizer, prompt="qwen3-reranker", instruction="Find poems.")
     app = create_app({"first": scorer, "other": other})
-    for name, one in (("first", scorer), ("other", other), (None, scorer)):
+    path = shipped.config.name_or_path
+    for name, one in (("first", scorer), ("other", other), (None, scorer), (path, scorer)):
         body = {"query": QUERY, "documents": DOCUMENTS[:1], "model": name}
         found = answered(app, "/v2/rerank", body)
         assert found["results"][0]["relevance_score"] == one.rank(QUERY, DOCUMENTS[:1])[0]["score"]
-        assert found["model"] == (name or "first")
+        assert found["model"] == ("other" if name == "other" else "first")
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def _encoding_of(headers: Headers, most: int) -> str:
             f"content-type: {kind[:40]} is not taken; send application/json", 415, "content-type"
         )
     told = headers.get("content-length", "")
-    if told.isdigit() and (len(told) > 15 or int(told) > most):
+    if told.isascii() and told.isdigit() and (len(told) > 15 or int(told) > most):
         raise too_large("body", int(told[:15]), most, "bytes")
     return encoding
 

@@ -44,6 +44,10 @@ class Models:
                 )
         self.scorers = dict(scorers)
         self.default = next(iter(self.scorers))
+        # what clients of other servers call a model: what it was loaded by
+        self._others = {ALIAS: self.default}
+        for name, scorer in self.scorers.items():
+            self._others.setdefault(loaded_by(scorer), name)
         self._since = int(time.time())
 
     def find(self, name: str | None) -> str:
@@ -56,8 +60,8 @@ class Models:
             return self.default
         if name in self.scorers:
             return name
-        if name == ALIAS:
-            return self.default
+        if name in self._others:
+            return self._others[name]
         known = ", ".join(map(repr, self.scorers))
         raise RefusedError(
             f"model={short(name)} is not served here; there is {known}", 404, "model"
@@ -80,7 +84,12 @@ class Models:
 
 def name_of(scorer: MultiItemScorer) -> str:
     """The last part of the name or path that the model was loaded by; else its class."""
+    name = loaded_by(scorer).rstrip("/\\")
+    return name.replace("\\", "/").rpartition("/")[2] or type(scorer.model).__name__
+
+
+def loaded_by(scorer: MultiItemScorer) -> str:
+    """The name or path that the model was loaded by; "" where it was made."""
     # Any: only models of transformers have a configuration
     config: Any = getattr(scorer.model, "config", None)
-    name = str(getattr(config, "name_or_path", "") or "").rstrip("/\\")
-    return name.replace("\\", "/").rpartition("/")[2] or type(scorer.model).__name__
+    return str(getattr(config, "name_or_path", "") or "")

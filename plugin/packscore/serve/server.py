@@ -19,6 +19,8 @@ from packscore.serve.state import State
 
 # how long a connection has for a request that its client sent already
 READ_SECONDS = 0.5
+# how long an idle connection stays: longer than in a proxy, which then is who closes it
+KEEP_SECONDS = 75
 
 
 class Server(uvicorn.Server):
@@ -42,7 +44,13 @@ class Server(uvicorn.Server):
     ) -> None:
         # log_config: what the application logs and how is for who runs it to say
         super().__init__(
-            uvicorn.Config(app, log_config=None, access_log=False, server_header=False)
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_SECONDS,
+            )
         )
         self._state: State = app.state.packscore
         self._listener = listener

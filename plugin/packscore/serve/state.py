@@ -88,6 +88,10 @@ def warm_up(scorer: MultiItemScorer) -> None:
     """Compile a scorer's programs; in torch, score once, which makes its engine and its pages."""
     program = program_of(scorer.model)
     if program is not None:
-        program.warmup(num_labels=len(scorer.label_token_ids or (0, 0)))
+        program.warmup(
+            num_labels=len(scorer.label_token_ids or (0, 0)),
+            prefix_cache_bytes=scorer.prefix_cache_bytes,
+            mask_impl=scorer.mask_impl,
+        )
     if scorer.label_token_ids is not None:
         scorer.score(*(("a", ["a"]) if scorer.tokenizer is not None else ([0], [[0]])))

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from packscore.results import RankedDocument
 from packscore.serve.call import Call
 from packscore.serve.refusals import RefusedError
-from packscore.serve.wire.kinds import Body, Family, Kind
+from packscore.serve.wire.kinds import NOT_SERVED, Body, Family, Kind
 
 
 class Document(BaseModel):
@@ -32,6 +32,7 @@ class RerankBody(Body):
     documents: Annotated[list[str | Document], Field(min_length=1)]
     top_n: Annotated[int, Field(ge=1)] | None = None
     return_documents: bool | None = None
+    use_activation: bool | None = None
 
 
 def _error(refusal: RefusedError, status: int, request_id: str) -> dict[str, Any]:
@@ -44,7 +45,7 @@ FAMILY = Family("Cohere, Jina", 422, _error)
 
 async def _answer(call: Call, body: RerankBody, *, echo: bool) -> Callable[[], Any]:
     texts = [one if isinstance(one, str) else one.text for one in body.documents]
-    ranked = await call.rank(body.query, texts)
+    ranked = await call.rank(body.query, texts, raw=body.use_activation is False)
     echo = echo if body.return_documents is None else body.return_documents
 
     def result(one: RankedDocument) -> dict[str, Any]:
@@ -73,12 +74,13 @@ def _kind(name: str, *, echo: bool) -> Kind:
             "documents": ["Deserialize a str to a Python object.", "Return the cosine of x."],
             "top_n": 2,
         },
-        unserved={
-            "max_tokens_per_doc": ((), "shorten the documents, or leave it out"),
+        unserved=NOT_SERVED
+        | {
+            "max_doc_length": ((), "shorten the documents, or leave it out"),
             "max_chunks_per_doc": ((), "send the chunks as documents, or leave it out"),
             "rank_fields": ((["text"],), 'send documents as text, or as {"text": ...}'),
-            "priority": ((0,), "all requests have one priority; leave it out"),
             "relevant_spans": (([],), "documents are scored whole; leave it out"),
+            "return_embeddings": ((False,), "there are none; leave it out"),
             "images": ((), "only text is scored; leave them out"),
         },
     )

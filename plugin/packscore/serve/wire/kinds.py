@@ -71,6 +71,21 @@ class Kind:
                 raise RefusedError(f"{name}={short(value)} is not served; {remedy}", None, name)
 
 
+# What changes scores elsewhere and is not done here, whoever asks for it.
+NOT_SERVED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "truncate_prompt_tokens": ((-1,), "shorten the texts, or leave it out"),
+    "truncation_side": (("right",), "a text that is too long loses its end; leave it out"),
+    "max_tokens_per_doc": ((0,), "shorten the documents, or leave it out"),
+    "max_tokens_per_query": ((0,), "shorten the query, or leave it out"),
+    "priority": ((0,), "all requests have one priority; leave it out"),
+    "mm_processor_kwargs": (({},), "only text is scored; leave it out"),
+    "cache_salt": ((), "requests share prefixes; leave it out, or run a server for each tenant"),
+    "instruction": ((), "the server has one; start another with --instruction"),
+    "chat_template": ((), "the server has a prompt; start another with --prompt"),
+    "chat_template_kwargs": (({},), "the server's prompt takes none; leave it out"),
+}
+
+
 def error_type(status: int) -> str:
     """BadRequestError, NotFoundError: a status as SGLang and vLLM spell it."""
     phrase = HTTPStatus(status).phrase.title()

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from packscore.serve.call import Call
 from packscore.serve.refusals import RefusedError
-from packscore.serve.wire.kinds import Body, Family, Kind, error_type
+from packscore.serve.wire.kinds import NOT_SERVED, Body, Family, Kind, error_type
 from packscore.text.encoding import group_by_query
 
 # queries of one body that wait at a time
@@ -132,18 +132,6 @@ async def _answer(call: Call, body: PairsBody) -> Callable[[], Any]:
     }
 
 
-UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "truncate_prompt_tokens": ((-1,), "shorten the texts, or leave it out"),
-    "truncation_side": (("right",), "a text that is too long loses its end; leave it out"),
-    "priority": ((0,), "all requests have one priority; leave it out"),
-    "mm_processor_kwargs": (({},), "only text is scored; leave it out"),
-    "cache_salt": ((), "requests share prefixes; leave it out, or run a server for each tenant"),
-    "label_token_ids": ((), "send query and items for labels of your own"),
-    "instruction": ((), "the server has one; start another with --instruction"),
-    "chat_template_kwargs": (({},), "the server's prompt takes none; leave it out"),
-}
-
-
 def _kind(body: type[PairsBody]) -> Kind:
     a, b = body.names
     return Kind(
@@ -156,7 +144,7 @@ def _kind(body: type[PairsBody]) -> Kind:
             a: "parse a json string",
             b: ["Deserialize a str to a Python object.", "Return the cosine of x."],
         },
-        unserved=UNSERVED,
+        unserved=NOT_SERVED | {"label_token_ids": ((), "send query and items for labels")},
     )
 
 
