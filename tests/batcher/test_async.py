@@ -135,7 +135,8 @@ def test_500_tasks_make_5000_calls_of_which_1000_are_cancelled(scorer: MultiItem
     stats = scorer.batcher.stats
     # a few were answered before they were cancelled, or cancelled before they were accepted
     assert 700 < cancelled <= 1000
-    assert stats.answered == 5000 - cancelled
+    # a result that was on its way when its task was cancelled counts as an answer
+    assert 5000 - cancelled <= stats.answered <= 5000
     assert stats.accepted == stats.answered + stats.cancelled
     assert (stats.failed, stats.rejected) == (0, 0)
     assert 0 < stats.dropped <= stats.cancelled <= cancelled
