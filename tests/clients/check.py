@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from clients import page, wire
-from clients.calls import CALLS, KEY, MODEL, Call
+from clients.calls import KEY, MODEL, Call
+from clients.decision_calls import CALLS
 from clients.proxy import Exchanges, between
 from clients.refusals import REFUSALS
 from packscore import MultiItemScorer, shipped_model_path
@@ -79,14 +80,14 @@ def serving(*more: str, device: str = "cpu") -> Iterator[int]:
 
 
 def _wait(server: subprocess.Popen[bytes], url: str) -> None:
-    for _ in range(600):
+    for _ in range(3000):
         assert server.poll() is None, "packscore serve ended before it was ready"
         try:
             with urllib.request.urlopen(url, timeout=5):
                 return
         except OSError:
             time.sleep(0.1)
-    raise TimeoutError(f"{url} did not answer in a minute")
+    raise TimeoutError(f"{url} did not answer in five minutes")
 
 
 def _clients(scorer: MultiItemScorer, port: int, only: str | None, record: bool) -> int:

@@ -11,7 +11,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from clients import wire
-from clients.calls import CALLS, KEY, MODEL
+from clients.calls import KEY, MODEL
+from clients.decision_calls import CALLS
 from packscore import MultiItemScorer, shipped_model_path
 from packscore.serve import create_app
 from tolerances import PROBABILITY_REORDERED
