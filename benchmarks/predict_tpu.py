@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -104,7 +103,7 @@ def counted_instructions(
     job: Job,
     dump: str,
     chip: Chip,
-    stands_for: Mapping[int, int] | None = None,
+    all_layers: int = 0,
 ) -> list[program.Instruction]:
     """What a program compiled ahead of time takes, instruction by instruction.
 
@@ -114,7 +113,7 @@ def counted_instructions(
       job: of its attention.
       dump: the folder that the compiler left its schedules in.
       chip: that runs it.
-      stands_for: turns of a loop to those that it is counted with.
+      all_layers: of the model, where the program has a few that stand for them.
     """
     from packscore.programs.head import HEAD_STEP, rows_step
 
@@ -134,7 +133,7 @@ def counted_instructions(
         costs_of_kernels(config, job, ahead.key, ahead.inputs, chip),
         turns_of,
         config.num_hidden_layers,
-        stands_for,
+        all_layers,
     )
 
 

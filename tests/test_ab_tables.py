@@ -230,3 +230,21 @@ def test_a_loop_whose_turns_are_data_is_counted_as_told(tmp_path: Path) -> None:
     traced = HLO.replace("constant(28)", "get-tuple-element(%arg), index=3")
     (inner,) = instructions(traced, [str(schedule)], turns_of=lambda line: 3 * ("%loop" in line))
     assert (inner.name, inner.times) == ("fusion.7", 3)
+
+
+def test_a_few_layers_are_counted_as_all_of_a_models(tmp_path: Path) -> None:
+    """The loop over all but the last, and what gives a stack outside of it."""
+    files = [
+        tmp_path / f"1-{name}-01-packed-bundles-post-ra.txt" for name in ("fusion.7", "copy.1")
+    ]
+    for file in files:
+        file.write_text("")
+    stack = "bf16[13,64,128]{2,1,0:T(8,128)(2,1)}"
+    copied = f"  %w = {stack} parameter(1)\n  %copy.1 = {stack} copy(%w)\n  ROOT"
+    text = HLO.replace("constant(28)", "constant(12)").replace("bf16[28,64,64]", "bf16[13,64,64]")
+    head, _, entry = text.rpartition("  ROOT")
+    inner, copy = instructions(
+        f"{head}{copied}{entry}", list(map(str, files)), layers=13, all_layers=39
+    )
+    assert (inner.name, inner.times, inner.hbm_bytes) == ("fusion.7", 38, 2 * 128 * (64 + 8))
+    assert (copy.times, copy.hbm_bytes) == (1, 2 * 2 * 39 * 64 * 128)

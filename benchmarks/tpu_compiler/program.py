@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -134,7 +134,7 @@ def instructions(
     cost_of: Callable[[str, str], Cost | None] = lambda name, path: None,
     turns_of: Callable[[str], int] = lambda line: 1,
     layers: int = 1,
-    stands_for: Mapping[int, int] | None = None,
+    all_layers: int = 0,
 ) -> list[Instruction]:
     """Every scheduled instruction of a program.
 
@@ -144,8 +144,9 @@ def instructions(
       cost_of: (instruction, its file) to what it takes, where that cannot be read off.
       turns_of: a loop's line to its turns, where these are data.
       layers: over which weights and pages are stacked: one layer reads its own. What stands in no
-        loop and gives a stack gives all of it.
-      stands_for: turns of a loop to those that it is counted with: a few layers stand for all.
+        loop and gives a stack reads and gives all of it.
+      all_layers: of the model that these stand for, where they are fewer: the loop over all but the
+        last turns, and stacks are, as if it had them all.
 
     Fusions of the same code share the schedule of one of them.
     """
@@ -165,7 +166,8 @@ def instructions(
             if opcode == "while" and (loop := WHILE.search(rest)):
                 bounds = BOUND.findall("\n".join(bodies[loop[1]][1]))
                 count = int(bounds[0]) if bounds else turns_of(line)
-                walk(loop[2], times * (stands_for or {}).get(count, count), count)
+                is_of_layers = all_layers and count == layers - 1
+                walk(loop[2], times * (all_layers - 1 if is_of_layers else count), count)
             elif own in files:
                 path = files[own]
                 operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
@@ -174,9 +176,13 @@ def instructions(
                 cycles, moved, steps = cost or Cost(pipelined_cycles(path))
                 if moved is None:
                     given = array_bytes(shape, layers if turns > 1 else 1)
-                    moved = given + sum(array_bytes(array, layers) for array in arrays[1:])
+                    is_stack = turns == 1 and given > array_bytes(shape, layers)
+                    of_each = 1 if is_stack else layers
+                    moved = given + sum(array_bytes(array, of_each) for array in arrays[1:])
                     if "gather" in own:  # reads the rows it gives, not the whole table
                         moved = 2 * given
+                    if is_stack and all_layers:
+                        cycles, moved = (x * all_layers / layers for x in (cycles, moved))
                 multiplies = any(r.has("vmatmul") for r in regions(path))
                 is_attention = own.startswith(KERNEL) or DENSE_SCOPE in line
                 found.append(
