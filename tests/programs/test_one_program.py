@@ -28,6 +28,7 @@ from tolerances import PROBABILITY_MAX_FLOAT32
 pytestmark = pytest.mark.usefixtures("quick_programs")
 
 TILE = 128
+SHIPPED = sizes.CAPACITIES  # as they are outside of this file's `scorer`
 SIZES = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 128, "hidden_size": 128}
 
 
@@ -105,6 +106,7 @@ def test_forty_lengths_are_planned_for_the_programs_of_a_v6e(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Qwen3-0.6B's widths, layers, tiles, costs and pages; in the place of a chip, who counts."""
+    monkeypatch.setattr(sizes, "CAPACITIES", SHIPPED)
     monkeypatch.setattr(engine, "chip_of", lambda device: "v6e")
     monkeypatch.setattr(DevicePages, "through", lambda pages, run, leases: run(pages.struct)[0])
     widths = {"num_heads": 16, "num_kv_heads": 8, "head_dim": 128, "hidden_size": 1024}

@@ -258,7 +258,8 @@ def test_models_are_listed_for_both_kinds_of_clients(scorer: MultiItemScorer) ->
 def test_a_request_goes_to_the_model_that_it_names(
     scorer: MultiItemScorer, shipped: PreTrainedModel, tokenizer: Any
 ) -> None:
-    other = MultiItemScorer(shipped, tokenizer, prompt="qwen3-reranker", instruction="Find poems.")
+    options = {"prompt": "qwen3-reranker", "prefix_cache_bytes": 0}
+    other = MultiItemScorer(shipped, tokenizer, **options, instruction="Find poems.")
     app = create_app({"first": scorer, "other": other})
     path = shipped.config.name_or_path
     for name, one in (("first", scorer), ("other", other), (None, scorer), (path, scorer)):

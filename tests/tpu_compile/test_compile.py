@@ -77,7 +77,7 @@ def output_of(script, *arguments):
 
 
 # The others' compilers differ from these in sizes alone, which the grid of picked tiles looks at.
-NEAR = ("v5e", "v5p", "v6e")
+NEAR = ("v5e", "v6e")
 
 
 @needs_libtpu
