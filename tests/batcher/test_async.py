@@ -450,7 +450,7 @@ def test_each_request_meets_its_own_error(texts: MultiItemScorer) -> None:
     async def main() -> list[Any]:
         return await asyncio.gather(
             texts.async_score("a list", ["one"]),
-            texts.async_score("a list", [3.5]),  # type: ignore[list-item]
+            texts.async_score("a list", [3.5]),  # type: ignore[list-item]  # what is refused
             texts.async_score("a list", ["a\ud800"]),
             texts.async_rank("a list", ["one"], top_k=0),
             texts.async_decide("state", {"a": {"type": "neither"}}),
@@ -584,7 +584,7 @@ def test_loops_of_several_threads_and_one_that_is_closed(
     for n in range(4):
         close_to(found[n], scorer.score(PREFIXES[n], SHORT))
     for task in pending:  # nobody ends them any more
-        task._log_destroy_pending = False  # type: ignore[attr-defined]
+        task._log_destroy_pending = False  # type: ignore[attr-defined]  # inner
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])

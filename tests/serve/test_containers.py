@@ -32,7 +32,7 @@ def test_a_dockerfile_names_what_is_there_and_says_that_it_is_untried(name: str)
 @pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.tpu", "docs/serve.md"])
 def test_every_variable_is_an_option_of_serve(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
-    options = get_command(app).commands["serve"].params  # type: ignore[attr-defined]
+    options = get_command(app).commands["serve"].params  # type: ignore[attr-defined]  # a group has them
     known = {f"PACKSCORE_SERVE_{(param.name or '').upper()}" for param in options}
     named = set(re.findall(r"PACKSCORE_SERVE_[A-Z_]*[A-Z]", text))
     assert named

@@ -384,7 +384,7 @@ def test_limits_are_numbers_above_zero() -> None:
     with pytest.raises(InputError, match="max_items=0 must be above 0"):
         Limits(max_items=0)
     with pytest.raises(InputTypeError, match="max_body_bytes='1M' must be a number"):
-        Limits(max_body_bytes="1M")  # type: ignore[arg-type]
+        Limits(max_body_bytes="1M")  # type: ignore[arg-type]  # what is refused
 
 
 @pytest.mark.parametrize(

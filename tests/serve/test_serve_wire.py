@@ -334,10 +334,10 @@ def test_a_decision_app_decides_and_nothing_else(scorer: MultiItemScorer) -> Non
 
 def test_what_is_no_scorer_is_refused_before_it_serves(scorer: MultiItemScorer) -> None:
     with pytest.raises(InputTypeError, match="scorers=3 is a int"):
-        create_app(3)  # type: ignore[arg-type]
+        create_app(3)  # type: ignore[arg-type]  # what is refused
     with pytest.raises(InputError, match=r"scorers=\{\} is empty"):
         create_app({})
     with pytest.raises(InputTypeError, match=r"scorers\['a'\] is a int"):
-        create_app({"a": 3})  # type: ignore[dict-item]
+        create_app({"a": 3})  # type: ignore[dict-item]  # what is refused
     with pytest.raises(InputTypeError, match="api_keys is one string"):
         create_app(scorer, api_keys="key")
