@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -33,6 +33,20 @@ class ModelSizes:
         columns = getattr(config, "moe_intermediate_size", config.intermediate_size)
         mixture = experts, config.num_experts_per_tok, columns
         return cls(*dense, config.intermediate_size, *mixture)
+
+    def cut(self, chips: int) -> ModelSizes:
+        """What each of so many chips has of them: equal parts, and of few kv heads at least one.
+
+        A chip has whole experts, of which a token meets one in as many; here it is that part of
+        each.
+        """
+        return replace(
+            self,
+            heads=self.heads // chips,
+            kv_heads=max(self.kv_heads // chips, 1),
+            mlp=self.mlp // chips,
+            expert_mlp=self.expert_mlp // chips,
+        )
 
     @property
     def q(self) -> int:
