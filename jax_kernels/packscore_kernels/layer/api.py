@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from packscore_kernels.errors import ArgumentError
 from packscore_kernels.layer.mlp import gated_mlp_pallas
 from packscore_kernels.layer.projections import project_out_pallas, project_qkv_pallas
-from packscore_kernels.layer.tiles import LiveTokens, product, rms_norm
+from packscore_kernels.layer.tiles import LiveTokens, product, rms_norm, shared
 from packscore_kernels.layer.walks import (
     COLUMNS,
     HEAD_DIM,
@@ -167,6 +167,7 @@ def project_out(
     x: jax.Array,  # [num_tokens, hidden_size]
     layer: Layer,
     *,
+    share: float = 1.0,
     implementation: ProjectionImplementation = "pallas",
     live: LiveTokens | None = None,
 ) -> jax.Array:
@@ -177,6 +178,8 @@ def project_out(
       weight: of the output projection, of all layers, each as torch keeps it.
       x: the residual stream, which is added.
       layer: whose weight.
+      share: of the residual stream that is added: of each of n chips that have parts of the heads,
+        and whose results are summed, 1 / n.
       implementation: "pallas" (TPU), "pallas_interpret" or "xla".
       live: how many rows are tokens; None computes all rows, and so does "xla".
 
@@ -185,10 +188,9 @@ def project_out(
     """
     if implementation == "xla":
         rows = attended.transpose(1, 0, 2).reshape(len(x), -1)
-        return (x.astype(jnp.float32) + product(rows, weight[layer])).astype(x.dtype)
-    interpret = interpret_of(implementation)
-    layer = _as_array(layer)
-    return project_out_pallas(attended, weight, x, layer, live=live, interpret=interpret)
+        return (shared(x, share) + product(rows, weight[layer])).astype(x.dtype)
+    options: dict[str, Any] = {"live": live, "interpret": interpret_of(implementation)}
+    return project_out_pallas(attended, weight, x, _as_array(layer), share=share, **options)
 
 
 def can_gate(hidden_size: int, intermediate_size: int, itemsize: int) -> bool:
@@ -204,6 +206,7 @@ def gated_mlp(
     layer: Layer,
     *,
     eps: float,
+    share: float = 1.0,
     implementation: ProjectionImplementation = "pallas",
     live: LiveTokens | None = None,
 ) -> jax.Array:
@@ -216,6 +219,8 @@ def gated_mlp(
         [num_layers, hidden_size, intermediate_size], each layer's as torch keeps it.
       layer: whose weights.
       eps: of the norm.
+      share: of the residual stream that is added: of each of n chips that have parts of the
+        columns, and whose results are summed, 1 / n.
       implementation: "pallas" (TPU), "pallas_interpret" or "xla".
       live: how many rows are tokens; None computes all rows, and so does "xla".
 
@@ -229,7 +234,7 @@ def gated_mlp(
         rows = rms_norm(x, x_norm, eps).astype(x.dtype)
         gate, up = (product(rows, weight[layer]) for weight in weights[:2])
         gated = (jax.nn.silu(gate) * up).astype(x.dtype)
-        return (x.astype(jnp.float32) + product(gated, weights[2][layer])).astype(x.dtype)
+        return (shared(x, share) + product(gated, weights[2][layer])).astype(x.dtype)
     (num_tokens, hidden_size), intermediate_size = x.shape, weights[0].shape[1]
     walk = mlp_walk(hidden_size, intermediate_size, x.dtype.itemsize, num_tokens, live)
     if walk is None:
@@ -237,9 +242,9 @@ def gated_mlp(
             f"{hidden_size=} must be a multiple of 128 and {intermediate_size=} of "
             f"{COLUMNS}, small enough for the chip; pass implementation='xla'"
         )
-    interpret = interpret_of(implementation)
+    options: dict[str, Any] = {"live": live, "interpret": interpret_of(implementation)}
     return gated_mlp_pallas(
-        x, x_norm, weights, _as_array(layer), walk, eps=eps, live=live, interpret=interpret
+        x, x_norm, weights, _as_array(layer), walk, eps=eps, share=share, **options
     )
 
 

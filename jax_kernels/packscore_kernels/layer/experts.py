@@ -35,6 +35,7 @@ def grouped_experts(
     activation: Callable[[jax.Array], jax.Array],
     count: int | jax.Array,  # i32[]
     interpret: Any,
+    first: int | jax.Array = 0,  # i32[]
 ) -> jax.Array:
     """What the chosen experts of one layer give, weighted and summed.
 
@@ -48,17 +49,19 @@ def grouped_experts(
       activation: of the gate.
       count: how many rows are tokens; no expert meets the others, whose results are zeros.
       interpret: what Pallas takes by this name.
+      first: the number of the first expert that is here, of those that `index` names; what others
+        give is left out.
 
     Returns:
       [num_tokens, hidden_size] in the dtype of `hidden`.
     """
     num_layers, num_experts = gate_up.shape[:2]
     is_token = (jnp.arange(len(hidden)) < count)[:, None]
-    chosen = jnp.where(is_token, layer * num_experts + index, num_layers * num_experts)
+    own, is_own = index - first, (index >= first) & (index < first + num_experts)
+    chosen = jnp.where(is_token & is_own, layer * num_experts + own, num_layers * num_experts)
     gate_up, down = (x.reshape(-1, *x.shape[2:]) for x in (gate_up, down))
     product = kernel_product(chosen, len(gate_up), interpret)
-    out = through_experts(hidden, chosen, weights, gate_up, down, activation, product)
-    return jnp.where(is_token, out, 0)
+    return through_experts(hidden, chosen, weights, gate_up, down, activation, product)
 
 
 def through_experts(
@@ -70,13 +73,18 @@ def through_experts(
     activation: Callable[[jax.Array], jax.Array],
     product: Product,
 ) -> jax.Array:
-    """Tokens sorted by group, two products, and the sum of what each token's groups give."""
+    """Tokens sorted by group, two products, and the sum of what each token's groups give.
+
+    A number behind the last group is no group, and gives nothing.
+    """
     order = jnp.argsort(chosen.reshape(-1), stable=True)
     inner = product(hidden[order // chosen.shape[1]], gate_up)
     gate, up = jnp.split(inner, 2, axis=-1)
     in_order = product(activation(gate) * up, down)[jnp.argsort(order)]
-    in_order = in_order.reshape(*chosen.shape, -1)
-    return (in_order * weights[..., None]).sum(1).astype(hidden.dtype)
+    given = in_order.reshape(*chosen.shape, -1) * weights[..., None]
+    # rows of no group are whatever the product leaves there
+    given = jnp.where((chosen < len(gate_up))[..., None], given, 0)
+    return given.sum(1).astype(hidden.dtype)
 
 
 def sizes_of(chosen: jax.Array, num_groups: int) -> jax.Array:

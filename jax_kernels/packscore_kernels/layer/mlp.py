@@ -23,6 +23,7 @@ from packscore_kernels.layer.tiles import (
     of_tiles,
     product,
     rms_norm,
+    shared,
     whole,
 )
 from packscore_kernels.layer.walks import COLUMNS, DOWN_COLUMNS, Walk
@@ -47,6 +48,7 @@ def _mlp_kernel(
     *,
     chunks: int,
     eps: float,
+    share: float,
 ) -> None:
     del layer
     chunk = pl.program_id(1)
@@ -67,7 +69,7 @@ def _mlp_kernel(
         # in parts, so that few sums wait beside `sums` itself
         for first in range(0, down.shape[0], DOWN_COLUMNS):
             part = slice(first, first + DOWN_COLUMNS)
-            before = x[:, part].astype(jnp.float32) if is_first else sums[:, part]
+            before = shared(x[:, part], share) if is_first else sums[:, part]
             sums[:, part] = before + product(gated[...], down[part])
 
     # two straight pieces, so that the norm runs beside the first products
@@ -88,6 +90,7 @@ def gated_mlp_pallas(
     walk: Walk,
     *,
     eps: float,
+    share: float = 1.0,
     live: LiveTokens | None = None,
     interpret: Any = False,
 ) -> jax.Array:
@@ -99,7 +102,7 @@ def gated_mlp_pallas(
     across = pl.BlockSpec((None, width, hidden_size), lambda t, c, layer: (layer[0], c, 0))
     back = pl.BlockSpec((None, hidden_size, width), lambda t, c, layer: (layer[0], 0, c))
     out: jax.Array = pl.pallas_call(
-        functools.partial(_mlp_kernel, chunks=chunks, eps=eps),
+        functools.partial(_mlp_kernel, chunks=chunks, eps=eps, share=share),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(num_tiles(num_tokens, tokens, live), chunks),

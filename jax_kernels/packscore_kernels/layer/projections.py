@@ -28,6 +28,7 @@ from packscore_kernels.layer.tiles import (
     passing,
     product,
     rms_norm,
+    shared,
     whole,
 )
 from packscore_kernels.layer.walks import HEAD_DIM, QkvSteps, out_walk, qkv_walk
@@ -223,11 +224,13 @@ def _out_kernel(
     x: Ref,  # [block_tokens, chunk]
     # outputs
     out: Ref,  # [block_tokens, chunk]
+    *,
+    share: float,
 ) -> None:
     del layer
     rows = jnp.concatenate([attended[head] for head in range(attended.shape[0])], axis=1)
     own = chunk_of(weight, pl.program_id(1), out.shape[1])
-    out[...] = (x[...].astype(jnp.float32) + product(rows, own)).astype(out.dtype)
+    out[...] = (shared(x[...], share) + product(rows, own)).astype(out.dtype)
 
 
 def project_out_pallas(
@@ -236,6 +239,7 @@ def project_out_pallas(
     x: jax.Array,  # [num_tokens, hidden_size]
     layer: jax.Array,  # i32[1]
     *,
+    share: float = 1.0,
     live: LiveTokens | None = None,
     interpret: Any = False,
 ) -> jax.Array:
@@ -249,7 +253,7 @@ def project_out_pallas(
     tile = pl.BlockSpec((tokens, columns), lambda t, step, _: (t, step))
     heads = pl.BlockSpec((num_heads, tokens, head_dim), lambda t, *_: (0, t, 0))
     out: jax.Array = pl.pallas_call(
-        _out_kernel,
+        functools.partial(_out_kernel, share=share),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(num_tiles(num_tokens, tokens, live), hidden_size // columns),

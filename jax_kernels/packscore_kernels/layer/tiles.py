@@ -110,6 +110,11 @@ def product(
     return out
 
 
+def shared(x: jax.Array, share: float) -> jax.Array:
+    """What one chip of several adds of the residual stream, in float32."""
+    return x.astype(jnp.float32) * share if share != 1 else x.astype(jnp.float32)
+
+
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """x / rms(x) * weight along the last axis, in float32."""
     x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)

@@ -17,10 +17,10 @@ from packscore.errors import InputError
 from packscore.flows.page_pool import PREFIX_CACHE_BYTES, PrefixLease
 from packscore.interfaces import MODEL_CLASSES
 from packscore.model.masks import MaskKind
-from packscore.model.sizes import ModelSizes
 from packscore.programs.compiling import can_skip_tiles, compile_program
 from packscore.programs.interfaces import TOPOLOGY
 from packscore.programs.launch_inputs import LaunchInputs, block_sizes_for
+from packscore.programs.mesh.chips import ChipGroup
 from packscore.programs.pages import pages_within, pool_struct
 from packscore.programs.sizes import DenseKey, ProgramKey, program_key
 from packscore.programs.traced_model import TracedModel
@@ -50,6 +50,21 @@ class AheadOfTime:
     inputs: LaunchInputs
 
 
+def slice_of(chip: str, chips: tuple[int, ...] = (1,)) -> ChipGroup:
+    """The chips of a slice that need not be there.
+
+    Args:
+      chip: a name in `CHIPS`.
+      chips: along each axis of the slice; a chip of two devices is one of them.
+    """
+    kind, one = CHIPS[chip].topology.split(":")
+    shape = (*chips, *[1] * (len(one.split("x")) - len(chips)))
+    bounds = (*shape, *[1] * (3 - len(shape)))
+    name = f"{kind}:{'x'.join(map(str, shape))}"
+    found = TOPOLOGY()(platform="tpu", topology_name=name, chips_per_host_bounds=bounds).devices
+    return ChipGroup(tuple(found[: math.prod(chips)]))
+
+
 def compile_ahead(
     config: PreTrainedConfig,
     layout: SegmentLayout,
@@ -61,6 +76,7 @@ def compile_ahead(
     leases: Sequence[PrefixLease | None] = (),
     implementation: KernelImplementation = "pallas",
     mask_impl: MaskKind = "segment",
+    chips: tuple[int, ...] = (1,),
 ) -> AheadOfTime:
     """Compile the program that would score `layout` with a model of this configuration.
 
@@ -79,6 +95,8 @@ def compile_ahead(
       leases: of the pages that the request's prefixes go to; data too.
       implementation: of the kernels: "pallas" (TPU), "pallas_interpret" or "xla".
       mask_impl: "segment", or "dense" for a program that holds a mask.
+      chips: of a slice, (2, 2) for v6e-4, over all of which the model is cut; libtpu is then to be
+        told of as many (TPU_ACCELERATOR_TYPE=v6e-4).
 
     Returns:
       The compiled program with its sizes in bytes.
@@ -88,15 +106,13 @@ def compile_ahead(
     """
     if chip not in CHIPS:
         raise InputError(f"{chip=} must be one of {', '.join(sorted(CHIPS))}")
-    name = CHIPS[chip].topology
-    bounds = {"chips_per_host_bounds": (1, 1, 1)}
-    (device, *_) = TOPOLOGY()(platform="tpu", topology_name=name, **bounds).devices
+    group = slice_of(chip, chips)
     model_class: Any = MODEL_CLASSES()[type(config)]
-    traced = TracedModel(model_class, config)
-    sizes = ModelSizes.of(config)
+    traced = TracedModel(model_class, config, group.axis)
+    sizes = traced.sizes
     num_pages = pages_within(sizes, dtype, prefix_cache_bytes)
     itemsize, is_dense = jnp.dtype(dtype).itemsize, mask_impl == "dense"
-    by_tiles = not is_dense and can_skip_tiles(traced, implementation, itemsize, device)
+    by_tiles = not is_dense and can_skip_tiles(traced, implementation, itemsize, group)
     needed = layout.num_real_tokens, len(layout.scored_rows), num_labels, num_pages
     key = program_key(*needed, by_tiles=by_tiles)
     if is_dense:
@@ -104,10 +120,10 @@ def compile_ahead(
     blocks = block_sizes_for(sizes, dtype, key, chip)
     token_ids = np.zeros(layout.num_real_tokens, np.int64)
     inputs = LaunchInputs.of(key, blocks, layout, token_ids, range(num_labels), leases=leases)
-    pool = pool_struct(sizes, dtype, num_pages) if num_pages else None
-    weights = weight_shapes(traced.skeleton, dtype)
+    pool = pool_struct(sizes, dtype, num_pages, len(group)) if num_pages else None
+    weights = weight_shapes(traced.skeleton, dtype, traced.cuts)
     start = time.process_time()
-    compiled = compile_program(traced, key, (weights, pool, inputs), device, implementation)
+    compiled = compile_program(traced, key, (weights, pool, inputs), group, implementation)
     seconds = time.process_time() - start
     memory: Any = compiled.memory_analysis()  # a TPU program has it
     return AheadOfTime(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
 import time
@@ -13,15 +12,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 from tqdm.auto import tqdm
 
 from packscore.errors import UnexpectedCompileError
-from packscore.model.masks import MaskKind, final_cap
+from packscore.model.masks import MaskKind
 from packscore.model.sizes import ModelSizes
-from packscore.programs.head import label_rows, whole_head
 from packscore.programs.interfaces import RESET_CACHE, USE_MESH
 from packscore.programs.launch_inputs import LaunchInputs, block_sizes_for
-from packscore.programs.pages import pool_struct
+from packscore.programs.mesh.chips import REPLICATED, ChipGroup
+from packscore.programs.mesh.cuts import MODEL
+from packscore.programs.pages import PAGES, pool_struct
 from packscore.programs.sizes import DenseKey, HeadKey, ProgramKey
 from packscore.programs.traced_model import TracedModel
 from packscore.programs.traced_ops import KernelImplementation
@@ -40,14 +41,14 @@ OPTIONS: dict[str, Any] = {
 
 
 class Executables:
-    """The compiled programs of one model on one device.
+    """The compiled programs of one model on the chips of one copy of it.
 
     Compiling happens under a lock; compiled programs run from any number of threads.
 
     Args:
       traced: the model.
-      sizes: of the model.
-      device: where programs run.
+      sizes: of what each chip has of the model.
+      chips: where programs run.
       implementation: of the kernels.
     """
 
@@ -55,7 +56,7 @@ class Executables:
         self,
         traced: TracedModel,
         sizes: ModelSizes,
-        device: jax.Device,
+        chips: ChipGroup,
         implementation: KernelImplementation,
     ) -> None:
         self.implementation = implementation
@@ -67,7 +68,7 @@ class Executables:
         self.by_key: dict[ProgramKey | HeadKey, Callable[..., Any]] = {}
         self._traced = traced
         self._sizes = sizes
-        self._device = device
+        self._chips = chips
         self._weights: Weights = {}  # as shapes
         self._by_tiles: dict[tuple[KernelImplementation, int], bool] = {}
         self._lock = threading.Lock()
@@ -86,7 +87,7 @@ class Executables:
         norm = self._weights["norm"]["weight"]
         asked = self.implementation, norm.dtype.itemsize
         if asked not in self._by_tiles:
-            self._by_tiles[asked] = can_skip_tiles(self._traced, *asked, self._device)
+            self._by_tiles[asked] = can_skip_tiles(self._traced, *asked, self._chips)
         return self._by_tiles[asked]
 
     def get(self, key: ProgramKey | HeadKey, *, expected: bool = False) -> Callable[..., Any]:
@@ -121,10 +122,11 @@ class Executables:
     def _compile(self, key: ProgramKey | HeadKey) -> Callable[..., Any]:
         start = time.perf_counter()
         norm = self._weights["norm"]["weight"]
-        arguments = self._weights, *arguments_of(key, self._sizes, norm)
+        beside = arguments_of(key, self._sizes, norm, num_chips=len(self._chips))
+        arguments = self._weights, *beside
         with compiling_into(self.folder):
             compiled = compile_program(
-                self._traced, key, arguments, self._device, self.implementation
+                self._traced, key, arguments, self._chips, self.implementation
             )
         seconds = time.perf_counter() - start
         self.count += 1
@@ -136,15 +138,20 @@ class Executables:
 
 
 def arguments_of(
-    key: ProgramKey | HeadKey, sizes: ModelSizes, norm: Any, chip: str | None = None
+    key: ProgramKey | HeadKey,
+    sizes: ModelSizes,
+    norm: Any,
+    chip: str | None = None,
+    num_chips: int = 1,
 ) -> tuple[Any, ...]:
     """What a program takes beside weights, of the right shapes and no other meaning.
 
     Args:
       key: which program.
-      sizes: of the model.
+      sizes: of what each chip has of the model.
       norm: shape and dtype of the final norm's weight, and so of hidden states.
       chip: whose tiles attention has; None is this process's.
+      num_chips: that have parts of the model.
     """
     if isinstance(key, HeadKey):
         rows = shape_of((key.num_rows, *norm.shape), norm.dtype)
@@ -154,14 +161,15 @@ def arguments_of(
     blocks = block_sizes_for(sizes, norm.dtype, key, chip)
     layout = SegmentLayout.single(1, [], 1)
     inputs = LaunchInputs.of(key, blocks, layout, np.zeros(1, np.int64), [])
-    return pool_struct(sizes, norm.dtype, key.num_pages) if key.num_pages else None, inputs
+    pool = pool_struct(sizes, norm.dtype, key.num_pages, num_chips) if key.num_pages else None
+    return pool, inputs
 
 
 def can_skip_tiles(
-    traced: TracedModel, implementation: KernelImplementation, itemsize: int, device: Any
+    traced: TracedModel, implementation: KernelImplementation, itemsize: int, chips: ChipGroup
 ) -> bool:
-    """Whether a model's programs can have the number of token tiles as data, on this device."""
-    with tracing_on(jax.sharding.Mesh([device], ("x",)).abstract_mesh):
+    """Whether a model's programs can have the number of token tiles as data, on these chips."""
+    with tracing_on(chips.mesh.abstract_mesh):
         return traced.can_skip_tiles(implementation, itemsize)
 
 
@@ -169,17 +177,17 @@ def compile_program(
     traced: TracedModel,
     key: ProgramKey | HeadKey,
     arguments: tuple[Any, ...],
-    device: Any,
+    chips: ChipGroup,
     implementation: KernelImplementation,
 ) -> jax.stages.Compiled:
-    """Compile one program from shapes alone, for a device that need not be there.
+    """Compile one program from shapes alone, for chips that need not be there.
 
     Args:
       traced: the model.
       key: which program.
       arguments: anything with shapes and dtypes: weights and what the head takes for a `HeadKey`,
         else weights, pages (None where the program has none) and `LaunchInputs`.
-      device: a jax device, or one of a topology.
+      chips: jax's, or those of a topology, as many as the model is traced for.
       implementation: of the kernels.
 
     Returns:
@@ -187,11 +195,16 @@ def compile_program(
       (hidden rows or label logits, pages) as the methods of `TracedModel` do; the pages are
       changed in place.
     """
-    sharding = jax.sharding.SingleDeviceSharding(device)
+    specs = specs_of(traced, key, arguments)
     struct: Any = jax.ShapeDtypeStruct
-    shapes = jax.tree.map(lambda x: struct(x.shape, x.dtype, sharding=sharding), arguments)
-    with tracing_on(jax.sharding.Mesh([device], ("x",)).abstract_mesh):
-        program = trace_program(traced, key, shapes, implementation)
+
+    def placed(spec: PartitionSpec, tree: Any) -> Any:
+        where = chips.sharding(spec)
+        return jax.tree.map(lambda x: struct(x.shape, x.dtype, sharding=where), tree)
+
+    shapes = jax.tree.map(placed, specs, arguments, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    with tracing_on(chips.mesh.abstract_mesh):
+        program = trace_program(traced, key, shapes, implementation, chips)
         compiled: jax.stages.Compiled = program.lower().compile()
     return compiled
 
@@ -204,7 +217,7 @@ def tracing_on(mesh: jax.sharding.AbstractMesh) -> Iterator[None]:
     most, it takes as many passes as the operands need: of bfloat16 still one.
 
     Args:
-      mesh: of one device, of which kernels ask what chip it is.
+      mesh: of the devices, of which kernels ask what chip it is.
     """
     with USE_MESH()(mesh), jax.default_matmul_precision("highest"):
         yield
@@ -215,14 +228,39 @@ def trace_program(
     key: ProgramKey | HeadKey,
     shapes: tuple[Any, ...],
     implementation: KernelImplementation,
+    chips: ChipGroup | None = None,
 ) -> jax.stages.Traced:
-    """One program before it is lowered, inside `tracing_on`; see `compile_program`."""
+    """One program before it is lowered, inside `tracing_on`; see `compile_program`.
+
+    Args:
+      traced: the model.
+      key: which program.
+      shapes: of its arguments.
+      implementation: of the kernels.
+      chips: where it will run; None: on one chip, whichever that is.
+    """
+    run: Callable[..., Any]
+    given: Any
     if isinstance(key, HeadKey):
-        head = label_rows if key.num_labels else whole_head
-        return jax.jit(functools.partial(head, soft_cap=final_cap(traced.skeleton))).trace(*shapes)
-    donated = (1,) if key.num_pages else ()
-    jitted = jax.jit(_program(traced, key, implementation), donate_argnums=donated)
-    return jitted.trace(*shapes)
+        run = traced.label_rows if key.num_labels else traced.whole_head
+        given = REPLICATED if key.num_labels else PartitionSpec(None, MODEL)
+    else:
+        run, given = _program(traced, key, implementation), (REPLICATED, PAGES)
+    if chips is not None:
+        run = chips.on_each(run, specs_of(traced, key, shapes), given)
+    donated = (1,) if isinstance(key, ProgramKey) and key.num_pages else ()
+    return jax.jit(run, donate_argnums=donated).trace(*shapes)
+
+
+def specs_of(
+    traced: TracedModel, key: ProgramKey | HeadKey, arguments: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """How the arguments of a program are cut over the chips that the model is traced for."""
+    weights, *others = arguments
+    specs = [REPLICATED] * len(others)
+    if isinstance(key, ProgramKey):
+        specs[0] = PAGES
+    return traced.cuts.specs(weights), *specs
 
 
 def _program(

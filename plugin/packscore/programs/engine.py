@@ -34,16 +34,19 @@ class ProgramEngine:
       program: of the patched model.
       cache_bytes: what the pages of prefixes may take.
       mask_kind: how items are kept apart; the programs of both share the weights.
+      copy: which of the program's copies of the model it runs on.
     """
 
     only_flow: Flow | None = None
     keeps_pages = True
     whole_last: str | None = None  # what is foreign in a model is refused
 
-    def __init__(self, program: ModelProgram, cache_bytes: int, mask_kind: MaskKind) -> None:
+    def __init__(
+        self, program: ModelProgram, cache_bytes: int, mask_kind: MaskKind, copy: int = 0
+    ) -> None:
         self.mask_impl: MaskImpl = mask_kind
         self._mask_kind: MaskKind = mask_kind
-        self._program = program
+        self._program, self._copy = program, copy
         self._cache_bytes = cache_bytes
         self._lock = threading.Lock()
         self.pool: PagePool | None = None
@@ -84,7 +87,7 @@ class ProgramEngine:
         if self.pool is not None:
             self.pool.clear()
         num_pages = program.num_pages(self._cache_bytes)
-        pages = program.device_pages(num_pages) if num_pages else None
+        pages = program.device_pages(num_pages, self._copy) if num_pages else None
         # fewer layers of more pages may be an array of the same shape
         is_as_large = self.pool is not None and self.pool.num_pages == num_pages
         has_pages = pages is not None and self._pages is not None and is_as_large
@@ -108,7 +111,7 @@ class ProgramEngine:
     def launch(self, batch: PackedBatch, readout: Readout) -> Launched:
         """Start a batch; the host goes on while the device computes."""
         with self._recovering():
-            return self._program.start(batch, readout, self._pages, self._mask_kind)
+            return self._program.start(batch, readout, self._pages, self._mask_kind, self._copy)
 
     def read(self, launched: Sequence[Launched]) -> RowValues:
         """What is read at all rows."""

@@ -44,30 +44,35 @@ def _is_one(module: nn.Module, classes: Iterable[Interface]) -> bool:
     return any(type(module) is known() for known in classes)
 
 
-def can_fuse(layer: nn.Module, implementation: KernelImplementation, itemsize: int) -> bool:
-    """Whether a layer's attention runs through the kernels."""
+def can_fuse(
+    layer: nn.Module, implementation: KernelImplementation, itemsize: int, chips: int = 1
+) -> bool:
+    """Whether a layer's attention runs through the kernels, cut over so many chips."""
     if not _is_one(layer, FUSED_LAYERS) or implementation == "xla":
         return False
     attention: Any = layer.self_attn
-    sizes = ModelSizes.of(attention.config)
+    sizes = ModelSizes.of(attention.config).cut(chips)
     return attention.q_proj.bias is None and can_project(
         sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.hidden, itemsize
     )
 
 
-def can_fuse_mlp(mlp: Any, itemsize: int) -> bool:
+def can_fuse_mlp(mlp: Any, itemsize: int, chips: int = 1) -> bool:
     """Whether an MLP of a layer that is fused runs through a kernel too."""
     return (
         _is_one(mlp, FUSED_MLPS)
         and mlp.config.hidden_act == "silu"
-        and can_gate(mlp.hidden_size, mlp.intermediate_size, itemsize)
+        and can_gate(mlp.hidden_size, mlp.intermediate_size // chips, itemsize)
     )
 
 
-def can_skip_tiles(layer: nn.Module, implementation: KernelImplementation, itemsize: int) -> bool:
+def can_skip_tiles(
+    layer: nn.Module, implementation: KernelImplementation, itemsize: int, chips: int = 1
+) -> bool:
     """Whether all of a layer runs through kernels, which can leave out tiles without a token."""
     mlp = getattr(layer, "mlp", None)
-    return can_fuse(layer, implementation, itemsize) and can_fuse_mlp(mlp, itemsize)
+    is_fused = can_fuse(layer, implementation, itemsize, chips)
+    return is_fused and can_fuse_mlp(mlp, itemsize, chips)
 
 
 def grid_steps(
@@ -217,23 +222,24 @@ def _behind(
     by_xla: bool = False,
 ) -> jax.Array:
     """What stands behind attention, on [num_tokens, hidden_size], of which `count` are tokens."""
-    implementation, live = "xla" if by_xla else attend.implementation, attend.live
+    axis, by = attend.axis, "xla" if by_xla else attend.implementation
+    run: dict[str, Any] = {"share": axis.share, "implementation": by, "live": attend.live}
 
     def stack(name: str) -> jax.Array:
         return weights[f"{name}.weight"]
 
     back = stack("self_attn.o_proj")
-    x = project_out(attended, back, x, index, implementation=implementation, live=live)
-    if can_fuse_mlp(layer.mlp, x.dtype.itemsize):
-        return gated_mlp(
+    x = axis.sum(project_out(attended, back, x, index, **run))
+    if can_fuse_mlp(layer.mlp, x.dtype.itemsize, axis.chips):
+        mlp = gated_mlp(
             x,
             stack("post_attention_layernorm")[index],
             (stack("mlp.gate_proj"), stack("mlp.up_proj"), stack("mlp.down_proj")),
             index,
             eps=layer.post_attention_layernorm.variance_epsilon,
-            implementation=implementation,
-            live=live,
-        )[None]
+            **run,
+        )
+        return axis.sum(mlp)[None]
     hidden = x[None]
 
     def through(name: str, x: jax.Array) -> Any:
@@ -249,11 +255,12 @@ def _behind(
         plain: jax.Array = hidden + through("mlp", rows)
         return plain
     _, shares, chosen = through("mlp.gate", rows)
-    experts = "mlp.experts"
-    return hidden + grouped_experts(
-        *(rows[0], chosen, shares),
-        *(weights[f"{experts}.gate_up_proj"], weights[f"{experts}.down_proj"], index),
+    gate_up, down = (weights[f"mlp.experts.{name}_proj"] for name in ("gate_up", "down"))
+    given = grouped_experts(
+        *(rows[0], chosen, shares, gate_up, down, index),
         lambda gate: call(layer.mlp.experts.act_fn, {}, gate),
         count,
         interpret_of(attend.implementation),
+        axis.first(gate_up.shape[1]),
     )
+    return hidden + axis.sum(given)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from packscore.model.family import is_classifier, output_head
+from packscore.programs.mesh.axis import ONE_CHIP, ModelAxis
 from packscore.programs.weights import Weights
 from packscore_kernels.hardware import cdiv
 
@@ -24,26 +26,33 @@ FIRST_ROWS = 1024
 VOCAB_CHUNK = 8192
 
 
-def head_weight(weights: Weights) -> jax.Array:
-    """[vocab_size or num_classes, hidden_size], which may be the embedding."""
+class HeadPart(NamedTuple):
+    """The rows of the head that a chip has; all of them where one chip has the model."""
+
+    weight: jax.Array  # [num_rows, hidden_size]
+    num_rows: int  # of the whole head; behind those its last chip has zeros
+    axis: ModelAxis  # the chips that have parts
+
+
+def head_part(weights: Weights, skeleton: Any, axis: ModelAxis) -> HeadPart:
+    """The rows of the vocabulary, which may be the embedding's; classes' every chip has."""
     weight: jax.Array = weights.get("head", weights["embed_tokens"])["weight"]
-    return weight
+    num_rows = output_head(skeleton).weight.shape[0]
+    return HeadPart(weight, num_rows, ONE_CHIP if is_classifier(skeleton) else axis)
 
 
 @jax.named_scope("whole_head")  # by which a profile knows it
 def whole_head(
-    weights: Weights,
     rows: jax.Array,  # [num_rows, hidden_size]
+    part: HeadPart,
     soft_cap: float | None = None,
 ) -> jax.Array:
     """Logits of the whole vocabulary at a few rows, rounded as the model's own head rounds them.
 
     Returns:
-      [num_rows, vocab_size] in the dtype of the rows.
+      [num_rows, vocab_size] in the dtype of the rows; of one chip of several its part.
     """
-    logits = jnp.dot(
-        rows, head_weight(weights).T, precision="highest", preferred_element_type=jnp.float32
-    )
+    logits = jnp.dot(rows, part.weight.T, precision="highest", preferred_element_type=jnp.float32)
     return _capped(logits.astype(rows.dtype), soft_cap)
 
 
@@ -106,7 +115,7 @@ def by_rows(
 @jax.named_scope("label_head")  # by which a profile knows it
 def label_head(
     rows: jax.Array,  # [num_rows, hidden_size]
-    weight: jax.Array,  # [vocab_size, hidden_size]
+    part: HeadPart,
     label_ids: jax.Array,  # i32[num_labels]
     over_vocabulary: jax.Array,  # i32[]: 1, or 0 where no normaliser is wanted
     soft_cap: float | None = None,
@@ -118,12 +127,16 @@ def label_head(
       where no normaliser is wanted.
     """
     rows = rows.astype(jnp.float32)
+    weight, axis = part.weight, part.axis
 
     def logits(w: jax.Array) -> jax.Array:
         found = jnp.dot(rows, w.astype(jnp.float32).T, precision="highest")
         return _capped(found, soft_cap)
 
-    chosen = logits(weight[label_ids])
+    is_own, at = axis.own(label_ids, len(weight))
+    chosen = axis.sum(jnp.where(is_own, logits(weight[at]), 0))
+    # of the last chip's rows the last may be no row of the head
+    num_own = jnp.minimum(part.num_rows - axis.first(len(weight)), len(weight))
     chunk = min(VOCAB_CHUNK, weight.shape[0])
 
     def step(i: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -132,22 +145,12 @@ def label_head(
         start = i * chunk
         at = jnp.minimum(start, weight.shape[0] - chunk)
         columns = at + jnp.arange(chunk)
-        part = logits(lax.dynamic_slice_in_dim(weight, at, chunk))
-        part = jnp.where(columns >= start, part, -jnp.inf)
-        total = jnp.logaddexp(total, jax.nn.logsumexp(part, axis=-1))
-        return total, jnp.maximum(largest, part.max(-1))
+        some = logits(lax.dynamic_slice_in_dim(weight, at, chunk))
+        some = jnp.where((columns >= start) & (columns < num_own), some, -jnp.inf)
+        total = jnp.logaddexp(total, jax.nn.logsumexp(some, axis=-1))
+        return total, jnp.maximum(largest, some.max(-1))
 
     nothing = jnp.full(rows.shape[0], -jnp.inf)
     turns = over_vocabulary * cdiv(weight.shape[0], chunk)
-    return chosen, *lax.fori_loop(0, turns, step, (nothing, nothing))
-
-
-def label_rows(
-    weights: Weights,
-    rows: jax.Array,  # [num_rows, hidden_size]
-    label_ids: jax.Array,  # i32[num_labels]
-    over_vocabulary: jax.Array,  # i32[]
-    soft_cap: float | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`label_head` at hidden states that another program gave."""
-    return label_head(rows, head_weight(weights), label_ids, over_vocabulary, soft_cap)
+    total, largest = lax.fori_loop(0, turns, step, (nothing, nothing))
+    return chosen, axis.logsumexp(total), axis.largest(largest)

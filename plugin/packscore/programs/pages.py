@@ -8,9 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from packscore.flows.page_pool import PAGE_SIZE, PrefixLease
 from packscore.model.sizes import ModelSizes
+from packscore.programs.mesh.chips import ChipGroup
+from packscore.programs.mesh.cuts import MODEL
 from packscore.programs.sizes import MAX_PAGES
 from packscore_kernels.hardware import shape_of
 
@@ -21,9 +24,22 @@ def pages_within(sizes: ModelSizes, dtype: Any, cache_bytes: int) -> int:
     return min(cache_bytes // page_bytes, MAX_PAGES)
 
 
-def pool_struct(sizes: ModelSizes, dtype: Any, num_pages: int) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of the pages of all layers of a model, as one array."""
-    page = (sizes.kv_heads, 2, PAGE_SIZE, sizes.head_dim)
+# How the chips of a copy share the array of pages: each has its heads of every page.
+PAGES = PartitionSpec(None, MODEL)
+
+
+def pool_struct(
+    sizes: ModelSizes, dtype: Any, num_pages: int, num_chips: int = 1
+) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of the pages of all layers of a model, as one array.
+
+    Args:
+      sizes: of what each chip has of the model.
+      dtype: of keys and values.
+      num_pages: of a layer.
+      num_chips: whose heads lie side by side.
+    """
+    page = (num_chips * sizes.kv_heads, 2, PAGE_SIZE, sizes.head_dim)
     return shape_of((sizes.layers * num_pages, *page), dtype)
 
 
@@ -33,13 +49,13 @@ class DevicePages:
     Args:
       num_pages: pages of a layer.
       struct: of the array, from `pool_struct`.
-      device: where it is.
+      chips: where it is.
     """
 
-    def __init__(self, num_pages: int, struct: jax.ShapeDtypeStruct, device: Any) -> None:
+    def __init__(self, num_pages: int, struct: jax.ShapeDtypeStruct, chips: ChipGroup) -> None:
         self.num_pages = num_pages
         self.struct = struct
-        self._device = device
+        self._place = chips.sharding(PAGES)
         self._array: jax.Array | None = None
         self._lock = threading.Lock()
         # called when a launch failed and took what was in the pages with it
@@ -65,7 +81,7 @@ class DevicePages:
                     lease.check()
             array, self._array = self._array, None
             if array is None:
-                array = jnp.zeros(self.struct.shape, self.struct.dtype, device=self._device)
+                array = jnp.zeros(self.struct.shape, self.struct.dtype, device=self._place)
             try:
                 out, self._array = run(array)
             except BaseException:

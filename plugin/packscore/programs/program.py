@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,14 @@ from packscore.flows.engine import Readout, RowValues
 from packscore.flows.packing import PackedBatch
 from packscore.flows.page_pool import PAGE_SIZE, PREFIX_CACHE_BYTES
 from packscore.inputs import checked
-from packscore.model.family import check_supported, class_count, model_told
+from packscore.model.family import check_supported, class_count, model_told, output_head
 from packscore.model.masks import MaskKind, check_segment, mask_reason
-from packscore.model.sizes import ModelSizes
 from packscore.programs.compiling import Executables
 from packscore.programs.dense import check_dense_fits, fitting_tokens
 from packscore.programs.fused_layer import grid_steps
 from packscore.programs.launch_inputs import LaunchInputs, block_sizes_for
 from packscore.programs.launched import Launched, chunks, fetched, stops_before_head
+from packscore.programs.mesh.chips import ChipGroup
 from packscore.programs.pages import DevicePages, pages_within, pool_struct
 from packscore.programs.row_attention import row_arguments
 from packscore.programs.sizes import (
@@ -54,14 +53,15 @@ logger = logging.getLogger("packscore")
 
 
 class ModelProgram:
-    """The programs of one model on one device.
+    """The programs of one model, on one chip or on several.
 
     Compiling happens under a lock; compiled programs run from any number of threads.
 
     Args:
       model: a plain Hugging Face causal model on the CPU, whose weights become shared with jax, or
         on torchax.
-      device: where programs run; the weights are put there once.
+      device: where programs run; the weights are put there once. None where `copies` say it.
+      copies: the chips of each copy of the model, as many in each; what a launch runs on.
       implementation: of the kernels: "pallas" (TPU), "pallas_interpret" or "xla".
       max_tokens: the largest program; longer requests are split.
 
@@ -73,12 +73,14 @@ class ModelProgram:
         self,
         model: PreTrainedModel,
         *,
-        device: jax.Device,
+        device: jax.Device | None = None,
+        copies: Sequence[ChipGroup] = (),
         implementation: KernelImplementation = "xla",
         max_tokens: int = DEFAULT_MAX_TOKENS,
     ) -> None:
         self.max_tokens = token_bucket(max_tokens)
-        self.device = device
+        self.copies = tuple(copies) or (ChipGroup.of(device),)
+        self.device = self.copies[0].first  # which stands for all
         self._model = weakref.ref(model)
         self._implementation = implementation
         self._lock = threading.Lock()
@@ -87,12 +89,19 @@ class ModelProgram:
 
     def _trace(self, model: PreTrainedModel) -> None:
         """Programs for the modules that the model has now."""
-        traced = TracedModel(type(model), model.config)
-        sizes = ModelSizes.of(model.config)
-        executables = Executables(traced, sizes, self.device, self._implementation)
-        weights = DeviceWeights(model, traced.skeleton, self.device, executables.adapt)
-        self.sizes, self.num_classes = sizes, class_count(model)
-        self._executables, self._weights = executables, weights
+        traced = TracedModel(type(model), model.config, self.copies[0].axis)
+        found = [
+            Executables(traced, traced.sizes, chips, self._implementation) for chips in self.copies
+        ]
+
+        def adapt(weights: Weights) -> None:
+            for executables in found:
+                executables.adapt(weights)
+
+        weights = DeviceWeights(model, traced.skeleton, self.copies, traced.cuts, adapt)
+        self.sizes, self.num_classes = traced.sizes, class_count(model)
+        self._vocab_size = len(output_head(model).weight)
+        self._executables, self._of_copies, self._weights = found[0], found, weights
 
     @telling
     def __repr__(self) -> str:
@@ -100,7 +109,14 @@ class ModelProgram:
         told = "its model is gone" if model is None else model_told(model)
         ready = f"{counted(self.compile_count, 'program')} ready"
         most = f"up to {self.max_tokens:,} tokens"
-        return f"{told}, on {self.device} by {self._implementation!r}, {ready}, {most}"
+        return f"{told}, on {self.place} by {self._implementation!r}, {ready}, {most}"
+
+    @property
+    def place(self) -> str:
+        """Where programs run, in words."""
+        chips = self.copies[0]
+        over = f"{counted(len(chips), 'chip')} ({chips})" if len(chips) > 1 else str(chips)
+        return over if len(self.copies) == 1 else f"{len(self.copies)} copies, each on {over}"
 
     @property
     def model(self) -> PreTrainedModel:
@@ -113,12 +129,12 @@ class ModelProgram:
     @property
     def compile_count(self) -> int:
         """How many programs were made ready, compiled or loaded."""
-        return self._executables.count
+        return sum(executables.count for executables in self._of_copies)
 
     @property
     def compile_seconds(self) -> float:
         """What that took."""
-        return self._executables.seconds
+        return sum(executables.seconds for executables in self._of_copies)
 
     @property
     def strict(self) -> bool:
@@ -127,7 +143,8 @@ class ModelProgram:
 
     @strict.setter
     def strict(self, strict: bool) -> None:
-        self._executables.strict = strict
+        for executables in self._of_copies:
+            executables.strict = strict
 
     @property
     def compile_cache(self) -> Path | None:
@@ -136,7 +153,8 @@ class ModelProgram:
 
     @compile_cache.setter
     def compile_cache(self, folder: Path | None) -> None:
-        self._executables.folder = folder
+        for executables in self._of_copies:
+            executables.folder = folder
 
     @property
     def generation(self) -> int:
@@ -175,11 +193,12 @@ class ModelProgram:
 
     def _retrace(self, model: PreTrainedModel) -> None:
         """Programs for other modules: a vocabulary that grew, a layer that went."""
-        before, generation = self._executables, self.generation
+        before, generation = self._of_copies, self.generation
         self._trace(model)
         self._generations = generation + 1
-        self._executables.strict, self._executables.folder = before.strict, before.folder
-        self._executables.count, self._executables.seconds = before.count, before.seconds
+        for own, earlier in zip(self._of_copies, before, strict=True):
+            own.strict, own.folder = earlier.strict, earlier.folder
+            own.count, own.seconds = earlier.count, earlier.seconds
 
     def run(self, batch: PackedBatch, readout: Readout) -> RowValues:
         """What is read of a packed batch without pages, in the order of the batch.
@@ -196,6 +215,7 @@ class ModelProgram:
         readout: Readout,
         pages: DevicePages | None = None,
         mask_kind: MaskKind | None = None,
+        copy: int = 0,
     ) -> Launched:
         """Begin a packed batch; raises what `run` does.
 
@@ -204,11 +224,12 @@ class ModelProgram:
           readout: what is read of its rows.
           pages: that the leases speak of.
           mask_kind: how items are kept apart; None: in segments, unless the model needs a mask.
+          copy: which of `copies` runs it, and has the pages.
 
         Raises:
           MaskTooLargeError: a dense mask does not fit into the device's memory.
         """
-        weights = self._weights.arrays
+        weights, executables = self._weights.of_copies[copy], self._of_copies[copy]
         layout = batch.layout
         rows, of_hidden = batch.rows, stops_before_head(readout)
         label_ids = () if of_hidden else readout.label_ids
@@ -221,16 +242,16 @@ class ModelProgram:
             leases=leases,
             over_vocabulary=readout.over_vocabulary,
         )
-        run = self._executables.get(key)
+        run = executables.get(key)
         if pages is None:
             parts, _ = run(weights, None, inputs)
         else:
             parts = pages.through(lambda array: run(weights, array, inputs), leases)
-        head = functools.partial(self._label_rows, weights) if of_hidden else None
-        return Launched(parts, len(rows), readout, head)
 
-    def _label_rows(self, weights: Weights, hidden: npt.NDArray[Any], *labels: Any) -> Any:
-        return self._executables.get(HeadKey(len(hidden), MOST_LABELS))(weights, hidden, *labels)
+        def head(hidden: npt.NDArray[Any], *labels: Any) -> Any:
+            return executables.get(HeadKey(len(hidden), MOST_LABELS))(weights, hidden, *labels)
+
+        return Launched(parts, len(rows), readout, head if of_hidden else None)
 
     def logits(
         self,
@@ -255,7 +276,7 @@ class ModelProgram:
         hidden = fetched(parts, len(rows))
         for at, chunk in chunks(hidden):
             logits = self._executables.get(HeadKey(len(chunk)))(weights, chunk)
-            yield at.start, to_torch(logits)[: at.stop - at.start]
+            yield at.start, to_torch(logits)[: at.stop - at.start, : self._vocab_size]
 
     def needs_mask(self, longest: int) -> bool:
         """Whether sequences of up to so many tokens are exact under a dense mask alone."""
@@ -366,16 +387,20 @@ class ModelProgram:
                 for n in range(min(cdiv(longest, PAGE_SIZE), key.num_pages) + 1)
             } | (plain if not self.needs_mask(1) else set())
         ordered = sorted(keys, key=lambda key: (key.num_tokens, key.num_labels))
-        return self._executables.warm_up([*ordered, *heads], show_progress_bar)
+        return sum(
+            executables.warm_up([*ordered, *heads], show_progress_bar)
+            for executables in self._of_copies
+        )
 
     def num_pages(self, cache_bytes: int) -> int:
         """Pages that so many bytes hold, and that a schedule can name."""
         return pages_within(self.sizes, self._weights.dtype, cache_bytes)
 
-    def device_pages(self, num_pages: int) -> DevicePages:
-        """Pages for the keys and values of this model's prefixes."""
-        struct = pool_struct(self.sizes, self._weights.dtype, num_pages)
-        return DevicePages(num_pages, struct, self.device)
+    def device_pages(self, num_pages: int, copy: int = 0) -> DevicePages:
+        """Pages for the keys and values of this model's prefixes, on the chips of a copy."""
+        chips = self.copies[copy]
+        struct = pool_struct(self.sizes, self._weights.dtype, num_pages, len(chips))
+        return DevicePages(num_pages, struct, chips)
 
     def _blocks(self, key: ProgramKey) -> BlockSizes:
         return block_sizes_for(self.sizes, self._weights.dtype, key)

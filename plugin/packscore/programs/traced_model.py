@@ -29,9 +29,10 @@ from packscore.interfaces import (
     set_attention_name,
     set_experts_name,
 )
-from packscore.model.family import TRACED_MODEL_TYPES
-from packscore.model.last_layer import KeysValues, at_rows, keys_values
+from packscore.model.family import TRACED_MODEL_TYPES, class_count
 from packscore.model.masks import MaskKind, final_cap, windows_of
+from packscore.model.sizes import ModelSizes
+from packscore.programs.bound import AtRows, Bound, KeysValuesOf
 from packscore.programs.fused_layer import (
     Call,
     Layer,
@@ -41,9 +42,18 @@ from packscore.programs.fused_layer import (
     fused_layer,
     fused_rows,
 )
-from packscore.programs.head import HEAD_STEP, by_rows, head_weight, in_steps, label_head
+from packscore.programs.head import (
+    HEAD_STEP,
+    by_rows,
+    head_part,
+    in_steps,
+    label_head,
+    whole_head,
+)
 from packscore.programs.interfaces import check_programs
 from packscore.programs.launch_inputs import LaunchInputs
+from packscore.programs.mesh.axis import ONE_CHIP, ModelAxis
+from packscore.programs.mesh.cuts import Cuts, check_cut
 from packscore.programs.traced_ops import (
     NAME,
     KernelImplementation,
@@ -51,6 +61,7 @@ from packscore.programs.traced_ops import (
     program_attention,
     program_experts,
     round_once,
+    sum_over,
     torch_alone,
     torchax_environment,
 )
@@ -82,13 +93,19 @@ class TracedModel:
     Args:
       model_class: for instance `Qwen3ForCausalLM`.
       config: its configuration, which is copied.
+      axis: the chips that it is traced for, each of which has its part of the weights.
 
     Raises:
       UnsupportedModelError: the family cannot be traced.
       UnsupportedVersionError: jax, torchax, torch or transformers has not what tracing reads.
     """
 
-    def __init__(self, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
+    def __init__(
+        self,
+        model_class: type[PreTrainedModel],
+        config: PreTrainedConfig,
+        axis: ModelAxis = ONE_CHIP,
+    ) -> None:
         if config.model_type not in TRACED_MODEL_TYPES:
             raise UnsupportedModelError(
                 f"model_type={config.model_type!r} is not held by programs, which scan layers that "
@@ -112,6 +129,11 @@ class TracedModel:
                 round_once(activation)
         check_parts(self.skeleton.get_decoder())
         _check_equal_layers(self.skeleton)
+        sizes, classes = ModelSizes.of(config), class_count(self.skeleton)
+        check_cut(sizes, axis.chips)
+        self.axis, self.cuts = axis, Cuts(sizes, axis.chips, classes)
+        self.sizes = sizes.cut(axis.chips)  # of what each chip has
+        _share(self.skeleton.get_decoder().layers[0], axis)
 
     def _call(
         self, module: nn.Module, weights: Mapping[str, Any], *args: Any, **kwargs: Any
@@ -124,7 +146,16 @@ class TracedModel:
 
     def can_skip_tiles(self, implementation: KernelImplementation, itemsize: int) -> bool:
         """Whether the number of token tiles can be data, on the chip that is traced for."""
-        return can_skip_tiles(self.skeleton.get_decoder().layers[0], implementation, itemsize)
+        layer = self.skeleton.get_decoder().layers[0]
+        return can_skip_tiles(layer, implementation, itemsize, self.axis.chips)
+
+    def _embedded(self, weights: Mapping[str, jax.Array], tokens: jax.Array) -> jax.Array:
+        """[1, num_tokens, hidden_size] of i32[1, num_tokens], of which a chip may have no row."""
+        embed, axis = self.skeleton.get_decoder().embed_tokens, self.axis
+        if axis.chips == 1:
+            return self._call(embed, weights, tokens)
+        is_own, at = axis.own(tokens, len(weights["weight"]))
+        return axis.sum(jnp.where(is_own[..., None], self._call(embed, weights, at), 0))
 
     def _reader(
         self,
@@ -149,19 +180,21 @@ class TracedModel:
         """
         decoder = self.skeleton.get_decoder()
         tokens = inputs.token_ids[None]
-        hidden = self._call(decoder.embed_tokens, weights["embed_tokens"], tokens)
+        hidden = self._embedded(weights["embed_tokens"], tokens)
         positions = inputs.position_ids[None]
         rotary = self._call(decoder.rotary_emb, weights["rotary"], hidden, positions)
         num_layers = len(decoder.layers)
         layer = _Layer(self._call, decoder.layers[0], weights["layers"], rotary, positions)
-        layer.fuses = can_fuse(decoder.layers[0], implementation, hidden.dtype.itemsize)
+        layer.fuses = can_fuse(
+            decoder.layers[0], implementation, hidden.dtype.itemsize, self.axis.chips
+        )
         windows = _windows(self.skeleton) if mask_impl == "dense" else None
         live = LiveTokens(inputs.schedule.counts[0], tile) if tile else None
 
         def attention_of(index: Layer, kv_pages: jax.Array | None) -> LayerAttention:
             attend = _attention_of(index, num_layers, kv_pages, inputs, implementation)
             attend.mask_impl = mask_impl
-            attend.live = live
+            attend.live, attend.axis = live, self.axis
             attend.window = None if windows is None else windows[index]
             return attend
 
@@ -224,11 +257,9 @@ class TracedModel:
         """
         given = weights, kv_pages, inputs, implementation, mask_impl, tile
         hidden, kv_pages = self._reader(*given, whole=False)
-        cap = final_cap(self.skeleton)
 
         def logits(rows: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            head, labels = head_weight(weights), inputs.label_ids
-            return label_head(rows, head, labels, inputs.over_vocabulary, cap)
+            return self.label_rows(weights, rows, inputs.label_ids, inputs.over_vocabulary)
 
         def read(rows: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             found: tuple[jax.Array, jax.Array, jax.Array] = in_steps(
@@ -237,6 +268,33 @@ class TracedModel:
             return found
 
         return by_rows(read, inputs.rows, inputs.num_rows), kv_pages
+
+    def label_rows(
+        self,
+        weights: Weights,
+        rows: jax.Array,  # [num_rows, hidden_size]
+        label_ids: jax.Array,  # i32[num_labels]
+        over_vocabulary: jax.Array,  # i32[]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`label_head` at hidden states, also at those that another program gave."""
+        part = head_part(weights, self.skeleton, self.axis)
+        return label_head(rows, part, label_ids, over_vocabulary, final_cap(self.skeleton))
+
+    def whole_head(self, weights: Weights, rows: jax.Array) -> jax.Array:
+        """`whole_head` at hidden states: of every chip the logits of its rows of the head."""
+        part = head_part(weights, self.skeleton, self.axis)
+        return whole_head(rows, part, final_cap(self.skeleton))
+
+
+def _share(layer: Any, axis: ModelAxis) -> None:
+    """Let the chips that have parts of a layer sum what its two halves give."""
+    mlp = layer.mlp
+    if hasattr(mlp, "experts"):
+        mlp.experts.model_axis = axis
+    if axis.chips > 1:
+        sum_over(axis, layer.self_attn.o_proj)
+        if hasattr(mlp, "down_proj"):
+            sum_over(axis, mlp.down_proj)
 
 
 @dataclass
@@ -259,7 +317,7 @@ class _Layer:
             given = self.weights, index, hidden, self.rotary, attend
             return fused_layer(self.call, self.module, *given)
         keywords = {"position_embeddings": self.rotary, "position_ids": self.positions}
-        bound = _Bound(self.module, layer_attention=attend)
+        bound = Bound(self.module, layer_attention=attend)
         return self.call(bound, self._own(index), hidden, **keywords)
 
     def at_rows(
@@ -274,7 +332,7 @@ class _Layer:
             given = self.call, self.module, self.weights, index, hidden, self.rotary, attend
             return fused_rows(*given)
         own = self._own(index)
-        found = self.call(_KeysValues(self.module), own, hidden, self.rotary)
+        found = self.call(KeysValuesOf(self.module), own, hidden, self.rotary)
         k, v = (x[0] for x in found)
         attend.keep(k, v)
         keywords = {"position_embeddings": self.rotary, "position_ids": self.positions}
@@ -283,7 +341,7 @@ class _Layer:
             def attention(q: jax.Array, *_: jax.Array, **options: Any) -> jax.Array:
                 return attend.at_rows(q, k, v, rows, **options)
 
-            bound = _AtRows(self.module, layer_attention=attention)
+            bound = AtRows(self.module, layer_attention=attention)
             return self.call(bound, own, rows, found, hidden, **keywords)[0]
 
         return at
@@ -312,36 +370,3 @@ def _attention_of(
     first_page = layer * (kv_pages.shape[0] // num_layers)
     moved = replace(schedule, page_indices=schedule.page_indices + first_page)
     return LayerAttention(moved, implementation, kv_pages, writes.moved(first_page))
-
-
-class _KeysValues(nn.Module):
-    """A layer as what makes its keys and values."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, hidden: torch.Tensor, rotary: KeysValues) -> KeysValues:
-        """Of all tokens."""
-        return keys_values(self.module, hidden, rotary)
-
-
-class _Bound(nn.Module):
-    """A layer with the keywords that are jax values, and no torch ones, put in by hand."""
-
-    def __init__(self, module: nn.Module, **keywords: Any) -> None:
-        super().__init__()
-        self.module = module
-        self._keywords = keywords
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the layer."""
-        return self.module(*args, attention_mask=None, **kwargs, **self._keywords)
-
-
-class _AtRows(_Bound):
-    """The same of some rows, between the keys and values of all tokens."""
-
-    def forward(self, rows: Any, found: Any, hidden: Any, **kwargs: Any) -> Any:
-        """Call `at_rows`."""
-        return at_rows(self.module, rows, found, hidden, **kwargs, **self._keywords)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from packscore.errors import InputError
 from packscore.interfaces import FUNCTION_MODES, NO_DISPATCH_MODES, POP_FUNCTION_MODE
@@ -21,6 +22,7 @@ from packscore.programs.interfaces import (
     DEVICE_MODULE,
     imported,
 )
+from packscore.programs.mesh.axis import ONE_CHIP, ModelAxis
 from packscore_kernels import (
     LiveTokens,
     PageWrites,
@@ -77,6 +79,7 @@ class LayerAttention:
     mask_impl: Literal["segment", "dense"] = "segment"
     window: jax.Array | None = None  # i32[]: how far back a row sees, under a dense mask
     live: LiveTokens | None = None  # None: all rows are computed
+    axis: ModelAxis = ONE_CHIP  # the chips that have parts of its layer
 
     def __call__(
         self,
@@ -149,6 +152,17 @@ def torch_alone() -> Iterator[None]:
         yield
 
 
+def sum_over(axis: ModelAxis, linear: nn.Linear) -> None:
+    """Let a product whose inputs the chips have in parts give them all the sum of their parts."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        env = torchax_environment()
+        out: torch.Tensor = env.j2t_iso(axis.sum(env.t2j_iso(F.linear(x, linear.weight))))
+        return out if linear.bias is None else out + linear.bias
+
+    linear.forward = forward
+
+
 def round_once(activation: nn.Module) -> None:
     """Let an activation compute in float32, as torch's own do of bfloat16, and not step by step."""
     own = activation.forward
@@ -190,7 +204,10 @@ def program_experts(
         out: jax.Array = env.t2j_iso(experts.act_fn(env.j2t_iso(gate)))
         return out
 
-    product = ragged_product(index, len(gate_up))
-    out = through_experts(hidden, index, weights, gate_up, down, activation, product)
+    axis: ModelAxis = experts.model_axis
+    is_own, own = axis.own(index, len(gate_up))
+    chosen = jnp.where(is_own, own, len(gate_up))
+    product = ragged_product(chosen, len(gate_up))
+    out = axis.sum(through_experts(hidden, chosen, weights, gate_up, down, activation, product))
     result: torch.Tensor = env.j2t_iso(out)
     return result

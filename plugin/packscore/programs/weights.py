@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,6 +21,8 @@ from packscore.model.family import is_classifier, output_head
 from packscore.model.masks import final_cap, windows_of
 from packscore.model.place import is_on_torchax
 from packscore.model.weight_watch import WeightWatch, values_of
+from packscore.programs.mesh.chips import ChipGroup
+from packscore.programs.mesh.cuts import Cut, Cuts, lead_of
 from packscore_kernels.hardware import shape_of
 
 # Bytes to which arrays must be aligned that jax reads in place; others it copies.
@@ -31,12 +34,13 @@ Weights = dict[str, dict[str, Any]]
 
 
 class DeviceWeights:
-    """A model's weights on a device, taken again when the model has others.
+    """A model's weights on the chips of every copy, taken again when the model has others.
 
     Args:
       model: a plain Hugging Face model on the CPU.
       skeleton: the same without weights, by which it is checked.
-      device: where the weights are put.
+      copies: where the weights are put, once each.
+      cuts: over the chips of a copy.
       on_taken: called with weights that were taken, before anybody else sees them.
 
     Raises:
@@ -47,11 +51,12 @@ class DeviceWeights:
         self,
         model: PreTrainedModel,
         skeleton: PreTrainedModel,
-        device: jax.Device,
+        copies: Sequence[ChipGroup],
+        cuts: Cuts,
         on_taken: Callable[[Weights], None],
     ) -> None:
         self._skeleton = skeleton
-        self._device = device
+        self._copies, self._cuts = copies, cuts
         self._on_taken = on_taken
         # how often the model was seen to be another
         self.generation = 0
@@ -59,20 +64,22 @@ class DeviceWeights:
 
     def _take(self, model: PreTrainedModel) -> None:
         whole: Any = model
-        arrays = self._put(weights_of(model, self._skeleton))
+        taken = weights_of(model, self._skeleton)
+        of_copies = [put_weights(taken, chips, self._cuts) for chips in self._copies]
+        arrays = of_copies[0]
         # what changes from here on is seen the next time
         watch = WeightWatch(model)
-        self._is_shared = shares_memory(arrays["norm"]["weight"], whole.get_decoder().norm.weight)
+        is_one = len(self._copies) == len(self._copies[0]) == 1
+        norm = whole.get_decoder().norm.weight
+        self._is_shared = is_one and shares_memory(arrays["norm"]["weight"], norm)
         self._on_taken(arrays)
-        self.arrays: Weights = arrays
+        self.of_copies: list[Weights] = of_copies
         self._watch = watch
 
-    def _put(self, weights: Weights) -> Weights:
-        places = {place for array in jax.tree.leaves(weights) for place in array.devices()}
-        if places == {self._device}:  # as those of a model on torchax: no second array of them
-            return weights
-        moved: Weights = jax.device_put(weights, self._device)
-        return moved
+    @property
+    def arrays(self) -> Weights:
+        """Those of the first copy."""
+        return self.of_copies[0]
 
     @property
     def dtype(self) -> Any:
@@ -104,6 +111,39 @@ class DeviceWeights:
         self.generation += 1
 
 
+def put_weights(weights: Weights, chips: ChipGroup, cuts: Cuts) -> Weights:
+    """Weights that are on one device, on the chips of a copy: of each chip its part."""
+    if len(chips) == 1:
+        places = {place for array in jax.tree.leaves(weights) for place in array.devices()}
+        if places == {chips.first}:  # as those of a model on torchax: no second array of them
+            return weights
+        moved: Weights = jax.device_put(weights, chips.first)
+        return moved
+    return {
+        group: {
+            name: put_parts(np.asarray(array), chips, cuts.of(group, name), lead_of(group))
+            for name, array in named.items()
+        }
+        for group, named in weights.items()
+    }
+
+
+def put_parts(array: npt.NDArray[Any], chips: ChipGroup, cut: Cut, lead: int) -> jax.Array:
+    """An array of the host as one that the chips have in parts."""
+    shape, parts = cut.local(array.shape, lead), []
+    for chip, device in enumerate(chips.devices):
+        part = array
+        if cut.axis is not None:
+            at = lead + cut.axis
+            part = array[(*[slice(None)] * at, cut.part(array.shape[at], chip))]
+            # behind the last row of an uneven cut there are zeros
+            part = np.pad(part, [(0, n - have) for n, have in zip(shape, part.shape, strict=True)])
+        parts.append(jax.device_put(part, device))
+    sharding = chips.sharding(cut.spec(lead))
+    whole = cut.whole(array.shape, lead)
+    return jax.make_array_from_single_device_arrays(whole, sharding, parts)
+
+
 def weights_of(model: PreTrainedModel, skeleton: PreTrainedModel) -> Weights:
     """The weights of a model as jax arrays, in the memory that torch keeps using.
 
@@ -125,8 +165,8 @@ def weights_of(model: PreTrainedModel, skeleton: PreTrainedModel) -> Weights:
     return weights
 
 
-def weight_shapes(skeleton: PreTrainedModel, dtype: Any) -> Weights:
-    """What `weights_of` returns for such a model, as shapes alone."""
+def weight_shapes(skeleton: PreTrainedModel, dtype: Any, cuts: Cuts) -> Weights:
+    """What `put_weights` returns for such a model, as shapes alone."""
     whole: Any = skeleton
     decoder, head = whole.get_decoder(), output_head(skeleton)
     num_layers = len(decoder.layers)
@@ -148,7 +188,13 @@ def weight_shapes(skeleton: PreTrainedModel, dtype: Any) -> Weights:
     }
     if is_classifier(skeleton) or not skeleton.config.tie_word_embeddings:
         found["head"] = shapes(head.named_parameters())
-    return found
+    return {
+        group: {
+            name: shape_of(cuts.of(group, name).whole(x.shape, lead_of(group)), x.dtype)
+            for name, x in named.items()
+        }
+        for group, named in found.items()
+    }
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
