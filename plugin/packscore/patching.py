@@ -30,6 +30,7 @@ from packscore.torch_engine.pages import LaunchPages
 from packscore.torch_engine.row_plan import RowPlan, rows_attention
 
 if TYPE_CHECKING:
+    from packscore.programs.mesh.choice import MeshChoice
     from packscore.programs.row_attention import RowAttention
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -37,7 +38,11 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 @checked
 def patch_model(
-    model: ModelT, *, device: str | None = None, compile_cache: str | Path | None = None
+    model: ModelT,
+    *,
+    device: str | None = None,
+    mesh: MeshChoice = None,
+    compile_cache: str | Path | None = None,
 ) -> ModelT:
     """Give `model` the packed attention, in place.
 
@@ -56,6 +61,12 @@ def patch_model(
         and no gradients, and zeros at padding. All other calls stay in torch. A model on torchax is
         scored where it is, through programs that share its jax arrays; its ordinary calls stay
         torchax's, with the packed attention in the place of their own.
+      mesh: the chips of `device` that programs run on. None: one. {"data": n, "model": m}: n copies
+        of the model, each cut over m chips; launches go to the copy that is free, and queries to
+        the one that has their prefix. "auto": all chips of this process, with the fewest for a copy
+        that hold it. Or a `jax.sharding.Mesh` with these axes. The weights stay in the host's
+        memory too; `MultiItemScorer.from_pretrained(..., mesh=...)` loads a model that this, or
+        one chip, does not hold.
       compile_cache: folder that keeps compiled programs for the next process; None leaves that to
         jax, which reads JAX_COMPILATION_CACHE_DIR.
 
@@ -65,7 +76,8 @@ def patch_model(
     Raises:
       UnsupportedModelError: the model cannot be scored exactly when packed, or not in programs; the
         message says why.
-      InputError: there is no such device, or a `compile_cache` and no device to compile for.
+      InputError: there is no such device, a `compile_cache` or a `mesh` and no device to compile
+        for, or a mesh that is not there or does not divide the model.
       UnsupportedVersionError: torch, transformers, jax or torchax has not what packscore reads of
         it; the message names it, and versions that have it.
       MissingPackageError: there is a device, and jax or torchax is not installed.
@@ -79,27 +91,42 @@ def patch_model(
             f"compile_cache={str(compile_cache)!r} keeps compiled programs, and {device=} compiles "
             "none; pass device='tpu', 'jax' or 'auto'"
         )
+    if mesh is not None and (device is None or is_on_torchax(model)):
+        raise InputError(
+            f"mesh={mesh!r} says which chips share a model on the CPU through programs, and "
+            f"{device=} "
+            + ("scores it in torch" if device is None else "is one on torchax")
+            + "; pass device='tpu', 'jax' or 'auto' with a model on the CPU"
+        )
     _register()
     for layer, config in layer_configs(model):
         layer.config = config if isinstance(config, PatchedConfig) else PatchedConfig(config)
     remember_drawn_head(base_model(model))
     if compiles:
-        _compile(model, device, None if compile_cache is None else Path(compile_cache))
+        _compile(model, device, mesh, None if compile_cache is None else Path(compile_cache))
     return model
 
 
-def _compile(model: nn.Module, device: str | None, compile_cache: Path | None) -> None:
+def _compile(
+    model: nn.Module, device: str | None, mesh: MeshChoice, compile_cache: Path | None
+) -> None:
     # imported here: jax and torchax come into the process on the JAX path only
     from packscore.programs.device import resolve_device
+    from packscore.programs.mesh.choice import resolve_mesh
     from packscore.programs.program import ModelProgram
 
     inner = base_model(model)
     found = resolve_device(device, inner)
+    if found is None and mesh is not None:
+        raise InputError(
+            f"{mesh=} needs chips, and {device=} finds none; pass device='jax' or none"
+        )
     if found is None:
         return
+    copies = resolve_mesh(mesh, found[0], inner)
     program = program_of(inner)
-    if program is None or program.device != found[0]:
-        program = ModelProgram(inner, device=found[0], implementation=found[1])
+    if program is None or program.copies != copies:
+        program = ModelProgram(inner, copies=copies, implementation=found[1])
     program.compile_cache = compile_cache or program.compile_cache
     serve(inner, program)
 

@@ -132,7 +132,7 @@ class MultiItemScorer:
     def __repr__(self) -> str:
         # nothing here makes an engine or reads a weight
         program = program_of(self._core.base)
-        runs = "torch" if program is None else f"programs on {program.device}"
+        runs = "torch" if program is None else f"programs on {program.place}"
         prompt = cut(self._prompt or "plain")
         mask = f"mask_impl={self.mask_impl!r}"
         return f"{model_told(self._core.base)}, in {runs}, prompt={prompt}, {mask}"
