@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,7 +26,9 @@ from packscore.model.family import REGISTERED_NAMES, base_model, check_supported
 from packscore.model.place import is_on_torchax
 from packscore.model.weight_watch import SIGNS, listen
 from packscore.torch_engine.attention import SegmentPlan, segment_attention
+from packscore.torch_engine.devices import listed_devices
 from packscore.torch_engine.pages import LaunchPages
+from packscore.torch_engine.replicas import drop_replicas, replicate
 from packscore.torch_engine.row_plan import RowPlan, rows_attention
 
 if TYPE_CHECKING:
@@ -37,7 +39,10 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 @checked
 def patch_model(
-    model: ModelT, *, device: str | None = None, compile_cache: str | Path | None = None
+    model: ModelT,
+    *,
+    device: str | Sequence[str | torch.device] | None = None,
+    compile_cache: str | Path | None = None,
 ) -> ModelT:
     """Give `model` the packed attention, in place.
 
@@ -55,7 +60,10 @@ def patch_model(
         without an `attention_mask`, run through the programs too: they return no `past_key_values`
         and no gradients, and zeros at padding. All other calls stay in torch. A model on torchax is
         scored where it is, through programs that share its jax arrays; its ordinary calls stay
-        torchax's, with the packed attention in the place of their own.
+        torchax's, with the packed attention in the place of their own. A list of torch's devices,
+        `["cuda:0", "cuda:1"]`, scores on all of them at once: each has a copy of the weights and
+        pages of its own, on one of them the model itself where it is there. Copies follow the
+        model; an ordinary call is the model's.
       compile_cache: folder that keeps compiled programs for the next process; None leaves that to
         jax, which reads JAX_COMPILATION_CACHE_DIR.
 
@@ -66,6 +74,7 @@ def patch_model(
       UnsupportedModelError: the model cannot be scored exactly when packed, or not in programs; the
         message says why.
       InputError: there is no such device, or a `compile_cache` and no device to compile for.
+      InputTypeError: an entry of a list is no device.
       UnsupportedVersionError: torch, transformers, jax or torchax has not what packscore reads of
         it; the message names it, and versions that have it.
       MissingPackageError: there is a device, and jax or torchax is not installed.
@@ -73,17 +82,28 @@ def patch_model(
     check_patching()
     check_supported(model)
     check_patching(base_model(model).config.model_type)
-    compiles = device is not None or is_on_torchax(model)
+    listed = None if device is None or isinstance(device, str) else listed_devices(device)
+    compiles = isinstance(device, str) or is_on_torchax(model)
     if compile_cache is not None and not compiles:
         raise InputError(
             f"compile_cache={str(compile_cache)!r} keeps compiled programs, and {device=} compiles "
             "none; pass device='tpu', 'jax' or 'auto'"
         )
+    if listed is not None and compiles:
+        raise InputError(
+            f"{device=} is a list of torch's devices, and the model is on torchax; pass "
+            "device=None, or move the model to the CPU"
+        )
+    if listed is not None:
+        replicate(model, listed)
     _register()
     for layer, config in layer_configs(model):
         layer.config = config if isinstance(config, PatchedConfig) else PatchedConfig(config)
     remember_drawn_head(base_model(model))
-    if compiles:
+    if listed is not None:
+        leave(base_model(model))
+    elif compiles:
+        assert device is None or isinstance(device, str)
         _compile(model, device, None if compile_cache is None else Path(compile_cache))
     return model
 
@@ -101,6 +121,7 @@ def _compile(model: nn.Module, device: str | None, compile_cache: Path | None) -
     if program is None or program.device != found[0]:
         program = ModelProgram(inner, device=found[0], implementation=found[1])
     program.compile_cache = compile_cache or program.compile_cache
+    drop_replicas(inner)
     serve(inner, program)
 
 
@@ -114,6 +135,7 @@ def unpatch_model(model: ModelT) -> ModelT:
         if isinstance(config, PatchedConfig):
             layer.config = config.own
     leave(base_model(model))
+    drop_replicas(model)
     return model
 
 
