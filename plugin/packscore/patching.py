@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,7 +26,9 @@ from packscore.model.family import REGISTERED_NAMES, base_model, check_supported
 from packscore.model.place import is_on_torchax
 from packscore.model.weight_watch import SIGNS, listen
 from packscore.torch_engine.attention import SegmentPlan, segment_attention
+from packscore.torch_engine.devices import listed_devices
 from packscore.torch_engine.pages import LaunchPages
+from packscore.torch_engine.replicas import drop_replicas, replicate
 from packscore.torch_engine.row_plan import RowPlan, rows_attention
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 def patch_model(
     model: ModelT,
     *,
-    device: str | None = None,
+    device: str | Sequence[str | torch.device] | None = None,
     mesh: MeshChoice = None,
     compile_cache: str | Path | None = None,
 ) -> ModelT:
@@ -60,7 +62,10 @@ def patch_model(
         without an `attention_mask`, run through the programs too: they return no `past_key_values`
         and no gradients, and zeros at padding. All other calls stay in torch. A model on torchax is
         scored where it is, through programs that share its jax arrays; its ordinary calls stay
-        torchax's, with the packed attention in the place of their own.
+        torchax's, with the packed attention in the place of their own. A list of torch's devices,
+        `["cuda:0", "cuda:1"]`, scores on all of them at once: each has a copy of the weights and
+        pages of its own, on one of them the model itself where it is there. Copies follow the
+        model; an ordinary call is the model's.
       mesh: the chips of `device` that programs run on. None: one. {"data": n, "model": m}: n copies
         of the model, each cut over m chips; launches go to the copy that is free, and queries to
         the one that has their prefix. "auto": all chips of this process, with the fewest for a copy
@@ -78,6 +83,7 @@ def patch_model(
         message says why.
       InputError: there is no such device, a `compile_cache` or a `mesh` and no device to compile
         for, or a mesh that is not there or does not divide the model.
+      InputTypeError: an entry of a list is no device.
       UnsupportedVersionError: torch, transformers, jax or torchax has not what packscore reads of
         it; the message names it, and versions that have it.
       MissingPackageError: there is a device, and jax or torchax is not installed.
@@ -85,24 +91,34 @@ def patch_model(
     check_patching()
     check_supported(model)
     check_patching(base_model(model).config.model_type)
-    compiles = device is not None or is_on_torchax(model)
+    listed = None if device is None or isinstance(device, str) else listed_devices(device)
+    compiles = isinstance(device, str) or is_on_torchax(model)
     if compile_cache is not None and not compiles:
         raise InputError(
             f"compile_cache={str(compile_cache)!r} keeps compiled programs, and {device=} compiles "
             "none; pass device='tpu', 'jax' or 'auto'"
         )
-    if mesh is not None and (device is None or is_on_torchax(model)):
+    if mesh is not None and not (isinstance(device, str) and not is_on_torchax(model)):
         raise InputError(
-            f"mesh={mesh!r} says which chips share a model on the CPU through programs, and "
-            f"{device=} "
-            + ("scores it in torch" if device is None else "is one on torchax")
-            + "; pass device='tpu', 'jax' or 'auto' with a model on the CPU"
+            f"mesh={mesh!r} says which chips run the programs of a model on the CPU, and with "
+            f"{device=} this one is scored where it is; pass device='tpu' or 'jax', and a model on "
+            "the CPU"
         )
+    if listed is not None and compiles:
+        raise InputError(
+            f"{device=} is a list of torch's devices, and the model is on torchax; pass "
+            "device=None, or move the model to the CPU"
+        )
+    if listed is not None:
+        replicate(model, listed)
     _register()
     for layer, config in layer_configs(model):
         layer.config = config if isinstance(config, PatchedConfig) else PatchedConfig(config)
     remember_drawn_head(base_model(model))
-    if compiles:
+    if listed is not None:
+        leave(base_model(model))
+    elif compiles:
+        assert device is None or isinstance(device, str)
         _compile(model, device, mesh, None if compile_cache is None else Path(compile_cache))
     return model
 
@@ -128,6 +144,7 @@ def _compile(
     if program is None or program.copies != copies:
         program = ModelProgram(inner, copies=copies, implementation=found[1])
     program.compile_cache = compile_cache or program.compile_cache
+    drop_replicas(inner)
     serve(inner, program)
 
 
@@ -141,6 +158,7 @@ def unpatch_model(model: ModelT) -> ModelT:
         if isinstance(config, PatchedConfig):
             layer.config = config.own
     leave(base_model(model))
+    drop_replicas(model)
     return model
 
 

@@ -113,6 +113,10 @@ class ProgramEngine:
         with self._recovering():
             return self._program.start(batch, readout, self._pages, self._mask_kind, self._copy)
 
+    def is_done(self, launched: Launched) -> bool:
+        """Whether the device has computed a launch."""
+        return launched.is_done
+
     def read(self, launched: Sequence[Launched]) -> RowValues:
         """What is read at all rows."""
         with self._recovering():
