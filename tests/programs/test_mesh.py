@@ -130,6 +130,23 @@ def test_ordinary_calls_classifiers_and_new_weights_on_a_mesh() -> None:
     assert np.abs(np.array(got) - np.array(want)).max() <= PROBABILITY_MAX_FLOAT32
 
 
+def test_a_dense_mask_on_a_mesh() -> None:
+    model = decoder("llama", 2)
+    assert worst(on_mesh(model, 1, 4, mask_impl="dense"), model) <= PROBABILITY_MAX_FLOAT32
+
+
+def test_kernels_on_a_mesh_are_exact() -> None:
+    """The layer that runs on a TPU, interpreted on two chips: one head of the queries on each."""
+    sizes = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 128, "hidden_size": 128}
+    model = random_decoder("qwen3", **sizes, intermediate_size=512, pad_token_id=300)
+    scorer = on_mesh(model, 1, 2)
+    for executables in program_of(scorer.model)._of_copies:
+        executables.implementation = "pallas_interpret"
+    want = one_by_one(model, PREFIXES[1], ITEMS[0], LABELS)
+    got = torch.tensor(scorer.score(PREFIXES[1], ITEMS[0]))
+    assert (got - want).abs().max() <= PROBABILITY_MAX_FLOAT32
+
+
 def test_each_copy_computes_its_queries_and_keeps_their_pages() -> None:
     """Queries go to the copy that has their prefix; together the copies share the launches."""
     model = decoder("qwen3", 4, num_layers=1)

@@ -74,6 +74,11 @@ class Executables:
         self._by_tiles: dict[tuple[KernelImplementation, int], bool] = {}
         self._lock = threading.Lock()
 
+    def follow(self, before: Executables) -> None:
+        """Go on where those of another shape of the model end: as strict, counting from there."""
+        self.strict, self.folder = before.strict, before.folder
+        self.count, self.seconds = before.count, before.seconds
+
     def adapt(self, weights: Weights) -> None:
         """Make programs for weights of these shapes from now on; those for others are dropped."""
         shapes = jax.tree.map(lambda x: shape_of(x.shape, x.dtype), weights)

@@ -135,7 +135,7 @@ class TracedModel:
         check_cut(sizes, axis.chips)
         self.axis, self.cuts = axis, Cuts(sizes, axis.chips, classes)
         self.sizes = sizes.cut(axis.chips)  # of what each chip has
-        _share(self.skeleton.get_decoder().layers[0], axis)
+        _share(self.skeleton.get_decoder(), axis)
 
     def _call(
         self, module: nn.Module, weights: Mapping[str, Any], *args: Any, **kwargs: Any
@@ -288,12 +288,15 @@ class TracedModel:
         return whole_head(rows, part, final_cap(self.skeleton))
 
 
-def _share(layer: Any, axis: ModelAxis) -> None:
+def _share(decoder: Any, axis: ModelAxis) -> None:
     """Let the chips that have parts of a layer sum what its two halves give."""
+    layer = decoder.layers[0]
     mlp = layer.mlp
     if hasattr(mlp, "experts"):
         mlp.experts.model_axis = axis
     if axis.chips > 1:
+        # which row has no gradient: torch asks whether a chip's part has it
+        decoder.embed_tokens.padding_idx = None
         sum_over(axis, layer.self_attn.o_proj)
         if hasattr(mlp, "down_proj"):
             sum_over(axis, mlp.down_proj)
