@@ -135,7 +135,7 @@ class TracedModel:
         check_cut(sizes, axis.chips)
         self.axis, self.cuts = axis, Cuts(sizes, axis.chips, classes)
         self.sizes = sizes.cut(axis.chips)  # of what each chip has
-        _share(self.skeleton.get_decoder(), axis)
+        _share(self.skeleton.get_decoder().layers[0], axis)
 
     def _call(
         self, module: nn.Module, weights: Mapping[str, Any], *args: Any, **kwargs: Any
@@ -157,7 +157,13 @@ class TracedModel:
         if axis.chips == 1:
             return self._call(embed, weights, tokens)
         is_own, at = axis.own(tokens, len(weights["weight"]))
-        return axis.sum(jnp.where(is_own[..., None], self._call(embed, weights, at), 0))
+        # which row has no gradient: torch asks whether it is among a chip's, which it need not be
+        padding_idx, embed.padding_idx = embed.padding_idx, None
+        try:
+            found = self._call(embed, weights, at)
+        finally:
+            embed.padding_idx = padding_idx
+        return axis.sum(jnp.where(is_own[..., None], found, 0))
 
     def _reader(
         self,
@@ -288,15 +294,12 @@ class TracedModel:
         return whole_head(rows, part, final_cap(self.skeleton))
 
 
-def _share(decoder: Any, axis: ModelAxis) -> None:
+def _share(layer: Any, axis: ModelAxis) -> None:
     """Let the chips that have parts of a layer sum what its two halves give."""
-    layer = decoder.layers[0]
     mlp = layer.mlp
     if hasattr(mlp, "experts"):
         mlp.experts.model_axis = axis
     if axis.chips > 1:
-        # which row has no gradient: torch asks whether a chip's part has it
-        decoder.embed_tokens.padding_idx = None
         sum_over(axis, layer.self_attn.o_proj)
         if hasattr(mlp, "down_proj"):
             sum_over(axis, mlp.down_proj)
