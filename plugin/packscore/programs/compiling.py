@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec
 from tqdm.auto import tqdm
 
 from packscore.errors import UnexpectedCompileError
@@ -22,7 +21,7 @@ from packscore.model.sizes import ModelSizes
 from packscore.programs.interfaces import RESET_CACHE, USE_MESH
 from packscore.programs.launch_inputs import LaunchInputs, block_sizes_for
 from packscore.programs.mesh.chips import REPLICATED, ChipGroup
-from packscore.programs.mesh.cuts import MODEL
+from packscore.programs.mesh.cuts import MODEL, PartitionSpec
 from packscore.programs.pages import PAGES, pool_struct
 from packscore.programs.sizes import DenseKey, HeadKey, ProgramKey
 from packscore.programs.traced_model import TracedModel
@@ -215,7 +214,7 @@ def compile_program(
     specs = specs_of(traced, key, arguments)
     struct: Any = jax.ShapeDtypeStruct
 
-    def placed(spec: PartitionSpec, tree: Any) -> Any:
+    def placed(spec: Any, tree: Any) -> Any:
         where = chips.sharding(spec)
         return jax.tree.map(lambda x: struct(x.shape, x.dtype, sharding=where), tree)
 

@@ -155,7 +155,8 @@ class TracedModel:
         """[1, num_tokens, hidden_size] of i32[1, num_tokens], of which a chip may have no row."""
         embed, axis = self.skeleton.get_decoder().embed_tokens, self.axis
         if axis.chips == 1:
-            return self._call(embed, weights, tokens)
+            whole: jax.Array = self._call(embed, weights, tokens)
+            return whole
         is_own, at = axis.own(tokens, len(weights["weight"]))
         # which row has no gradient: torch asks whether it is among a chip's, which it need not be
         padding_idx, embed.padding_idx = embed.padding_idx, None

@@ -152,7 +152,7 @@ def torch_alone() -> Iterator[None]:
         yield
 
 
-def sum_over(axis: ModelAxis, linear: nn.Linear) -> None:
+def sum_over(axis: ModelAxis, linear: Any) -> None:
     """Let a product whose inputs the chips have in parts give them all the sum of their parts."""
 
     def forward(x: torch.Tensor) -> torch.Tensor:
