@@ -71,6 +71,7 @@ CASES = [
     Case("Qwen3-30B-A3B", "v6e", (2, 4), 1, 8),
     Case("Qwen3-30B-A3B", "v6e", (2, 4), 2, 4),
 ]
+IN_VMEM = re.compile(r"S\(\d+\)")  # which is sent as what lies in HBM is
 REDUCES = re.compile(r" = (.*?) all-reduce(?:-start)?\(")
 
 
@@ -95,7 +96,7 @@ def reduces(text: str, layers: int) -> tuple[int, float]:
         times = loops.get(name, 1)  # what else has them are loops over few rows, and what is once
         if times == layers - 1:
             in_layers += len(found)
-        num_bytes += times * sum(map(program.array_bytes, found))
+        num_bytes += times * sum(program.array_bytes(IN_VMEM.sub("", shape)) for shape in found)
     return in_layers, num_bytes
 
 
