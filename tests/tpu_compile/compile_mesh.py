@@ -1,4 +1,4 @@
-"""Compile a small model for four chips that share it, and say what is in the program. One object."""
+"""Compile a small model for four chips that share it, and say what is in the program."""
 
 import json
 import re
