@@ -33,7 +33,6 @@ from packscore.interfaces import (
 from packscore.model.family import TRACED_MODEL_TYPES, class_count
 from packscore.model.masks import MaskKind, final_cap, windows_of
 from packscore.model.sizes import ModelSizes
-from packscore.programs.bound import AtRows, Bound, KeysValuesOf
 from packscore.programs.fused_layer import (
     Call,
     Layer,
@@ -57,7 +56,10 @@ from packscore.programs.mesh.axis import ONE_CHIP, ModelAxis
 from packscore.programs.mesh.cuts import Cuts, check_cut
 from packscore.programs.traced_ops import (
     NAME,
+    AtRows,
+    Bound,
     KernelImplementation,
+    KeysValuesOf,
     LayerAttention,
     program_attention,
     program_experts,
