@@ -15,6 +15,7 @@ import pytest
 from helpers import random_ids
 from packscore import EncodedRequest
 from packscore.flows.copies import Copies
+from packscore.flows.engine import Limits
 from packscore.flows.jobs import RequestValues
 from packscore.flows.runner import Runner
 from page_books import check_books
@@ -155,6 +156,13 @@ def test_memory_that_is_short_on_one_copy_halves_launches_on_all() -> None:
     engines[1].room = 700
     run(engines, [request_of(k) for k in range(12)])
     assert all(len(engine.launched[-1].token_ids) <= 700 for engine in engines)
+
+
+def test_what_a_launch_can_hold_is_what_all_can() -> None:
+    engines = [StandIn(target=2000), StandIn(target=700)]
+    assert Copies(engines).limits == Limits(2**14, 700, 64)  # type: ignore[arg-type]
+    run(engines, [request_of(k) for k in range(12)])
+    assert max(len(batch.token_ids) for x in engines for batch in x.launched) <= 700
 
 
 def test_a_copy_whose_pages_are_held_sends_prefixes_to_another() -> None:
