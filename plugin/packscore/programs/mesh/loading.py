@@ -1,0 +1,134 @@
+"""Weights of a checkpoint straight to the chips: each part is read, and sent to where it belongs.
+
+A tensor of the files is read once, whatever chips have a part of it. The host holds one part at a
+time, and a chip its own parts and those of one layer twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import PreTrainedModel
+
+from packscore.model.family import output_head
+from packscore.model.stored import Files, Stored, open_files
+from packscore.programs.mesh.chips import ChipGroup
+from packscore.programs.mesh.cuts import Cut, Cuts
+
+Arrays = dict[str, jax.Array]
+CutOf = Callable[[str], Cut]
+
+
+def load_weights(
+    model: PreTrainedModel, copies: Sequence[ChipGroup], cuts: Cuts
+) -> list[dict[str, Arrays]]:
+    """The weights of a model whose tensors are in files, on the chips of every copy.
+
+    Args:
+      model: whose tensors are `Stored`.
+      copies: the chips of each, as many in each.
+      cuts: over the chips of a copy.
+
+    Returns:
+      Of each copy what `put_weights` would give of the model's weights.
+    """
+    whole: Any = model
+    decoder, head = whole.get_decoder(), output_head(model)
+    groups = {name: _tensors(getattr(decoder, name)) for name in ("norm", "embed_tokens")}
+    groups["rotary"] = _tensors(decoder.rotary_emb)
+    if head.weight is not decoder.embed_tokens.weight:  # a tied one is there already
+        groups["head"] = {"weight": head.weight}
+    of_layers = [dict(layer.named_parameters()) for layer in decoder.layers]
+    layers = _stacked(of_layers, copies, lambda name: cuts.of("layers", name))
+    found: list[dict[str, Arrays]] = [{"layers": stacks} for stacks in layers]
+    for group, named in groups.items():
+        parts = _on_chips(named, copies, lambda name, group=group: cuts.of(group, name))
+        for weights, own in zip(found, parts, strict=True):
+            weights[group] = own
+    return found
+
+
+def _tensors(module: Any) -> dict[str, Stored]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _stacked(
+    layers: Sequence[Mapping[str, Stored]], copies: Sequence[ChipGroup], cut_of: CutOf
+) -> list[Arrays]:
+    """The weights of equal layers, [num_layers, ...] each: a layer after the other is put there."""
+    functions = [_functions(chips, layers[0], cut_of) for chips in copies]
+    stacks: list[Arrays] = []
+    for i, layer in enumerate(layers):
+        parts = _on_chips(layer, copies, cut_of)
+        if not stacks:
+            of_copies = zip(functions, parts, strict=True)
+            stacks = [empty(len(layers), own) for (empty, _), own in of_copies]
+        ready = zip(functions, stacks, parts, strict=True)
+        stacks = [put(before, own, i) for (_, put), before, own in ready]
+        jax.block_until_ready(stacks)  # so that a layer is let go of before more is read
+    return stacks
+
+
+def _functions(
+    chips: ChipGroup, layer: Mapping[str, Stored], cut_of: CutOf
+) -> tuple[Callable[..., Arrays], Callable[..., Arrays]]:
+    """What makes stacks for layers like one, and what puts it there: on every chip for itself."""
+    places = {name: chips.sharding(cut_of(name).spec(1)) for name in layer}
+
+    def empty(num_layers: int, layer: Arrays) -> Arrays:
+        shapes = {name: (num_layers, *x.shape) for name, x in layer.items()}
+        return {name: jnp.zeros(shape, layer[name].dtype) for name, shape in shapes.items()}
+
+    def put(stacks: Arrays, layer: Arrays, i: jax.Array) -> Arrays:
+        update = jax.lax.dynamic_update_index_in_dim
+        return {name: update(stack, layer[name], i, 0) for name, stack in stacks.items()}
+
+    return (
+        jax.jit(empty, static_argnums=0, out_shardings=places),
+        jax.jit(put, donate_argnums=0, out_shardings=places),
+    )
+
+
+def _on_chips(
+    named: Mapping[str, Stored], copies: Sequence[ChipGroup], cut_of: CutOf
+) -> list[Arrays]:
+    """Weights by name, on the chips of every copy."""
+    found: list[Arrays] = [{} for _ in copies]
+    for name, weight in named.items():
+        cut = cut_of(name)
+        parts: list[list[jax.Array]] = [[] for _ in copies]
+        with open_files() as files:
+            for values, chips in _parts(weight, cut, files):
+                for own, copy in zip(parts, copies, strict=True):
+                    own += [jax.device_put(values, copy.devices[chip]) for chip in chips]
+                jax.block_until_ready(parts)  # so that a part is let go of before more is read
+        whole = cut.whole(tuple(weight.shape))
+        for arrays, copy, own in zip(found, copies, parts, strict=True):
+            place = copy.sharding(cut.spec())
+            arrays[name] = jax.make_array_from_single_device_arrays(whole, place, own)
+    return found
+
+
+def _parts(weight: Stored, cut: Cut, files: Files) -> Iterator[tuple[npt.NDArray[Any], range]]:
+    """Each part that differs, in the order of the chips, and the chips that have it."""
+    if cut.axis is None:
+        yield _to_numpy(weight.read(files)), range(cut.chips)
+        return
+    shape, sharers = tuple(weight.shape), cut.chips // cut.parts
+    for first in range(0, cut.chips, sharers):
+        rows = cut.part(shape[cut.axis], first)
+        values = weight.read(files, cut.axis, rows, cut.local(shape)[cut.axis])
+        yield _to_numpy(values), range(first, first + sharers)
+
+
+def _to_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """The same memory for numpy, whose bfloat16 is an extension that torch does not know."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
+    return np.asarray(tensor)
