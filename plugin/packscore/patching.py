@@ -75,7 +75,7 @@ def patch_model(
     check_supported(model)
     check_patching(base_model(model).config.model_type)
     compiles = device is not None or is_on_torchax(model)
-    if not compiles and is_stored(base_model(model)):
+    if not compiles and is_stored(base_model(model)) and program_of(model) is None:
         refuse(f"patch_model with {device=}")
     if compile_cache is not None and not compiles:
         raise InputError(

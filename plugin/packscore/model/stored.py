@@ -8,8 +8,8 @@ is an error by name.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,15 +20,8 @@ from torch import nn
 
 from packscore.errors import UnsupportedModelError
 
-# From a path to the file, open for as long as one tensor is read: what was read stays mapped.
+# From a path to the file, which is open for one read: what was read of it stays mapped until then.
 Files = Callable[[Path], Any]
-
-
-@contextmanager
-def open_files() -> Iterator[Files]:
-    """Files of safetensors, each opened when it is first asked for, and closed behind the block."""
-    with ExitStack() as stack:
-        yield functools.cache(lambda path: stack.enter_context(safe_open(path, "pt")))
 
 
 @dataclass(frozen=True)
@@ -86,12 +79,11 @@ class Stored(torch.Tensor):
     value: torch.Tensor | None  # of a buffer, which no checkpoint has
 
     def read(
-        self, files: Files, axis: int = 0, rows: slice | None = None, size: int | None = None
+        self, axis: int = 0, rows: slice | None = None, size: int | None = None
     ) -> torch.Tensor:
         """Values in memory of their own, in this tensor's dtype.
 
         Args:
-          files: from `open_files`.
           axis: along which only `rows` are read.
           rows: with a start and a stop; None reads all of it.
           size: rows of what is returned; behind those that were read there are zeros.
@@ -102,16 +94,16 @@ class Stored(torch.Tensor):
         shape = list(self.shape)
         shape[axis] = rows.stop - rows.start if size is None else size
         target = torch.zeros(shape, dtype=self.dtype)
-        for piece in self.pieces:
-            piece.copy_to(target, files, axis, rows)
+        with ExitStack() as opened:
+            files = functools.cache(lambda path: opened.enter_context(safe_open(path, "pt")))
+            for piece in self.pieces:
+                piece.copy_to(target, files, axis, rows)
         return target
 
     def read_rows(self, rows: list[int] | slice) -> torch.Tensor:
         """Rows by their numbers, or one after the other, in memory of their own."""
-        first = self.shape[0]
         each = [rows] if isinstance(rows, slice) else [slice(row, row + 1) for row in rows]
-        with open_files() as files:
-            return torch.cat([self.read(files, 0, slice(*one.indices(first))) for one in each])
+        return torch.cat([self.read(0, slice(*one.indices(len(self)))) for one in each])
 
     @classmethod
     def __torch_dispatch__(

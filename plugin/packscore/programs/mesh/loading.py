@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from packscore.model.family import output_head
-from packscore.model.stored import Files, Stored, open_files
+from packscore.model.stored import Stored
 from packscore.programs.mesh.chips import ChipGroup
 from packscore.programs.mesh.cuts import Cut, Cuts
 
@@ -103,11 +103,10 @@ def _on_chips(
     for name, weight in named.items():
         cut = cut_of(name)
         parts: list[list[jax.Array]] = [[] for _ in copies]
-        with open_files() as files:
-            for values, chips in _parts(weight, cut, files):
-                for own, copy in zip(parts, copies, strict=True):
-                    own += [jax.device_put(values, copy.devices[chip]) for chip in chips]
-                jax.block_until_ready(parts)  # so that a part is let go of before more is read
+        for values, chips in _parts(weight, cut):
+            for own, copy in zip(parts, copies, strict=True):
+                own += [jax.device_put(values, copy.devices[chip]) for chip in chips]
+            jax.block_until_ready(parts)  # so that a part is let go of before more is read
         whole = cut.whole(tuple(weight.shape))
         for arrays, copy, own in zip(found, copies, parts, strict=True):
             place = copy.sharding(cut.spec())
@@ -115,15 +114,15 @@ def _on_chips(
     return found
 
 
-def _parts(weight: Stored, cut: Cut, files: Files) -> Iterator[tuple[npt.NDArray[Any], range]]:
+def _parts(weight: Stored, cut: Cut) -> Iterator[tuple[npt.NDArray[Any], range]]:
     """Each part that differs, in the order of the chips, and the chips that have it."""
     if cut.axis is None:
-        yield _to_numpy(weight.read(files)), range(cut.chips)
+        yield _to_numpy(weight.read()), range(cut.chips)
         return
     shape, sharers = tuple(weight.shape), cut.chips // cut.parts
     for first in range(0, cut.chips, sharers):
         rows = cut.part(shape[cut.axis], first)
-        values = weight.read(files, cut.axis, rows, cut.local(shape)[cut.axis])
+        values = weight.read(cut.axis, rows, cut.local(shape)[cut.axis])
         yield _to_numpy(values), range(first, first + sharers)
 
 
