@@ -68,7 +68,7 @@ def model_without_values() -> Qwen3ForCausalLM:
 def scorer_that_answers_at_once(model: Qwen3ForCausalLM) -> MultiItemScorer:
     """A scorer with a chip's plans, whose programs give zeros."""
     scorer = MultiItemScorer(patch_model(model, device="jax"), label_token_ids=list(LABEL_IDS))
-    engine: Any = scorer._core.engine
+    engine: Any = scorer._core.copies.first
     program = engine._program
 
     def answers(key: ProgramKey) -> Any:
@@ -144,7 +144,7 @@ def items_of(args: argparse.Namespace) -> list[Any]:
 def requests_ms(args: argparse.Namespace, scorer: MultiItemScorer) -> dict[str, float]:
     """Requests of a query that is new, of token ids and of a user's lists, in turns."""
     core, turn = scorer._core, itertools.count()
-    engine: Any = core.engine
+    engine: Any = core.copies.first
     read = LabelRead((Labels(tuple((i,) for i in LABEL_IDS)),), over_vocabulary=False)
     items = items_of(args)
     lists = [item.tolist() for item in items]
@@ -179,7 +179,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model = model_without_values()
     scorer = scorer_that_answers_at_once(model)
-    bucket, ms = parts_ms(args, scorer._core.engine._program.sizes)
+    bucket, ms = parts_ms(args, scorer._core.copies.first._program.sizes)
     ms |= requests_ms(args, scorer)
     watch = WeightWatch(model)
     (ms["look"],) = medians_ms(args.rounds, lambda: watch.sees_change(model))

@@ -24,7 +24,8 @@ import torch
 import provenance
 from packscore import InputError, MultiItemScorer, patch_model
 from packscore.core import ScoringCore
-from packscore.flows.engine import Engine, Readout
+from packscore.flows.copies import Copies
+from packscore.flows.engine import Readout
 from packscore.flows.planner import Plan, Planner, Workload
 from packscore.flows.runner import Runner
 from packscore.results import Flow
@@ -56,9 +57,9 @@ def ids(rng: np.random.Generator, count: int) -> list[int]:
     return found
 
 
-def engine_of(scorer: MultiItemScorer) -> Engine:
+def copies_of(scorer: MultiItemScorer) -> Copies:
     """What runs the scorer's launches now."""
-    return scorer._core.engine
+    return scorer._core.copies
 
 
 class OneFlowPlanner(Planner):
@@ -76,8 +77,8 @@ class OneFlowPlanner(Planner):
 class OneFlowRunner(Runner):
     """Runs one flow as if it had been chosen: by name it might leave the pages alone."""
 
-    def __init__(self, engine: Engine, flow: Flow) -> None:
-        super().__init__(engine)
+    def __init__(self, copies: Copies, flow: Flow) -> None:
+        super().__init__(copies)
         self._flow = flow
 
     @property
@@ -107,7 +108,7 @@ class Timed:
         self.prepare()
         start = time.process_time()
         request = self.scorer.encode(self.prefix, self.items)
-        (found,) = OneFlowRunner(engine_of(self.scorer), flow).run([request], READOUT)
+        (found,) = OneFlowRunner(copies_of(self.scorer), flow).run([request], READOUT)
         if isinstance(found, Exception):
             raise found
         scores = ScoringCore.probabilities(found)
@@ -118,7 +119,7 @@ def measure(timed: Timed, rounds: int, tolerance: float) -> dict[str, Any]:
     """Time every flow, in an order that turns around."""
     timed.prepare()
     request = timed.scorer.encode(timed.prefix, timed.items)
-    found = Runner(engine_of(timed.scorer)).explain(request)
+    found = Runner(copies_of(timed.scorer)).explain(request)
     plans: dict[str, Any] = {}
     for plan in found.plans:  # the chosen one first
         if not any(
@@ -171,7 +172,7 @@ def main() -> None:
     load, *_ = provenance.load()
     with mock.patch("packscore.flows.runner.time.perf_counter", time.process_time):
         scorer.calibrate(seconds=20)
-    costs = engine_of(scorer).costs
+    costs = copies_of(scorer).costs
     print(costs)
     print(
         f"{'query':>6} {'cached':>6} {'items':>5} {'tokens':>6}  ratio  flow: least (predicted) ms"

@@ -8,6 +8,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 # and torch's threads would turn in circles while they wait, on cores that the other process needs
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# eight devices of a CPU stand for the chips of a slice; all that knows of no mesh runs on the first
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import tempfile
 from pathlib import Path

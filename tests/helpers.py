@@ -200,4 +200,4 @@ def lease_of(prefix: Any) -> Any:
 
 def engine_of(scorer: MultiItemScorer) -> Any:
     """What runs a scorer's launches now; the one place that knows where it is."""
-    return scorer._core.engine
+    return scorer._core.copies.first

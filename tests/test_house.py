@@ -49,7 +49,7 @@ __main__ -> cli
 # programs brings jax and torchax; from outside it is imported here and nowhere else.
 DOORS_OF_PROGRAMS = {
     ("packscore.patching", "_compile", "call"),
-    ("packscore.core", "_new_engine", "call"),
+    ("packscore.core", "_new_engines", "call"),
     ("packscore.selftest.parts", "parts", "call"),
     ("packscore", "", "types"),
     ("packscore.calls", "", "types"),

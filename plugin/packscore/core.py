@@ -21,6 +21,7 @@ from packscore.errors import (
     NotPatchedError,
     UnsupportedModelError,
 )
+from packscore.flows.copies import Copies
 from packscore.flows.engine import Engine
 from packscore.flows.page_pool import PrefixLease
 from packscore.flows.reads import HiddenRows, LabelLogits, LabelRead, Read, run_reads
@@ -40,8 +41,7 @@ from packscore.text.labels import LabelIds, Labels
 from packscore.text.named import resolve_prompt
 from packscore.text.prompts import PromptSpec
 from packscore.text.tokenizer import PieceTokenizer
-from packscore.torch_engine.dense import DenseEngine
-from packscore.torch_engine.engine import TorchEngine
+from packscore.torch_engine.replicas import Replicas, replicas_of, torch_engines
 
 if TYPE_CHECKING:
     from packscore.programs.program import ModelProgram
@@ -160,18 +160,18 @@ class ScoringCore:
         self.prefix_cache_bytes = prefix_cache_bytes
         self.on_non_finite = on_non_finite
         self.max_tokens = max_tokens
-        self._engine: tuple[ModelProgram | None, Engine] | None = None
-        self._engine_lock = threading.Lock()
+        self._copies: tuple[Any, Copies] | None = None
+        self._copies_lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         # pages, plans and locks stay with their process; a copy makes its own
-        state = {**self.__dict__, "_engine": None}
-        del state["_engine_lock"]
+        state = {**self.__dict__, "_copies": None}
+        del state["_copies_lock"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
-        self._engine_lock = threading.Lock()
+        self._copies_lock = threading.Lock()
 
     def encode(
         self,
@@ -240,10 +240,9 @@ class ScoringCore:
         Args:
           requests: encoded queries and items.
           reads: of all requests, or of each.
-          flow: as in `Runner.run`.
-          lease: as in `Runner.run`.
+          flow, lease: as in `Runner.run`.
           progress: called with the number of items that were scored since.
-          runner: of the engine of now; None makes one.
+          runner: of the engines of now; None makes one.
 
         Returns:
           `LabelLogits` or `HiddenRows` of each request, as its read has it.
@@ -297,18 +296,30 @@ class ScoringCore:
         raise NonFiniteScoreError.at(indices, scores, name)
 
     @property
-    def engine(self) -> Engine:
+    def _runtime(self) -> tuple[ModelProgram | None, Replicas | None]:
+        return program_of(self.base), replicas_of(self.base)
+
+    @property
+    def num_copies(self) -> int:
+        """How many engines run launches now; asking makes none."""
+        program, replicas = self._runtime
+        if program is not None:
+            return len(program.copies)
+        return replicas.num_copies if replicas else 1
+
+    @property
+    def copies(self) -> Copies:
         """What runs launches where the model runs now: in torch, or in its compiled programs."""
-        program = program_of(self.base)
-        with self._engine_lock:
-            if self._engine is None or self._engine[0] is not program:
-                self._engine = program, _new_engine(self, program)
-            return self._engine[1]
+        runtime = self._runtime
+        with self._copies_lock:
+            if self._copies is None or self._copies[0] != runtime:
+                self._copies = runtime, Copies(_new_engines(self, runtime[0]))
+            return self._copies[1]
 
     @property
     def runner(self) -> Runner:
-        """Runs requests on the engine of now."""
-        return Runner(self.engine)
+        """Runs requests on the engines of now."""
+        return Runner(self.copies)
 
     def check_ready(self) -> None:
         """Refuse a model that would not give its own scores now.
@@ -381,12 +392,11 @@ def check_patched(model: nn.Module, mask_impl: MaskKind) -> None:
         )
 
 
-def _new_engine(core: ScoringCore, program: ModelProgram | None) -> Engine:
+def _new_engines(core: ScoringCore, program: ModelProgram | None) -> list[Engine]:
     if program is not None:
         # imported here: jax and torchax come into the process on the JAX path only
         from packscore.programs.engine import ProgramEngine
 
-        return ProgramEngine(program, core.prefix_cache_bytes, core.mask_impl)
-    if core.mask_impl == "dense":
-        return DenseEngine(core.model, core.head)
-    return TorchEngine(core.model, core.head, core.prefix_cache_bytes)
+        given = program, core.prefix_cache_bytes, core.mask_impl
+        return [ProgramEngine(*given, copy) for copy in range(len(program.copies))]
+    return torch_engines(core.model, core.head, core.prefix_cache_bytes, core.mask_impl)

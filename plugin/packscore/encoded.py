@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -37,3 +38,18 @@ class EncodedRequest:
     def prompt_tokens(self) -> int:
         """Tokens that scoring the items one by one would compute."""
         return len(self.prefix) * len(self.items) + sum(map(len, self.items))
+
+    def part(self, items: Sequence[int]) -> EncodedRequest:
+        """The same of some items alone, in the order that they are named in."""
+        where = {item: i for i, item in enumerate(items)}
+
+        def listed(indices: list[int]) -> list[int]:
+            return [where[i] for i in indices if i in where]
+
+        return replace(
+            self,
+            items=[self.items[i] for i in items],
+            truncated_items=listed(self.truncated_items),
+            special_token_items=listed(self.special_token_items),
+            rows=None if self.rows is None else [self.rows[i] for i in items],
+        )

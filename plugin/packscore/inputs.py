@@ -219,7 +219,7 @@ def _check_path(name: str, value: object) -> None:
 
 
 def _check_device(name: str, value: object) -> None:
-    if not isinstance(value, str | torch.device):
+    if not isinstance(value, str | torch.device | list | tuple):
         raise InputTypeError(f"{name}={short(value)} must be a string, a torch.device, or None")
 
 

@@ -20,7 +20,8 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from packscore.errors import InputError, LoadError, PackscoreError
+from packscore.errors import InputError, InputTypeError, LoadError, PackscoreError
+from packscore.inputs import short
 from packscore.installed import version_of
 from packscore.interfaces import FIND_ADAPTER, FIND_FILE, FIND_QUIETLY, check_loading
 from packscore.model.checkpoint import FLOATS, FileTensor, Misfits, store_weights
@@ -63,9 +64,15 @@ def place_of(device: str | torch.device | None) -> Place:
 
     Raises:
       InputError: there is no such device.
+      InputTypeError: there are several.
     """
     if device is None or device == "auto":
         return fastest_place()
+    if isinstance(device, list | tuple):
+        raise InputTypeError(
+            f"device={short(device)} must be one device; load the model on one, and pass the list "
+            "to patch_model(model, device=[...])"
+        )
     if device in ("tpu", "jax"):
         return Place("cpu", str(device))
     try:

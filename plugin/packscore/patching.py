@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,10 +27,13 @@ from packscore.model.place import is_on_torchax
 from packscore.model.stored import is_stored, refuse
 from packscore.model.weight_watch import SIGNS, listen
 from packscore.torch_engine.attention import SegmentPlan, segment_attention
+from packscore.torch_engine.devices import listed_devices
 from packscore.torch_engine.pages import LaunchPages
+from packscore.torch_engine.replicas import drop_replicas, replicate
 from packscore.torch_engine.row_plan import RowPlan, rows_attention
 
 if TYPE_CHECKING:
+    from packscore.programs.mesh.choice import MeshChoice
     from packscore.programs.row_attention import RowAttention
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -38,7 +41,11 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 @checked
 def patch_model(
-    model: ModelT, *, device: str | None = None, compile_cache: str | Path | None = None
+    model: ModelT,
+    *,
+    device: str | Sequence[str | torch.device] | None = None,
+    mesh: MeshChoice = None,
+    compile_cache: str | Path | None = None,
 ) -> ModelT:
     """Give `model` the packed attention, in place.
 
@@ -56,7 +63,16 @@ def patch_model(
         without an `attention_mask`, run through the programs too: they return no `past_key_values`
         and no gradients, and zeros at padding. All other calls stay in torch. A model on torchax is
         scored where it is, through programs that share its jax arrays; its ordinary calls stay
-        torchax's, with the packed attention in the place of their own.
+        torchax's, with the packed attention in the place of their own. A list of torch's devices,
+        `["cuda:0", "cuda:1"]`, scores on all of them at once: each has a copy of the weights and
+        pages of its own, on one of them the model itself where it is there. Copies follow the
+        model; an ordinary call is the model's.
+      mesh: the chips of `device` that programs run on. None: one. {"data": n, "model": m}: n copies
+        of the model, each cut over m chips; launches go to the copy that is free, and queries to
+        the one that has their prefix. "auto": all chips of this process, with the fewest for a copy
+        that hold it. Or a `jax.sharding.Mesh` with these axes. The weights stay in the host's
+        memory too; `MultiItemScorer.from_pretrained(..., mesh=...)` loads a model that this, or
+        one chip, does not hold.
       compile_cache: folder that keeps compiled programs for the next process; None leaves that to
         jax, which reads JAX_COMPILATION_CACHE_DIR.
 
@@ -66,7 +82,9 @@ def patch_model(
     Raises:
       UnsupportedModelError: the model cannot be scored exactly when packed, or not in programs; the
         message says why.
-      InputError: there is no such device, or a `compile_cache` and no device to compile for.
+      InputError: there is no such device, a `compile_cache` or a `mesh` and no device to compile
+        for, or a mesh that is not there or does not divide the model.
+      InputTypeError: an entry of a list is no device.
       UnsupportedVersionError: torch, transformers, jax or torchax has not what packscore reads of
         it; the message names it, and versions that have it.
       MissingPackageError: there is a device, and jax or torchax is not installed.
@@ -74,36 +92,62 @@ def patch_model(
     check_patching()
     check_supported(model)
     check_patching(base_model(model).config.model_type)
-    compiles = device is not None or is_on_torchax(model)
-    if not compiles and is_stored(base_model(model)) and program_of(model) is None:
+    listed = None if device is None or isinstance(device, str) else listed_devices(device)
+    compiles = isinstance(device, str) or is_on_torchax(model)
+    if not compiles and is_stored(inner := base_model(model)) and (listed or not program_of(inner)):
         refuse(f"patch_model with {device=}")
     if compile_cache is not None and not compiles:
         raise InputError(
             f"compile_cache={str(compile_cache)!r} keeps compiled programs, and {device=} compiles "
             "none; pass device='tpu', 'jax' or 'auto'"
         )
+    if mesh is not None and not (isinstance(device, str) and not is_on_torchax(model)):
+        raise InputError(
+            f"mesh={mesh!r} says which chips run the programs of a model on the CPU, and with "
+            f"{device=} this one is scored where it is; pass device='tpu' or 'jax', and a model on "
+            "the CPU"
+        )
+    if listed is not None and compiles:
+        raise InputError(
+            f"{device=} is a list of torch's devices, and the model is on torchax; pass "
+            "device=None, or move the model to the CPU"
+        )
+    if listed is not None:
+        replicate(model, listed)
     _register()
     for layer, config in layer_configs(model):
         layer.config = config if isinstance(config, PatchedConfig) else PatchedConfig(config)
     remember_drawn_head(base_model(model))
-    if compiles:
-        _compile(model, device, None if compile_cache is None else Path(compile_cache))
+    if listed is not None:
+        leave(base_model(model))
+    elif compiles:
+        assert device is None or isinstance(device, str)
+        _compile(model, device, mesh, None if compile_cache is None else Path(compile_cache))
     return model
 
 
-def _compile(model: nn.Module, device: str | None, compile_cache: Path | None) -> None:
+def _compile(
+    model: nn.Module, device: str | None, mesh: MeshChoice, compile_cache: Path | None
+) -> None:
     # imported here: jax and torchax come into the process on the JAX path only
     from packscore.programs.device import resolve_device
+    from packscore.programs.mesh.choice import resolve_mesh
     from packscore.programs.program import ModelProgram
 
     inner = base_model(model)
     found = resolve_device(device, inner)
+    if found is None and mesh is not None:
+        raise InputError(
+            f"{mesh=} needs chips, and {device=} finds none; pass device='jax' or none"
+        )
     if found is None:
         return
+    copies = resolve_mesh(mesh, found[0], inner)
     program = program_of(inner)
-    if program is None or program.device != found[0]:
-        program = ModelProgram(inner, device=found[0], implementation=found[1])
+    if program is None or program.copies != copies:
+        program = ModelProgram(inner, copies=copies, implementation=found[1])
     program.compile_cache = compile_cache or program.compile_cache
+    drop_replicas(inner)
     serve(inner, program)
 
 
@@ -122,6 +166,7 @@ def unpatch_model(model: ModelT) -> ModelT:
         if isinstance(config, PatchedConfig):
             layer.config = config.own
     leave(base_model(model))
+    drop_replicas(model)
     return model
 
 

@@ -51,7 +51,7 @@ class Held:
     """
 
     def __init__(self, core: ScoringCore, tokens: TokenIds) -> None:
-        self._core, self.tokens, self._engine = core, tokens, core.engine
+        self._core, self.tokens, self._copies = core, tokens, core.copies
         self._lease = self._hold()
 
     @property
@@ -66,12 +66,12 @@ class Held:
     def _hold(self) -> PrefixLease | None:
         if not len(self.tokens):
             return None
-        lease = Runner(self._engine).hold(self.tokens)
-        if not self._engine.keeps_pages:
+        lease = Runner(self._copies).hold(self.tokens)
+        if not self._copies.keeps_pages:
             _tell_that_nothing_is_kept()
-        elif lease is None and self._engine.only_flow is None:
-            pool = self._engine.pool
-            free = (pool.num_pages - pool.num_pinned_pages) * pool.page_size if pool else 0
+        elif lease is None and self._copies.only_flow is None:
+            pools = self._copies.pools
+            free = max(((x.num_pages - x.num_pinned_pages) * x.page_size for x in pools), default=0)
             raise InputError(
                 f"query has {len(self.tokens)} tokens with its prompt, and "
                 f"prefix_cache_bytes={self._core.prefix_cache_bytes} has room for {free} that are "
@@ -97,12 +97,12 @@ class Held:
           StalePrefixError: it was released, or the model's weights changed since.
         """
         self.check_held()
-        self._engine.refresh()
+        self._copies.refresh()
         self.check_held()
 
     def check_held(self) -> None:
         """The same by what was last seen of the model."""
-        if self._core.engine is not self._engine:
+        if self._core.copies is not self._copies:
             raise StalePrefixError(
                 "the prefix was computed before the model was patched anew; open a new one with "
                 "scorer.prefix(query)"

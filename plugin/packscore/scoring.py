@@ -142,7 +142,9 @@ class MultiItemScorer:
     def __repr__(self) -> str:
         # nothing here makes an engine or reads a weight
         program = program_of(self._core.base)
-        runs = "torch" if program is None else f"programs on {program.device}"
+        runs = "torch" if program is None else f"programs on {program.place}"
+        if program is None and self._core.num_copies > 1:
+            runs += f", {self._core.num_copies} copies"
         prompt = cut(self._prompt or "plain")
         mask = f"mask_impl={self.mask_impl!r}"
         return f"{model_told(self._core.base)}, in {runs}, prompt={prompt}, {mask}"
@@ -1034,13 +1036,11 @@ class MultiItemScorer:
         Raises:
           UnsupportedModelError: the model cannot be scored exactly any more.
         """
-        self._core.engine.refresh(force=True)
+        self._core.copies.refresh(force=True)
 
     def clear_prefixes(self) -> None:
         """Forget all queries on the device, also those held by `prefix`, which become stale."""
-        pool = self._core.engine.pool
-        if pool is not None:
-            pool.clear()
+        self._core.copies.clear()
 
     @property
     def label_token_ids(self) -> list[int] | list[list[int]] | None:

@@ -623,7 +623,7 @@ def test_a_program_that_ends_waits_for_the_launch_that_runs_alone() -> None:
         heads = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=16, vocab_size=99)
         model = Qwen3ForCausalLM(Qwen3Config(**sizes, **heads)).eval()
         scorer = MultiItemScorer(patch_model(model), label_token_ids=[1, 2])
-        engine = scorer._core.engine
+        engine = scorer._core.copies.first
         launch = engine.launch
 
         def slowly(*args):

@@ -9,6 +9,7 @@ import pytest
 
 from helpers import LABELS, engine_of, random_ids, random_qwen3
 from packscore import EncodedRequest, MultiItemScorer, UnsupportedModelError, patch_model
+from packscore.flows.copies import Copies
 from packscore.flows.engine import Limits, Readout
 from packscore.flows.jobs import RequestValues
 from packscore.flows.runner import Runner
@@ -35,7 +36,7 @@ def engine() -> Any:
 
 
 def run(engine: Any, requests: list[EncodedRequest], **options: Any) -> list[Any]:
-    return Runner(engine, **options).run(requests, READOUT)
+    return Runner(Copies([engine]), **options).run(requests, READOUT)
 
 
 class Faults:

@@ -10,6 +10,7 @@ import torch
 
 from helpers import QWEN3
 from packscore.encoded import EncodedRequest
+from packscore.flows.copies import Copies
 from packscore.flows.costs import tpu_cost_model
 from packscore.flows.engine import Limits, Readout, RowValues
 from packscore.flows.page_pool import PagePool
@@ -60,7 +61,7 @@ class CountingEngine:
 def grown(count: int) -> CountingEngine:
     engine: Any = CountingEngine()
     items = [np.full(ITEM, k) for k in range(count)]
-    (found,) = Runner(engine).run(
+    (found,) = Runner(Copies([engine])).run(
         [EncodedRequest(np.arange(QUERY), items)], Readout((1, 2), over_vocabulary=False)
     )
     assert not isinstance(found, Exception), found

@@ -221,7 +221,7 @@ def test_requests_of_their_own_options_share_a_launch(
         ScoreRequest(PREFIX[:60], ITEMS[:2], label_token_ids=[[5, 6], [7]], readout=Content()),
     ]
     scorer.clear_prefixes()
-    engine = scorer._core.engine
+    engine = scorer._core.copies.first
     launches: list[Any] = []
     launch = engine.launch
     monkeypatch.setattr(engine, "launch", lambda *args: launches.append(args) or launch(*args))

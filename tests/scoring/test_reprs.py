@@ -52,7 +52,7 @@ def test_a_scorer_tells_its_model_place_prompt_and_mask(scorer: MultiItemScorer)
         "MultiItemScorer(Qwen3ForCausalLM 'shipped_model', 4 layers of 128, cpu, bfloat16, "
         "in torch, prompt='yes-no', mask_impl='segment')"
     ]
-    assert fresh._core._engine is None  # which would take memory
+    assert fresh._core._copies is None  # which would take memory
     on_meta = MultiItemScorer.from_pretrained(shipped_model_path(), device="meta", prompt="plain")
     assert ", meta, " in repr(on_meta)
     long = replace(PROMPTS["yes-no"], prefix=f"{LONG}{{query}}")

@@ -1,4 +1,4 @@
-"""Concurrent calls, merged into launches by one device thread."""
+"""Concurrent calls, merged into launches by a device thread for each copy of the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Self, TypeVar, cast
 
 from packscore.batcher.outcomes import closed, deliver, fault_of, own
 from packscore.batcher.stats import BatcherStats, Counters
-from packscore.batcher.waiting import Call, Turn, Waiting, check_size, extent
+from packscore.batcher.waiting import Call, Turn, Waiting, check_size, is_long
 from packscore.core import ScoringCore
 from packscore.errors import PackscoreError, QueueFullError
 from packscore.flows.runner import Runner
@@ -27,8 +27,6 @@ T = TypeVar("T")
 MAX_REQUESTS = 1024
 MAX_TOKENS = 2**20
 WINDOW_SECONDS = 0.003
-# More is encoded apart, so that no short request waits for it.
-LONG_CHARACTERS = 50_000
 # Results of a run that take longer to make are handed out as they come.
 HAND_OUT_SECONDS = 0.002
 # Held while a scorer gets its batcher, so that it gets one.
@@ -39,9 +37,9 @@ class Batcher:
     """The queue of one scorer: `scorer.batcher`, or `scorer.start_batcher(...)` with other limits.
 
     Requests wait a few milliseconds for others, or until a launch is full, and run together,
-    whatever their labels and options are. One thread encodes (and one what is long), one runs
-    launches, one makes results of what was read; event loops only wait. With nothing to do the
-    threads hold nothing, and they end with the scorer.
+    whatever their labels and options are. One thread encodes (and one what is long), one a copy of
+    the model runs launches, one makes results of what was read; event loops only wait. With nothing
+    to do the threads hold nothing, and they end with the scorer.
 
     Args:
       core: of the scorer.
@@ -76,20 +74,22 @@ class Batcher:
         self._open: set[Call] = set()  # accepted, and neither done nor left
         self._encoding: set[Call] = set()
         self._waiting = Waiting()
-        self._is_stepping = False
+        self._is_gathering = False  # one device thread takes what runs next
+        self._num_running = 0  # others run what they took
+        self._num_threads = core.num_copies
         self._is_closed = False
         self._counters = Counters()
         self._encoder = ThreadPoolExecutor(1, "packscore-encode")
         self._long_encoder = ThreadPoolExecutor(1, "packscore-encode-long")
-        self._device = ThreadPoolExecutor(1, "packscore-device")
+        self._device = ThreadPoolExecutor(self._num_threads, "packscore-device")
         self._finisher = ThreadPoolExecutor(1, "packscore-finish")
 
     @property
     def stats(self) -> BatcherStats:
         """What it did so far, and what waits."""
-        pool = self._core.engine.pool
+        pools = self._core.copies.pools
         with self._changed:
-            return self._counters.stats(self._queued, self._waiting.tokens, pool)
+            return self._counters.stats(self._queued, self._waiting.tokens, pools)
 
     @property
     def is_closed(self) -> bool:
@@ -110,8 +110,7 @@ class Batcher:
 
         Args:
           prepare: called in a thread that encodes; what it raises is raised here.
-          given: the texts that it encodes, in lists and dicts; long ones have a thread of their
-            own.
+          given: the texts that it encodes, in lists and dicts; long ones have their own thread.
 
         Raises:
           QueueFullError: too many requests wait, or too many tokens.
@@ -160,17 +159,18 @@ class Batcher:
 
     def _full(self) -> QueueFullError:
         tokens = self._waiting.tokens
-        return QueueFullError(self._queued, tokens, self._counters.retry_after(tokens))
+        wait = self._counters.retry_after(tokens, self._num_threads)
+        return QueueFullError(self._queued, tokens, wait)
 
     # In the threads that encode.
 
-    def _encode(self, call: Call, is_long: bool = False) -> None:
+    def _encode(self, call: Call, is_apart: bool = False) -> None:
         if call not in self._open:
             return
         error: BaseException | None = None
         with self._counters.timed("encoding"):
             try:
-                if not is_long and _is_long(call.given):
+                if not is_apart and is_long(call.given):
                     self._long_encoder.submit(self._encode, call, True)
                     return
                 self._core.check_ready()
@@ -195,31 +195,34 @@ class Batcher:
         self._finish([(call, error)])
 
     def _wake(self) -> None:
-        """The device thread has something to do."""
-        if self._is_stepping:
+        """There is something to do, for a device thread that has nothing."""
+        if self._is_gathering:
             self._changed.notify_all()
-        else:
-            self._is_stepping = True
+        elif self._num_running < self._num_threads:
             self._step_later(is_first=True)
 
     def _step_later(self, *, is_first: bool) -> None:
+        self._is_gathering = True
         try:
             self._device.submit(self._step, is_first)
         except RuntimeError:  # the interpreter ends
             self._fail([*self._waiting])
 
-    # In the device thread.
+    # In the device threads.
 
     def _step(self, is_first: bool) -> None:
         """Run what fits into a launch, then again for as long as something waits."""
         turns: list[Turn] = []
         changed: set[Call] = set()
         try:
-            runner = Runner(self._core.engine, launching=self._count_launch, retries=False)
-            turns = self._next_turns(runner, is_first)
+            try:
+                runner = Runner(self._core.copies, launching=self._count_launch, retries=False)
+                turns = self._next_turns(runner, is_first)
+            finally:
+                self._pass_on(num_more=1)
             with self._counters.timed("running"):
                 found = self._run(runner, turns)
-                changed = {turn.call for turn in turns if self._has_changed(turn.call)}
+                changed = {turn.call for turn in turns if turn.call.sees_change(self._core.model)}
         except BaseException as error:
             found = [own(error) for _ in turns]
             if not turns:  # there is no engine
@@ -230,13 +233,19 @@ class Batcher:
                 self._finisher.submit(self._finish, ended)
             except RuntimeError:  # the interpreter ends, or the batcher was closed too soon
                 self._finish(ended)
+        self._pass_on(num_more=-1)
+
+    def _pass_on(self, *, num_more: int) -> None:
+        """So many threads more run; what waits is for one that does not."""
         with self._changed:
-            self._is_stepping = len(self._waiting) > 0
-            if self._is_stepping:
+            self._num_running += num_more
+            self._is_gathering &= num_more < 0
+            is_idle = not self._is_gathering and self._num_running < self._num_threads
+            if is_idle and len(self._waiting):
                 self._step_later(is_first=False)
 
     def _next_turns(self, runner: Runner, is_first: bool) -> list[Turn]:
-        limits = runner.engine.limits
+        limits = runner.copies.limits
         with self._changed:
             end = time.perf_counter() + self.window_seconds
             while is_first and not (self._is_closed or self._waiting.fill(limits)):
@@ -261,13 +270,11 @@ class Batcher:
         self._core.check_ready()
         for turn in turns:
             if not turn.is_whole and turn.call.watch is None:
-                turn.call.watch = WeightWatch(self._core.model)
+                watch = WeightWatch(self._core.model)
+                with self._changed:  # of the part that came first
+                    turn.call.watch = turn.call.watch or watch
         requests, reads = [turn.request for turn in turns], [turn.read for turn in turns]
         return self._core.run(requests, reads, runner=runner)
-
-    def _has_changed(self, call: Call) -> bool:
-        """Whether the model is another than that of the call's first part."""
-        return call.watch is not None and call.watch.sees_change(self._core.model)
 
     def _sorted_out(
         self, turns: list[Turn], found: list[Any], changed: set[Call]
@@ -276,19 +283,23 @@ class Batcher:
         ended: list[tuple[Call, Any]] = []
         with self._changed:
             for turn, one in zip(turns, found, strict=True):
-                call = turn.call
-                if isinstance(one, Exception):
+                call, has_failed = turn.call, isinstance(one, Exception)
+                if not has_failed:
+                    self._counters.add_usage(one.usage, is_first=not turn.number)
+                if not turn.is_wanted:
+                    continue
+                if has_failed:
                     self._unqueue(call)
+                    call.end()
                     ended.append((call, one if isinstance(one, PackscoreError) else fault_of(one)))
                     continue
-                self._counters.add_usage(one.usage, is_first=not call.found)
-                call.found.append(one)
+                turn.found[turn.number] = one
                 if call in changed:  # no result is of two models
                     self._unqueue(call)
                     call.start_over()
                     if call in self._open:
                         self._waiting.append(call)
-                elif call.is_taken:
+                elif call.is_done:
                     ended.append((call, None))
             self._counters.add(runs=int(bool(turns)), ran=len(ended))
         return ended
@@ -385,11 +396,3 @@ class Batcher:
         trace: TracebackType | None,
     ) -> None:
         await self.aclose()
-
-
-def _is_long(given: Any) -> bool:
-    """Whether it takes long to encode."""
-    try:
-        return extent(given) > LONG_CHARACTERS
-    except Exception:  # it is no text, or without end; who encodes it says so
-        return False

@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,7 +30,7 @@ class BatcherStats:
       rejected: requests that were refused at once, for the queue was full.
       queued_requests: requests that wait now, or are being encoded.
       queued_tokens: their tokens, of those that are encoded.
-      runs: how often the device thread took requests from the queue.
+      runs: how often a device thread took requests from the queue.
       launches: what the engine was asked to compute for them.
       ran: requests that ran to their end, whatever came of it.
       computed_tokens, saved_tokens, cached_tokens, padding_tokens: sums of the usages of what ran,
@@ -39,7 +39,7 @@ class BatcherStats:
       pages, used_pages: pages that prefixes may be kept in, and those that are taken now.
       waiting_seconds: from the end of encoding to the first run, summed over requests.
       encoding_seconds: in the thread that encodes.
-      running_seconds: in the device thread, the window apart.
+      running_seconds: in the device threads, the window apart.
       finishing_seconds: in the thread that makes results of what was read.
     """
 
@@ -111,15 +111,15 @@ class Counters:
         finally:
             self.add_seconds(stage, time.perf_counter() - start)
 
-    def retry_after(self, tokens: int) -> float:
-        """Seconds in which half of so many tokens should run."""
+    def retry_after(self, tokens: int, threads: int) -> float:
+        """Seconds in which half of so many tokens should run, in so many device threads."""
         ran, seconds = self._counts["computed_tokens"], self._seconds["running"]
         if not (ran and seconds):
             return RETRY_SECONDS
-        return min(max(tokens / 2 * seconds / ran, LEAST_RETRY), MOST_RETRY)
+        return min(max(tokens / 2 * seconds / threads / ran, LEAST_RETRY), MOST_RETRY)
 
     def stats(
-        self, queued_requests: int, queued_tokens: int, pool: PagePool | None
+        self, queued_requests: int, queued_tokens: int, pools: Sequence[PagePool]
     ) -> BatcherStats:
         """All of them, what waits now, and what is in pages."""
         with self._lock:
@@ -127,8 +127,8 @@ class Counters:
                 **self._counts,
                 queued_requests=queued_requests,
                 queued_tokens=queued_tokens,
-                pages=0 if pool is None else pool.num_pages,
-                used_pages=0 if pool is None else pool.num_pages - pool.num_free_pages,
+                pages=sum(pool.num_pages for pool in pools),
+                used_pages=sum(pool.num_pages - pool.num_free_pages for pool in pools),
                 waiting_seconds=self._seconds["waiting"],
                 encoding_seconds=self._seconds["encoding"],
                 running_seconds=self._seconds["running"],

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from packscore.encoded import EncodedRequest, TokenIds
 from packscore.errors import RequestTooLargeError
@@ -18,6 +19,8 @@ from packscore.flows.reads import HiddenRows, LabelLogits, Read
 from packscore.model.weight_watch import WeightWatch
 from packscore.reading.prepared import Prepared
 
+# More is encoded apart, so that no short request waits for it.
+LONG_CHARACTERS = 50_000
 # A long request takes this share of a launch at a time where others wait.
 LONG_SHARE = 0.5
 # Nothing is cut for launches of fewer tokens; those of a dense mask hold one request each.
@@ -34,6 +37,14 @@ def extent(given: Any) -> int:
     if isinstance(given, list | tuple):
         return sum(map(extent, given))
     return len(given) if isinstance(given, Sized) else 1
+
+
+def is_long(given: Any) -> bool:
+    """Whether it takes long to encode."""
+    try:
+        return extent(given) > LONG_CHARACTERS
+    except Exception:  # it is no text, or without end; who encodes it says so
+        return False
 
 
 @dataclass(eq=False)
@@ -54,7 +65,7 @@ class Call:
     has_run: bool = False  # some of it
     ready_at: float = 0.0
     watch: WeightWatch | None = None  # the model of its first part, where there are several
-    found: list[LabelLogits | HiddenRows] = field(default_factory=list)
+    found: list[LabelLogits | HiddenRows | None] = field(default_factory=list)  # of each part
     _parts: list[Items] = field(default_factory=list)
     _order: Items = field(default_factory=lambda: NOTHING)
     _ends: Items = field(default_factory=lambda: NOTHING)
@@ -75,9 +86,18 @@ class Call:
         self._ends = np.cumsum(item_tokens(request, prepared.read)[self._order])
 
     def start_over(self) -> None:
-        """Nothing has run, and next time all of it does."""
+        """Nothing has run, whatever still does, and next time all of it runs."""
         self.found, self._parts, self._taken, self.watch = [], [], 0, None
         self.least = self.tokens
+
+    def sees_change(self, model: nn.Module) -> bool:
+        """Whether the model is another than that of the first part, where there are several."""
+        watch = self.watch
+        return watch is not None and watch.sees_change(model)
+
+    def end(self) -> None:
+        """What of it still runs is for nobody."""
+        self.found = []
 
     @property
     def tokens(self) -> int:
@@ -93,23 +113,30 @@ class Call:
         """Whether nothing of it waits."""
         return self._taken == len(self._order)
 
+    @property
+    def is_done(self) -> bool:
+        """Whether all of it has run."""
+        return self.is_taken and None not in self.found
+
     def cut(self, tokens: int) -> Turn:
         """Its next items, of at most so many tokens, but one at least."""
         end = int(np.searchsorted(self._ends, self._begin + tokens, "right"))
         end = max(end, min(self._taken + 1, len(self._order)))
         items, self._taken = np.sort(self._order[self._taken : end]), end
         self._parts.append(items)
+        self.found.append(None)
         request, read = self.prepared.request, self.prepared.read
-        if len(items) == len(self._order):
-            return Turn(self, request, read, is_whole=True)
-        return Turn(self, *part_of(request, read, items), is_whole=False)
+        is_whole = len(items) == len(self._order)
+        if not is_whole:
+            request, read = part_of(request, read, items)
+        return Turn(self, request, read, is_whole, len(self.found) - 1, self.found)
 
     def result(self) -> Any:
         """What its caller gets; raises what is wrong with it."""
-        (found, *others) = self.found
-        if others:
-            found = joined(self.prepared.request, self._parts, self.found)
-        return self.prepared.finish(found)
+        found = [one for one in self.found if one is not None]
+        if len(found) == 1:
+            return self.prepared.finish(found[0])
+        return self.prepared.finish(joined(self.prepared.request, self._parts, found))
 
 
 def check_size(request: EncodedRequest, most: int | None) -> None:
@@ -128,12 +155,19 @@ def check_size(request: EncodedRequest, most: int | None) -> None:
 
 @dataclass(frozen=True)
 class Turn:
-    """What a call runs now."""
+    """What a call runs now: the part of this number, for this list of the call's."""
 
     call: Call
     request: EncodedRequest
     read: Read
     is_whole: bool
+    number: int
+    found: list[LabelLogits | HiddenRows | None]
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether the call has neither ended nor started over since."""
+        return self.found is self.call.found
 
 
 class Waiting:

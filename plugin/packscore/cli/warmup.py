@@ -39,7 +39,7 @@ def warm_up(
     count = program.warmup(
         max_tokens=max_tokens, num_labels=num_labels, show_progress_bar=not quiet
     )
-    tell(f"{count} programs ready in {time.perf_counter() - started:.1f} s on {program.device}")
+    tell(f"{count} programs ready in {time.perf_counter() - started:.1f} s on {program.place}")
     if loaded.cache.folder is None:
         tell("no program is kept: they end with this process")
     loaded.cache.tell_new()

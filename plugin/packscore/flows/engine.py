@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -89,6 +89,11 @@ class Limits:
     max_groups: int
     max_pages: int = 2**31
 
+    @classmethod
+    def least(cls, limits: Sequence[Limits]) -> Limits:
+        """What a launch can hold under all of them."""
+        return limits[0] if len(limits) == 1 else cls(*map(min, *map(astuple, limits)))
+
 
 class Engine(Protocol):
     """What runs packed batches for one model: `launch` starts one, `read` waits for many."""
@@ -135,8 +140,12 @@ class Engine(Protocol):
         """Start a batch; what it returns is for `read`."""
         ...
 
+    def is_done(self, launched: Any) -> bool:
+        """Whether a launch was computed, without waiting for it; asked where there are copies."""
+        ...
+
     def read(self, launched: Sequence[Any]) -> RowValues:
-        """What is read at the rows of batches, one behind the other.
+        """What is read at the rows of batches, one behind the other; of all copies on one device.
 
         Args:
           launched: at least one, all of one readout.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -11,14 +11,15 @@ import numpy as np
 import numpy.typing as npt
 
 from packscore.encoded import EncodedRequest
+from packscore.flows.copies import Copies, Going, missing_ms
 from packscore.flows.engine import Engine, Readout, RowValues
 from packscore.flows.packing import PackedBatch, Share, first_equal, pack
 from packscore.flows.page_pool import MIN_SHARED_TOKENS, PrefixLease, common_len
 from packscore.flows.planner import Plan, Planner, Workload, flow_taken
 from packscore.results import Flow, MaskImpl, Usage
 
-# Starts a launch; what it returns is for the engine's `read`.
-Launch: TypeAlias = Callable[[PackedBatch, Readout], Any]
+# Starts a launch on an engine; what it returns is for the engine's `read`.
+Launch: TypeAlias = Callable[[Engine, PackedBatch, Readout], Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +39,7 @@ class _Job:
     plan: Plan
     shares: deque[Share]
     lease: PrefixLease | None
+    engine: Engine | None  # whose pages it has; None: each launch may be another's
     is_held: bool  # by the caller, who releases it
     was_whole: bool
     computed_tokens: int = 0
@@ -81,21 +83,25 @@ class _Job:
 class Run:
     """Requests that are planned and launched together; those that fit share a launch.
 
+    The next launch is put together for the copy that is free. A request runs where its prefix is,
+    or is being computed; one whose prefix is whole nowhere, where it is predicted to begin first.
+
     Args:
-      engine: what computes launches.
-      planner: with the engine's costs and limits.
+      copies: what computes launches.
+      planner: with their costs and limits.
       requests: encoded queries and items.
       readout: the same for all.
       flow: of every request; None is the cheapest.
       lease: of a prefix that all requests start with, held by the caller; None takes one for each.
-      launch: starts a launch on the engine.
+      launch: starts a launch on one of them.
       is_fault: whether an error, of a launch or of reading it, is the launch's own: then its
         requests get it, and all others go on. Any other ends the run.
+      homes: the copies that some requests run on, by their number.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        copies: Copies,
         planner: Planner,
         requests: Sequence[EncodedRequest],
         readout: Readout,
@@ -103,41 +109,59 @@ class Run:
         lease: PrefixLease | None,
         launch: Launch,
         is_fault: Callable[[Exception], bool],
+        homes: Mapping[int, Engine],
     ) -> None:
-        self._engine = engine
+        self._copies = copies
         self._planner = planner
         self._requests = requests
         self._readout = readout
         self._flow = flow
         self._lease = lease
+        self._lessor = copies.first
+        if lease is not None:
+            self._lessor = next((x for x in copies if x.pool is lease.pool), copies.first)
         self._launch = launch
         self._is_fault = is_fault
+        # asked for by name, these give the same bits again, and leave the pages alone
+        self._keeps = flow not in ("packed", "plain")
+        self._homes = dict(homes)
+        self._loads: dict[Engine, float] = {}  # when the next launch was begun
         self._failed: dict[int, Exception] = {}
         self._waiting = deque(range(len(requests)))
         self._begun: deque[_Job] = deque()
         self._jobs: dict[int, _Job] = {}
+        self._going: list[tuple[Going, list[Share]]] = []
 
     def results(self) -> list[RequestValues | Exception]:
         """Launch everything, and what is read of every request, or the fault of its launch."""
-        launched: list[tuple[Any, list[Share]]] = []
+        try:
+            self._launch_all()
+            return self._by_request(*self._read())
+        finally:
+            self._copies.ends([going for going, _ in self._going])
+
+    def _launch_all(self) -> None:
         try:
             while self._waiting or self._begun:
-                shares = self._next_shares()
-                for share in shares:
-                    if share.lease is not None:
-                        share.lease.check()
-                batch = pack(shares)
+                with self._copies.choosing():
+                    engine, shares = self._next_launch()
+                    for share in shares:
+                        if share.lease is not None:
+                            share.lease.check()
+                    batch = pack(shares)
+                    going = self._copies.starts(engine, batch)
+                self._going.append((going, shares))
                 try:
-                    launched.append((self._launch(batch, self._readout), shares))
+                    going.launched = self._launch(engine, batch, self._readout)
                 except Exception as error:
+                    self._copies.ends([self._going.pop()[0]])
                     self._fail(shares, error)
                 else:
-                    self._account(batch)
+                    self._account(engine, batch)
                 self._begun = deque(job for job in self._begun if job.shares)
         finally:
             for job in self._jobs.values():
                 job.release()
-        return self._by_request(*self._read(launched))
 
     def _fail(self, shares: list[Share], error: Exception) -> None:
         """The requests of a launch get its fault, and no other launch."""
@@ -147,34 +171,56 @@ class Run:
             self._failed[share.request] = error
             self._jobs[share.request].shares.clear()
 
-    def _read(
-        self, launched: list[tuple[Any, list[Share]]]
-    ) -> tuple[list[Share], RowValues | None]:
+    def _read(self) -> tuple[list[Share], RowValues | None]:
         """The shares that could be read, and their rows; None where there are none."""
+        order: list[Share] = []
+        values: list[RowValues] = []
+        for engine in self._copies:
+            own = [(one.launched, shares) for one, shares in self._going if one.engine is engine]
+            if own:
+                self._read_of(engine, own, order, values)
+        if len(values) > 1:
+            return order, RowValues.joined(values)
+        return order, values[0] if values else None
+
+    def _read_of(
+        self,
+        engine: Engine,
+        launched: list[tuple[Any, list[Share]]],
+        order: list[Share],
+        values: list[RowValues],
+    ) -> None:
+        """Read launches of one copy: together, or where that fails one by one."""
         try:
-            if not launched:
-                return [], None
-            found = self._engine.read([one for one, _ in launched])
-            return [share for _, shares in launched for share in shares], found
+            values.append(engine.read([one for one, _ in launched]))
+            order += [share for _, shares in launched for share in shares]
+            return
         except Exception as error:
             if not self._is_fault(error):
                 raise
-        order, values = [], []
         for one, shares in launched:
             try:
-                values.append(self._engine.read([one]))
+                values.append(engine.read([one]))
                 order += shares
             except Exception as error:
                 self._fail(shares, error)
-        return order, RowValues.joined(values) if values else None
 
-    def _next_shares(self) -> list[Share]:
-        """What the next launch computes: of every request that is begun, then of waiting ones."""
+    def _next_launch(self) -> tuple[Engine, list[Share]]:
+        """What the next launch computes, and where: on the first copy that has something to do."""
+        while True:  # pages that go meanwhile may send a request from each copy to another
+            self._loads = self._copies.loads()
+            for engine in self._loads:
+                shares = self._next_shares(engine)
+                if shares:
+                    return engine, shares
+
+    def _next_shares(self, engine: Engine) -> list[Share]:
+        """What a copy computes: of every request that is begun, then of waiting ones."""
         shares: list[Share] = []
         for job in self._begun:
-            if self._fits(job.shares[0], shares):
+            if job.engine in (None, engine) and self._fits(job.shares[0], shares):
                 shares.append(job.shares.popleft())
-        for number, job in self._admit(shares):
+        for number, job in self._admit(engine, shares):
             self._jobs[number] = job
             self._begun.append(job)
         return shares
@@ -188,15 +234,19 @@ class Run:
             and sum(len(one.group.page_indices) for one in together) <= limits.max_pages
         )
 
-    def _admit(self, shares: list[Share]) -> Iterator[tuple[int, _Job]]:
+    def _admit(self, engine: Engine, shares: list[Share]) -> Iterator[tuple[int, _Job]]:
         """Begin waiting requests whose first share fits into the launch, and add it to `shares`."""
         postponed: list[int] = []
         while self._waiting:
             number = self._waiting.popleft()
-            if self._waits_for(self._requests[number], shares):
+            is_here = self._is_at_home(number, engine)
+            if not is_here or self._waits_for(self._requests[number], engine, shares):
                 postponed.append(number)
                 continue
-            job = self._begin(number)
+            job = self._begin(number, engine)
+            if job is None:
+                postponed.append(number)
+                continue
             if not self._fits(job.shares[0], shares):
                 job.release()
                 self._waiting.appendleft(number)
@@ -205,27 +255,46 @@ class Run:
             yield number, job
         self._waiting.extendleft(reversed(postponed))
 
-    def _waits_for(self, request: EncodedRequest, shares: list[Share]) -> bool:
+    def _is_at_home(self, number: int, engine: Engine) -> bool:
+        """Whether a request runs on this copy, if it begins now."""
+        if self._copies.is_alone:
+            return True
+        if self._lease is not None:
+            return engine is self._lessor
+        prefix = self._requests[number].prefix
+        if not (self._keeps and len(prefix)):
+            return True
+        if number not in self._homes:
+            missing = {one: missing_ms(one, prefix) for one in self._loads}
+            whole = [one for one, ms in missing.items() if not ms]
+            if not whole:
+                # a start that many share, as a frame, is computed again where that is sooner
+                return engine is min(missing, key=lambda one: self._loads[one] + missing[one])
+            self._homes[number] = whole[0]
+        return self._homes[number] is engine
+
+    def _waits_for(self, request: EncodedRequest, engine: Engine, shares: list[Share]) -> bool:
         """Whether the launch being put together computes the start of this request's prefix."""
         computing = [
             common_len(request.prefix, share.prefix)
             for share in shares
             if share.lease is not None and not share.lease.is_whole
         ]
-        pool = self._engine.pool
+        pool = engine.pool
         if pool is None or max(computing, default=0) < MIN_SHARED_TOKENS:
             return False
         return max(computing) >= pool.cached_len(request.prefix) + MIN_SHARED_TOKENS
 
-    def _begin(self, number: int) -> _Job:
-        request, pool = self._requests[number], self._engine.pool
+    def _begin(self, number: int, engine: Engine) -> _Job | None:
+        """A request's plan, and its pages; None where those of another copy have room for it."""
+        request, pool = self._requests[number], engine.pool
         lease, own = self._lease, None
         if lease is not None:
             lease.check()
-        # asked for by name, these give the same bits again
-        keeps = self._flow not in ("packed", "plain")
-        if lease is None and pool is not None and len(request.prefix) and keeps:
+        elif pool is not None and len(request.prefix) and self._keeps:
             lease = own = pool.acquire(request.prefix)
+            if lease is None and self._has_moved(number):
+                return None
         same_as = first_equal(request.items, request.rows)
         distinct = np.unique(same_as)
         lens = np.array([len(request.items[i]) for i in distinct], np.int64)
@@ -240,14 +309,26 @@ class Run:
                 own.release()
             raise
         shares = _shares(number, request, distinct[by_length], plan, lease)
+        where = None if lease is None or plan.flow == "plain" else engine
         was_whole = lease is not None and lease.is_whole
-        return _Job(request, same_as, plan, shares, lease, own is None, was_whole)
+        return _Job(request, same_as, plan, shares, lease, where, own is None, was_whole)
 
-    def _account(self, batch: PackedBatch) -> None:
+    def _has_moved(self, number: int) -> bool:
+        """Whether a request whose prefix finds no room now goes to a copy that has some; once."""
+        if self._copies.is_alone or number in self._homes:
+            return False
+        prefix = self._requests[number].prefix
+        roomy = (one for one in self._loads if one.pool and one.pool.has_room(prefix))
+        home = next(roomy, None)
+        if home is not None:
+            self._homes[number] = home
+        return home is not None
+
+    def _account(self, engine: Engine, batch: PackedBatch) -> None:
         """Note what a launch computed, and let others find the prefixes it wrote."""
         num_tokens = len(batch.token_ids)
-        padding = self._engine.costs.padded(num_tokens) - num_tokens
-        reads_rows = self._engine.reads_rows(batch)
+        padding = engine.costs.padded(num_tokens) - num_tokens
+        reads_rows = engine.reads_rows(batch)
         for share, group in zip(batch.shares, batch.layout.groups, strict=True):
             job = self._jobs[share.request]
             job.computed_tokens += group.num_tokens
@@ -284,7 +365,7 @@ class Run:
             # of each item its rows, which lie one behind the other
             behind = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
             at = np.repeat(begins, counts) + behind
-            results.append(RequestValues(found.at(at), job.usage(self._engine.mask_impl)))
+            results.append(RequestValues(found.at(at), job.usage(self._copies.mask_impl)))
         return results
 
 

@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from packscore.encoded import EncodedRequest
+from packscore.flows.cuts import Items, usage_of
 from packscore.flows.packing import first_equal
 from packscore.flows.reads import HiddenRead, HiddenRows, LabelLogits, Read
-from packscore.results import Usage, merge_usages
-
-Items = npt.NDArray[np.int64]
+from packscore.results import Usage
 
 
 def item_order(request: EncodedRequest) -> Items:
@@ -34,18 +32,7 @@ def item_tokens(request: EncodedRequest, read: Read) -> Items:
 def part_of(request: EncodedRequest, read: Read, items: Items) -> tuple[EncodedRequest, Read]:
     """Some items of a request, and what is read of them."""
     chosen = items.tolist()
-    where = {item: i for i, item in enumerate(chosen)}
-
-    def listed(indices: Sequence[int]) -> list[int]:
-        return [where[i] for i in indices if i in where]
-
-    part = replace(
-        request,
-        items=[request.items[i] for i in chosen],
-        truncated_items=listed(request.truncated_items),
-        special_token_items=listed(request.special_token_items),
-        rows=None if request.rows is None else [request.rows[i] for i in chosen],
-    )
+    part = request.part(chosen)
     if isinstance(read, HiddenRead):
         rows = None if read.rows is None else tuple(read.rows[i] for i in chosen)
         return part, HiddenRead(rows)
@@ -66,7 +53,7 @@ def joined(
       parts: the items of each part; together all, each once.
       found: of each part.
     """
-    usage = _usage(request, parts, [one.usage for one in found])
+    usage = usage_of(request, parts, [one.usage for one in found])
     back = np.argsort(np.concatenate(parts), kind="stable")
     hidden = [one for one in found if isinstance(one, HiddenRows)]
     if hidden:
@@ -95,13 +82,3 @@ def _labels(found: Sequence[LabelLogits], back: torch.Tensor, usage: Usage) -> L
         tuple(counts[i] for i in back.tolist()) if len(set(counts)) > 1 else None,
         torch.cat(largest)[back] if len(largest) == len(found) else None,
     )
-
-
-def _usage(request: EncodedRequest, parts: Sequence[Items], usages: Sequence[Usage]) -> Usage:
-    """What all parts took; prefix tokens that were in pages count once, as if none ran between."""
-    merged = merge_usages(usages, [part.tolist() for part in parts])
-    is_read = merged.cached_tokens > 0
-    missing = len(request.prefix) - merged.computed_prefix_tokens
-    first = usages[0].flow
-    flow = merged.flow if first in ("extend", "plain") else "chunked"
-    return replace(merged, cached_tokens=max(missing, 0) if is_read else 0, flow=flow)

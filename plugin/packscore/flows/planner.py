@@ -90,6 +90,7 @@ class Explanation:
       refused: flows that this request cannot take, and why.
       known_error: how far such costs were off where others measured; empty where nobody did.
       whole_last: why the last layer runs for all tokens; None: for the rows that are read.
+      num_copies: copies of the model that its items are cut over now; the plans are those of one.
     """
 
     workload: Workload
@@ -98,6 +99,7 @@ class Explanation:
     refused: dict[Flow, str] = field(default_factory=dict)
     known_error: str = ""
     whole_last: str | None = None
+    num_copies: int = 1
 
     @property
     def chosen(self) -> Plan:
@@ -129,6 +131,8 @@ class Explanation:
         if self.whole_last:
             last = f"of all tokens, because of {self.whole_last}"
         lines.append(f"  last layer: {last}")
+        if self.num_copies > 1:
+            lines.append(f"  cut over {self.num_copies} copies, each of which has the prefix")
         lines += [self.known_error] * bool(self.known_error)
         return "\n".join(lines)
 

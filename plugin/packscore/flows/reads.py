@@ -211,13 +211,13 @@ def _nesting_pays(
     if len(request.prefix) and lease is None:
         missing = len(request.prefix) - runner.cached_len(request.prefix)
         pairs = missing * (len(request.prefix) - missing / 2)
-        nested_ms += runner.engine.costs.launch(missing, pairs) if missing else 0.0
+        nested_ms += runner.copies.costs.launch(missing, pairs) if missing else 0.0
     return nested_ms < runner.predicted(copied).chosen.cost_ms
 
 
 def _groups_ms(runner: Runner, request: EncodedRequest, read: LabelRead) -> float:
     """Predicted milliseconds of a group for every item, behind a query that is in pages."""
-    limits, pool = runner.engine.limits, runner.engine.pool
+    limits, pool = runner.copies.limits, runner.copies.first.pool
     kept = _distinct(request, read)[0]
     prefix_len, count = len(request.prefix), len(kept)
     own = np.array([len(request.items[i]) for i in kept])
@@ -231,7 +231,7 @@ def _groups_ms(runner: Runner, request: EncodedRequest, read: LabelRead) -> floa
         limits.target_tokens * count // max(tokens, 1),
     )
     launches = cdiv(count, max(at_once, 1))
-    return launches * runner.engine.costs.launch(cdiv(tokens, launches), pairs / launches)
+    return launches * runner.copies.costs.launch(cdiv(tokens, launches), pairs / launches)
 
 
 def _distinct(request: EncodedRequest, read: LabelRead) -> tuple[list[int], list[int]]:
@@ -284,7 +284,7 @@ def _run_nested(
         if isinstance(result, Exception):
             return result
         scored.append(result)
-    whole = missing if runner.engine.whole_last else 0
+    whole = missing if runner.copies.whole_last else 0
     return _joined(request, read, groups, scored, which, missing, whole)
 
 

@@ -18,7 +18,9 @@ from packscore.errors import (
     PackscoreError,
     StalePrefixError,
 )
+from packscore.flows.copies import Copies
 from packscore.flows.costs import measured_cost_model
+from packscore.flows.cuts import Cuts
 from packscore.flows.engine import Engine, Readout
 from packscore.flows.jobs import RequestValues, Run
 from packscore.flows.packing import PackedBatch, Share, first_equal, pack
@@ -30,7 +32,8 @@ T = TypeVar("T")
 
 logger = logging.getLogger("packscore")
 
-# Requests that are planned together; more would hold their results back longer for no gain.
+# Requests that are planned together, of each copy; more would hold their results back longer for no
+# gain.
 WINDOW = 256
 # Why an engine has but one flow.
 ALONE = "something in the model runs as the model's own forward, one item at a time"
@@ -39,10 +42,10 @@ ANY_READOUT = Readout((0,))
 
 
 class Runner:
-    """Runs requests on one engine.
+    """Runs requests on copies of one model, of which one is enough.
 
     Args:
-      engine: what computes launches.
+      copies: what computes launches.
       launching: called before each launch, also of those that fail.
       retries: run requests again, one by one, whose launch failed for no reason of theirs; else
         they get its fault.
@@ -50,31 +53,31 @@ class Runner:
 
     def __init__(
         self,
-        engine: Engine,
+        copies: Copies,
         *,
         launching: Callable[[], object] = lambda: None,
         retries: bool = True,
     ) -> None:
-        self.engine = engine
+        self.copies = copies
         self._launching = launching
         self._retries = retries
 
-    def _launch(self, batch: PackedBatch, readout: Readout) -> Any:
+    def _launch(self, engine: Engine, batch: PackedBatch, readout: Readout) -> Any:
         self._launching()
-        return self.engine.launch(batch, readout)
+        return engine.launch(batch, readout)
 
     def _is_fault(self, error: Exception) -> bool:
         """Whether an error is kept to its launch: not one that names what is wrong with a request.
 
         Nor one that smaller launches mend.
         """
-        is_told = isinstance(error, PackscoreError) or self.engine.is_out_of_memory(error)
+        is_told = isinstance(error, PackscoreError) or self.copies.is_out_of_memory(error)
         return not (self._retries or is_told)
 
     @property
     def planner(self) -> Planner:
-        """Plans with the engine's costs, which a calibration may change."""
-        return Planner(self.engine.costs, self.engine.limits)
+        """Plans with the engines' costs, which a calibration may change."""
+        return Planner(self.copies.costs, self.copies.limits)
 
     def run(
         self,
@@ -99,10 +102,11 @@ class Runner:
         Returns:
           For each request what was read, or the error that only it met.
         """
-        self.engine.refresh()
+        self.copies.refresh()
         results: list[RequestValues | Exception] = []
-        for start in range(0, len(requests), WINDOW):
-            window = requests[start : start + WINDOW]
+        step = WINDOW * len(self.copies)
+        for start in range(0, len(requests), step):
+            window = requests[start : start + step]
             results += self._run_window(window, readout, flow, lease)
             progress(len(window))
         return results
@@ -114,7 +118,7 @@ class Runner:
         flow: Flow | None,
         lease: PrefixLease | None,
     ) -> list[RequestValues | Exception]:
-        flow = self.engine.only_flow or flow
+        flow = self.copies.only_flow or flow
         try:
             return [*self._results(requests, readout, flow, lease)]
         except Exception as error:
@@ -142,8 +146,9 @@ class Runner:
         """
 
         def attempt(flow: Flow | None, planner: Planner) -> list[RequestValues | Exception]:
-            how = readout, flow, lease, self._launch, self._is_fault
-            return Run(self.engine, planner, requests, *how).results()
+            cuts = Cuts.of(self.copies, planner, requests, is_free=flow is None and lease is None)
+            how = readout, flow, lease, self._launch, self._is_fault, cuts.homes
+            return cuts.joined(Run(self.copies, planner, cuts.requests, *how).results())
 
         num_tokens = sum(map(_num_tokens, requests))
         try:
@@ -164,12 +169,12 @@ class Runner:
         Raises:
           OutOfMemoryError, MaskTooLargeError: it is short for the smallest launches too.
         """
-        limits = self.engine.limits
+        limits = self.copies.limits
         while True:
             try:
-                return attempt(Planner(self.engine.costs, limits))
+                return attempt(Planner(self.copies.costs, limits))
             except Exception as error:
-                if not self.engine.is_out_of_memory(error):
+                if not self.copies.is_out_of_memory(error):
                     raise
                 # its frames hold what the launch had computed
                 failure = error.with_traceback(None)
@@ -188,8 +193,11 @@ class Runner:
 
     def explain(self, request: EncodedRequest) -> Explanation:
         """What `run` would choose for a request, now."""
-        self.engine.refresh()
-        return self.predicted(request)
+        self.copies.refresh()
+        found = self.predicted(request)
+        is_free = self.copies.only_flow is None
+        cuts = Cuts.of(self.copies, self.planner, [request], is_free=is_free)
+        return replace(found, num_copies=len(cuts.requests))
 
     def predicted(self, request: EncodedRequest) -> Explanation:
         """The same for the model that was seen last."""
@@ -199,57 +207,76 @@ class Runner:
         is_kept = self.can_hold(prefix)
         cached = self.cached_len(prefix) if is_kept else 0
         found = self.planner.explain(Workload(len(prefix), cached, lens, is_kept))
-        found = replace(found, whole_last=self.engine.whole_last)
-        only = self.engine.only_flow
+        found = replace(found, whole_last=self.copies.whole_last)
+        only = self.copies.only_flow
         if only is None:
             return found
         plans = tuple(plan for plan in found.plans if plan.flow == only)
         return replace(found, plans=plans, refused=dict.fromkeys(set(FLOWS) - {only}, ALONE))
 
     def cached_len(self, prefix: TokenIds) -> int:
-        """How many tokens of a prefix are in pages now."""
-        return self.engine.pool.cached_len(prefix) if self.engine.pool else 0
+        """How many tokens of a prefix are in pages now, where most of it is."""
+        return self.copies.cached_len(prefix)
 
     def can_hold(self, prefix: TokenIds) -> bool:
         """Whether the pages that nobody holds suffice for a prefix."""
-        pool = self.engine.pool
-        return pool is not None and len(prefix) > 0 and pool.has_room(prefix)
+        return len(prefix) > 0 and self.copies.has_room(prefix)
 
     def hold(self, prefix: TokenIds, readout: Readout = ANY_READOUT) -> PrefixLease | None:
         """Compute a prefix into pages and hold it; None where pages do not suffice, or keep none.
 
         The readout is that of what comes next, so that one program serves both.
         """
-        self.engine.refresh()
-        pool = self.engine.pool
-        lease = pool.acquire(prefix) if pool and len(prefix) else None
+        self.copies.refresh()
+        engine, lease = self._leased(prefix)
         if lease is None or lease.is_whole:
             return lease
-        computed = functools.partial(self._compute, prefix, lease, readout)
+        computed = functools.partial(self._compute, engine, prefix, lease, readout)
         try:
             self._within_memory(computed, len(prefix))
         except BaseException as error:
             lease.release()
-            if isinstance(error, StalePrefixError) and self.engine.only_flow:
+            if isinstance(error, StalePrefixError) and self.copies.only_flow:
                 return None  # the launch itself found that nothing can be kept
             raise
         return lease
 
+    def _leased(self, prefix: TokenIds) -> tuple[Engine, PrefixLease | None]:
+        """Pages for a prefix, on the copy that has most of it and has room."""
+        for engine in self.copies.by_prefix(prefix) if len(prefix) else ():
+            lease = engine.pool.acquire(prefix) if engine.pool else None
+            if lease is not None:
+                return engine, lease
+        return self.copies.first, None
+
     def _compute(
-        self, prefix: TokenIds, lease: PrefixLease, readout: Readout, planner: Planner
+        self,
+        engine: Engine,
+        prefix: TokenIds,
+        lease: PrefixLease,
+        readout: Readout,
+        planner: Planner,
     ) -> None:
         """Put into pages what they still miss of a prefix."""
         nothing = np.zeros(0, np.int64)
         work = Workload(len(prefix), lease.cached_len, nothing, is_kept=True)
         ends = planner.prefix_ends(work)
         for end in ends if ends[-1:] == (len(prefix),) else (*ends, len(prefix)):
-            batch = pack([Share(0, prefix[:end], [], nothing, lease)])
-            self.engine.read([self._launch(batch, readout)])
+            self._run_alone(engine, pack([Share(0, prefix[:end], [], nothing, lease)]), readout)
             lease.commit(end)
 
+    def _run_alone(self, engine: Engine, batch: PackedBatch, readout: Readout) -> None:
+        """Launch and wait."""
+        going = self.copies.starts(engine, batch)
+        try:
+            going.launched = self._launch(engine, batch, readout)
+            engine.read([going.launched])
+        finally:
+            self.copies.ends([going])
+
     def calibrate(self, seconds: float) -> None:
-        """Replace the engine's costs by measured ones."""
-        self.engine.costs = measured_cost_model(self._timed, self.engine.costs, seconds)
+        """Replace the engines' costs by those that are measured on one of them."""
+        self.copies.costs = measured_cost_model(self._timed, self.copies.costs, seconds)
 
     def _timed(self, prefix_len: int, item_lens: Sequence[int]) -> float:
         """Milliseconds of a launch of these sizes."""
@@ -257,7 +284,7 @@ class Runner:
         items = [np.ones(length, np.int64) for length in item_lens]
         batch = pack([Share(0, prefix, items, np.arange(len(items)))])
         start = time.perf_counter()
-        self.engine.read([self._launch(batch, ANY_READOUT)])
+        self._run_alone(self.copies.first, batch, ANY_READOUT)
         return 1e3 * (time.perf_counter() - start)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -112,13 +113,6 @@ class Executables:
                 self.by_key[key] = self._compile(key)
             return self.by_key[key]
 
-    def warm_up(self, keys: Iterable[ProgramKey | HeadKey], show_progress_bar: bool) -> int:
-        """Compile those of these programs that are not there; returns how many."""
-        before = self.count
-        for key in tqdm(keys, unit="program", disable=not show_progress_bar):
-            self.get(key, expected=True)
-        return self.count - before
-
     def _compile(self, key: ProgramKey | HeadKey) -> Callable[..., Any]:
         start = time.perf_counter()
         norm = self._weights["norm"]["weight"]
@@ -135,6 +129,24 @@ class Executables:
         code_bytes = getattr(memory, "generated_code_size_in_bytes", 0)
         logger.info("compiled %s in %.1f s, %d bytes of code", key, seconds, code_bytes)
         return compiled
+
+
+def warm_up(
+    copies: Sequence[Executables],
+    keys: Sequence[ProgramKey | HeadKey],
+    *,
+    show_progress_bar: bool,
+) -> int:
+    """Compile those of these programs that are not there, of all copies side by side.
+
+    Returns:
+      How many.
+    """
+    before = sum(one.count for one in copies)
+    with ThreadPoolExecutor(len(copies)) as pool:
+        for key in tqdm(keys, unit="program", disable=not show_progress_bar):
+            list(pool.map(lambda one, key=key: one.get(key, expected=True), copies))
+    return sum(one.count for one in copies) - before
 
 
 def arguments_of(
@@ -203,9 +215,9 @@ def compile_program(
         return jax.tree.map(lambda x: struct(x.shape, x.dtype, sharding=where), tree)
 
     shapes = jax.tree.map(placed, specs, arguments, is_leaf=lambda x: isinstance(x, PartitionSpec))
-    with tracing_on(chips.mesh.abstract_mesh):
-        program = trace_program(traced, key, shapes, implementation, chips)
-        compiled: jax.stages.Compiled = program.lower().compile()
+    with traced.lock, tracing_on(chips.mesh.abstract_mesh):
+        lowered = trace_program(traced, key, shapes, implementation, chips).lower()
+    compiled: jax.stages.Compiled = lowered.compile()
     return compiled
 
 
@@ -286,13 +298,26 @@ def compiling_into(folder: Path | None) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    options = {**OPTIONS, "jax_compilation_cache_dir": str(folder)}
-    before = {name: getattr(jax.config, name) for name in options}
+    with _turn:
+        _turn.wait_for(lambda: not _inside or _inside[0][0] == folder)
+        options = {**OPTIONS, "jax_compilation_cache_dir": str(folder)}
+        before = _inside[0][1] if _inside else {name: getattr(jax.config, name) for name in options}
+        if not _inside:
+            _configure(options)
+        _inside.append((folder, before))
     try:
-        _configure(options)
         yield
     finally:
-        _configure(before)
+        with _turn:
+            _inside.pop()
+            if not _inside:
+                _configure(before)
+                _turn.notify_all()
+
+
+# Who compiles into a folder now, and jax's configuration of before: threads of one folder together.
+_turn = threading.Condition()
+_inside: list[tuple[Path, dict[str, Any]]] = []
 
 
 def _configure(options: dict[str, Any]) -> None:

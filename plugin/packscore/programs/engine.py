@@ -65,7 +65,8 @@ class ProgramEngine:
 
     def refresh(self, *, force: bool = False) -> None:
         """Follow the model where it changed, and forget prefixes of before."""
-        self._program.refresh(force=force)
+        if self._copy == 0:  # for all, who are asked one behind the other
+            self._program.refresh(force=force)
         if self._mask_kind == "dense":
             self._most_tokens = self._program.fitting_tokens()
         with self._lock:  # whoever comes meanwhile waits, and finds no page of before
@@ -112,6 +113,10 @@ class ProgramEngine:
         """Start a batch; the host goes on while the device computes."""
         with self._recovering():
             return self._program.start(batch, readout, self._pages, self._mask_kind, self._copy)
+
+    def is_done(self, launched: Launched) -> bool:
+        """Whether the device has computed a launch."""
+        return launched.is_done
 
     def read(self, launched: Sequence[Launched]) -> RowValues:
         """What is read at all rows."""

@@ -255,7 +255,8 @@ def _behind(
         plain: jax.Array = hidden + through("mlp", rows)
         return plain
     _, shares, chosen = through("mlp.gate", rows)
-    gate_up, down = (weights[f"mlp.experts.{name}_proj"] for name in ("gate_up", "down"))
+    experts = "mlp.experts"
+    gate_up, down = weights[f"{experts}.gate_up_proj"], weights[f"{experts}.down_proj"]
     given = grouped_experts(
         *(rows[0], chosen, shares, gate_up, down, index),
         lambda gate: call(layer.mlp.experts.act_fn, {}, gate),

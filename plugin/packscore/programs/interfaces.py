@@ -37,6 +37,10 @@ USE_MESH = Interface("jax.sharding:use_abstract_mesh", "telling kernels which ch
 ABSTRACT_MESH = Interface(
     "jax.sharding:Mesh.abstract_mesh", "telling kernels which chip they are for"
 )
+DEVICE_MESH = Interface(
+    "jax.experimental.mesh_utils:create_device_mesh", "chips near each other for one copy"
+)
+SHARD_MAP = Interface("jax:shard_map", "a model over several chips")
 PROFILE = Interface("jax.profiler:ProfileData", "what the parts of a request take")
 RAGGED_PRODUCT = Interface("jax.lax:ragged_dot", "the products of a mixture's experts")
 RUNTIME_ERROR = Interface("jax.errors:JaxRuntimeError", "knowing that a device has no room")
@@ -47,6 +51,7 @@ KERNELS = tuple(
 )
 JAX: tuple[Interface, ...] = (
     *(RESET_CACHE, *CACHE_OPTIONS, TOPOLOGY, TRACER, USE_MESH, ABSTRACT_MESH),
+    *(DEVICE_MESH, SHARD_MAP),
     *(PROFILE, RAGGED_PRODUCT, RUNTIME_ERROR, *KERNELS),
 )
 

@@ -41,6 +41,11 @@ class Launched:
     readout: Readout
     head: LabelHead | None = None
 
+    @property
+    def is_done(self) -> bool:
+        """Whether all that it gives is there."""
+        return all(part.is_ready() for part in jax.tree.leaves(self.parts))
+
     def read(self) -> RowValues:
         """Wait for the program, and what was read."""
         if self.head is not None:

@@ -21,12 +21,12 @@ from packscore.flows.page_pool import PAGE_SIZE, PREFIX_CACHE_BYTES
 from packscore.inputs import checked
 from packscore.model.family import check_supported, class_count, model_told, output_head
 from packscore.model.masks import MaskKind, check_segment, mask_reason
-from packscore.programs.compiling import Executables
+from packscore.programs.compiling import Executables, warm_up
 from packscore.programs.dense import check_dense_fits, fitting_tokens
 from packscore.programs.fused_layer import grid_steps
 from packscore.programs.launch_inputs import LaunchInputs, block_sizes_for
 from packscore.programs.launched import Launched, chunks, fetched, stops_before_head
-from packscore.programs.mesh.chips import ChipGroup
+from packscore.programs.mesh.chips import ChipGroup, copies_told
 from packscore.programs.pages import DevicePages, pages_within, pool_struct
 from packscore.programs.row_attention import row_arguments
 from packscore.programs.sizes import (
@@ -43,7 +43,7 @@ from packscore.programs.sizes import (
 )
 from packscore.programs.traced_model import TracedModel
 from packscore.programs.traced_ops import KernelImplementation
-from packscore.programs.weights import DeviceWeights, Weights, to_torch
+from packscore.programs.weights import DeviceWeights, to_torch
 from packscore.results import MaskChoice
 from packscore.telling import counted, telling
 from packscore_kernels import BlockSizes, SegmentLayout
@@ -90,15 +90,10 @@ class ModelProgram:
     def _trace(self, model: PreTrainedModel) -> None:
         """Programs for the modules that the model has now."""
         traced = TracedModel(type(model), model.config, self.copies[0].axis)
-        found = [
-            Executables(traced, traced.sizes, chips, self._implementation) for chips in self.copies
-        ]
-
-        def adapt(weights: Weights) -> None:
-            for executables in found:
-                executables.adapt(weights)
-
-        weights = DeviceWeights(model, traced.skeleton, self.copies, traced.cuts, adapt)
+        by = self._implementation
+        found = [Executables(traced, traced.sizes, chips, by) for chips in self.copies]
+        on_taken = [one.adapt for one in found]
+        weights = DeviceWeights(model, traced.skeleton, self.copies, traced.cuts, on_taken)
         self.sizes, self.num_classes = traced.sizes, class_count(model)
         self._vocab_size = len(output_head(model).weight)
         self._executables, self._of_copies, self._weights = found[0], found, weights
@@ -114,9 +109,7 @@ class ModelProgram:
     @property
     def place(self) -> str:
         """Where programs run, in words."""
-        chips = self.copies[0]
-        over = f"{counted(len(chips), 'chip')} ({chips})" if len(chips) > 1 else str(chips)
-        return over if len(self.copies) == 1 else f"{len(self.copies)} copies, each on {over}"
+        return copies_told(self.copies)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -387,10 +380,7 @@ class ModelProgram:
                 for n in range(min(cdiv(longest, PAGE_SIZE), key.num_pages) + 1)
             } | (plain if not self.needs_mask(1) else set())
         ordered = sorted(keys, key=lambda key: (key.num_tokens, key.num_labels))
-        return sum(
-            executables.warm_up([*ordered, *heads], show_progress_bar)
-            for executables in self._of_copies
-        )
+        return warm_up(self._of_copies, [*ordered, *heads], show_progress_bar=show_progress_bar)
 
     def num_pages(self, cache_bytes: int) -> int:
         """Pages that so many bytes hold, and that a schedule can name."""
@@ -398,8 +388,8 @@ class ModelProgram:
 
     def device_pages(self, num_pages: int, copy: int = 0) -> DevicePages:
         """Pages for the keys and values of this model's prefixes, on the chips of a copy."""
-        chips = self.copies[copy]
-        struct = pool_struct(self.sizes, self._weights.dtype, num_pages, len(chips))
+        chips, dtype = self.copies[copy], self._weights.dtype
+        struct = pool_struct(self.sizes, dtype, num_pages, len(chips))
         return DevicePages(num_pages, struct, chips)
 
     def _blocks(self, key: ProgramKey) -> BlockSizes:

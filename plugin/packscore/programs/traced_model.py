@@ -8,6 +8,7 @@ weights are stacked, so that one layer is compiled and scanned.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -111,6 +112,7 @@ class TracedModel:
                 f"model_type={config.model_type!r} is not held by programs, which scan layers that "
                 "are equal; patch the model without device=..., to score in torch"
             )
+        self.lock = threading.Lock()  # of who traces: modules have their weights put in meanwhile
         self._env = torchax_environment()
         check_programs()
         ATTENTION_REGISTRY()(NAME, program_attention)

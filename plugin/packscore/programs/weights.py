@@ -43,7 +43,7 @@ class DeviceWeights:
       skeleton: the same without weights, by which it is checked.
       copies: where the weights are put, once each.
       cuts: over the chips of a copy.
-      on_taken: called with weights that were taken, before anybody else sees them.
+      on_taken: each called with weights that were taken, before anybody else sees them.
 
     Raises:
       UnsupportedModelError: see `weights_of`.
@@ -55,7 +55,7 @@ class DeviceWeights:
         skeleton: PreTrainedModel,
         copies: Sequence[ChipGroup],
         cuts: Cuts,
-        on_taken: Callable[[Weights], None],
+        on_taken: Sequence[Callable[[Weights], None]],
     ) -> None:
         self._skeleton = skeleton
         self._copies, self._cuts = copies, cuts
@@ -78,7 +78,8 @@ class DeviceWeights:
         is_one = len(self._copies) == len(self._copies[0]) == 1
         norm = whole.get_decoder().norm.weight
         self._is_shared = is_one and shares_memory(arrays["norm"]["weight"], norm)
-        self._on_taken(arrays)
+        for told in self._on_taken:
+            told(arrays)
         self.of_copies: list[Weights] = of_copies
         self._watch = watch
 

@@ -14,7 +14,7 @@ from packscore.decisions.answers import Answer
 from packscore.decisions.questions import Question
 from packscore.encoded import EncodedRequest, TokenIds
 from packscore.errors import StalePrefixError
-from packscore.flows.engine import Engine
+from packscore.flows.copies import Copies
 from packscore.flows.page_pool import PrefixLease
 from packscore.flows.reads import Read
 from packscore.flows.runner import Runner
@@ -97,7 +97,7 @@ def launches(
     try:
         while taken := list(islice(items, min(count, max_items or count))):
             core.check_ready()
-            lease = _still_held(core.engine, tokens, lease)
+            lease = _still_held(core.copies, tokens, lease)
             request, read = encoded(taken, first)
             same = lease is not None and np.array_equal(request.prefix, tokens)
             try:
@@ -107,7 +107,7 @@ def launches(
             yield first, found
             first += len(taken)
             # an item of no tokens takes room as well
-            if sum(map(len, request.items)) + len(taken) < core.engine.limits.target_tokens:
+            if sum(map(len, request.items)) + len(taken) < core.copies.limits.target_tokens:
                 count *= 2
     finally:
         if lease is not None:
@@ -127,16 +127,16 @@ def _numbers_first(
     yield from scores
 
 
-def _still_held(engine: Engine, tokens: TokenIds, lease: PrefixLease | None) -> PrefixLease | None:
-    """The same lease, or a new one where weights or the engine were seen to have changed since.
+def _still_held(copies: Copies, tokens: TokenIds, lease: PrefixLease | None) -> PrefixLease | None:
+    """The same lease, or a new one where weights or the engines were seen to have changed since.
 
     The run with it looks at the model.
     """
-    if lease is not None and lease.pool is engine.pool and not lease.is_stale:
+    if lease is not None and lease.pool in copies.pools and not lease.is_stale:
         return lease
     if lease is not None:
         lease.release()
-    runner = Runner(engine)
+    runner = Runner(copies)
     return runner.hold(tokens) if runner.can_hold(tokens) else None
 
 

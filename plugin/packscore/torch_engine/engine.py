@@ -193,6 +193,10 @@ class TorchEngine:
         """Whether the last layer runs for the scored rows of a batch alone."""
         return not self.whole_last and reads_few_rows(batch)
 
+    def is_done(self, launched: ScoredRows) -> bool:
+        """Whether a launch was computed."""
+        return launched.is_done
+
     def read(self, launched: Sequence[ScoredRows]) -> RowValues:
         """What is read at all rows."""
         return read_rows(self._head, launched)

@@ -80,6 +80,22 @@ class ScoredRows:
     values: torch.Tensor  # [num_rows, hidden_size] after the final norm, or all logits
     readout: Readout
     are_logits: bool = False
+    done: Any = None  # a CUDA event behind it; None where the launch waited
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it was computed."""
+        return self.done is None or bool(self.done.query())
+
+
+def event_behind(values: torch.Tensor) -> Any:
+    """What tells when a tensor was computed; None where it is already."""
+    if values.device.type != "cuda":
+        return None
+    with torch.cuda.device(values.device):
+        event = torch.cuda.Event()
+        event.record()
+    return event
 
 
 def scored_rows(
@@ -107,7 +123,8 @@ def scored_rows(
     with torch.inference_mode():
         output = decoder(input_ids=token_ids, use_cache=False, return_dict=True, **inputs)
         hidden = output.last_hidden_state
-        return ScoredRows(hidden[0, torch.from_numpy(rows).to(hidden.device)], readout)
+        values = hidden[0, torch.from_numpy(rows).to(hidden.device)]
+        return ScoredRows(values, readout, done=event_behind(values))
 
 
 def reads_few_rows(batch: PackedBatch) -> bool:
@@ -166,7 +183,8 @@ def whole_rows(model: nn.Module, batch: PackedBatch, readout: Readout) -> Scored
                         "of the vocabulary for each token, or one of the classes"
                     )
                 rows.append(logits if num_classes else logits[0, -1:])
-        return ScoredRows(torch.cat(rows), readout, are_logits=True)
+        values = torch.cat(rows)
+        return ScoredRows(values, readout, are_logits=True, done=event_behind(values))
 
 
 def _sequences(share: Share) -> Iterator[torch.Tensor]:

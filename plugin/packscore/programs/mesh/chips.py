@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from packscore.programs.interfaces import SHARD_MAP
 from packscore.programs.mesh.axis import ModelAxis
 from packscore.programs.mesh.cuts import MODEL
 
 REPLICATED = PartitionSpec()
+
+
+def copies_told(copies: Sequence[ChipGroup]) -> str:
+    """Where the copies of a model are, in words."""
+    first, *others = copies
+    if not others:
+        return str(first)
+    each = "a device" if len(first) == 1 else f"{len(first)} devices"
+    return f"{len(copies)} copies, each on {each}, from {first.first} on"
 
 
 @dataclass(frozen=True)
@@ -73,4 +83,4 @@ class ChipGroup:
             return function
         specs: dict[str, Any] = {"in_specs": in_specs, "out_specs": out_specs}
         # what is equal on all chips is so by what the function computes: the check knows no kernels
-        return jax.shard_map(function, mesh=self.mesh, check_vma=False, **specs)
+        return SHARD_MAP()(function, mesh=self.mesh, check_vma=False, **specs)

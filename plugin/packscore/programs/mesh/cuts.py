@@ -121,13 +121,18 @@ def check_cut(sizes: ModelSizes, chips: int) -> None:
     Raises:
       InputError: heads, columns or experts would have to be split.
     """
-    allowed = [n for n in range(1, chips + 1) if not _odd(sizes, n)]
     odd = _odd(sizes, chips)
     if odd:
+        allowed = [n for n in range(1, chips + 1) if can_cut(sizes, n)]
         raise InputError(
             f"mesh: {chips} chips for one copy of the model do not divide its {', '.join(odd)}; "
             f"pass mesh={{'model': n}} with n one of {allowed}"
         )
+
+
+def can_cut(sizes: ModelSizes, chips: int) -> bool:
+    """Whether so many chips can share a model of these sizes."""
+    return not _odd(sizes, chips)
 
 
 def _odd(sizes: ModelSizes, chips: int) -> list[str]:
