@@ -6,6 +6,7 @@ time, and a chip its own parts and those of one layer twice.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -61,38 +62,40 @@ def _tensors(module: Any) -> dict[str, Stored]:
 def _stacked(
     layers: Sequence[Mapping[str, Stored]], copies: Sequence[ChipGroup], cut_of: CutOf
 ) -> list[Arrays]:
-    """The weights of equal layers, [num_layers, ...] each: a layer after the other is put there."""
-    functions = [_functions(chips, layers[0], cut_of) for chips in copies]
-    stacks: list[Arrays] = []
+    """The weights of equal layers, [num_layers, ...] each."""
+    stacks = [_Stacks(len(layers), chips, cut_of) for chips in copies]
     for i, layer in enumerate(layers):
-        parts = _on_chips(layer, copies, cut_of)
-        if not stacks:
-            of_copies = zip(functions, parts, strict=True)
-            stacks = [empty(len(layers), own) for (empty, _), own in of_copies]
-        ready = zip(functions, stacks, parts, strict=True)
-        stacks = [put(before, own, i) for (_, put), before, own in ready]
-        jax.block_until_ready(stacks)  # so that a layer is let go of before more is read
-    return stacks
+        of_copies = _on_chips(layer, copies, cut_of)
+        for one in stacks:
+            one.put(of_copies.pop(0), i)  # and nobody else has it
+        _let_go([one.arrays for one in stacks])
+    return [one.arrays for one in stacks]
 
 
-def _functions(
-    chips: ChipGroup, layer: Mapping[str, Stored], cut_of: CutOf
-) -> tuple[Callable[..., Arrays], Callable[..., Arrays]]:
-    """What makes stacks for layers like one, and what puts it there: on every chip for itself."""
-    places = {name: chips.sharding(cut_of(name).spec(1)) for name in layer}
+class _Stacks:
+    """Weights of equal layers on the chips of one copy, where one layer after the other is put."""
 
-    def empty(num_layers: int, layer: Arrays) -> Arrays:
-        shapes = {name: (num_layers, *x.shape) for name, x in layer.items()}
-        return {name: jnp.zeros(shape, layer[name].dtype) for name, shape in shapes.items()}
+    def __init__(self, num_layers: int, chips: ChipGroup, cut_of: CutOf) -> None:
+        self.arrays: Arrays = {}
+        self._num_layers, self._chips, self._cut_of = num_layers, chips, cut_of
 
-    def put(stacks: Arrays, layer: Arrays, i: jax.Array) -> Arrays:
-        update = jax.lax.dynamic_update_index_in_dim
-        return {name: update(stack, layer[name], i, 0) for name, stack in stacks.items()}
+    def put(self, layer: Arrays, i: int) -> None:
+        """Put a layer into the memory that is there, on every chip for itself."""
+        if not self.arrays:
+            places = {name: self._chips.sharding(self._cut_of(name).spec(1)) for name in layer}
+            shapes = {name: (self._num_layers, *x.shape) for name, x in layer.items()}
+            kinds = {name: x.dtype for name, x in layer.items()}
+            self._put = jax.jit(_put, donate_argnums=0, out_shardings=places)
+            self.arrays = jax.jit(
+                lambda: {name: jnp.zeros(shape, kinds[name]) for name, shape in shapes.items()},
+                out_shardings=places,
+            )()
+        self.arrays = self._put(self.arrays, layer, i)
 
-    return (
-        jax.jit(empty, static_argnums=0, out_shardings=places),
-        jax.jit(put, donate_argnums=0, out_shardings=places),
-    )
+
+def _put(stacks: Arrays, layer: Arrays, i: jax.Array) -> Arrays:
+    update = jax.lax.dynamic_update_index_in_dim
+    return {name: update(stack, layer[name], i, 0) for name, stack in stacks.items()}
 
 
 def _on_chips(
@@ -106,12 +109,19 @@ def _on_chips(
         for values, chips in _parts(weight, cut):
             for own, copy in zip(parts, copies, strict=True):
                 own += [jax.device_put(values, copy.devices[chip]) for chip in chips]
-            jax.block_until_ready(parts)  # so that a part is let go of before more is read
+            del values
+            _let_go(parts)
         whole = cut.whole(tuple(weight.shape))
         for arrays, copy, own in zip(found, copies, parts, strict=True):
             place = copy.sharding(cut.spec())
             arrays[name] = jax.make_array_from_single_device_arrays(whole, place, own)
     return found
+
+
+def _let_go(sent: Any) -> None:
+    """Wait until arrays are there, so that what they were made of is no more when more is read."""
+    jax.block_until_ready(sent)
+    gc.collect(0)  # when Python does, jax lets go of what it read
 
 
 def _parts(weight: Stored, cut: Cut) -> Iterator[tuple[npt.NDArray[Any], range]]:
