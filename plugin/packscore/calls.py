@@ -27,6 +27,7 @@ from packscore.interfaces import CAUSAL_OUTPUT, CLASSIFIER_OUTPUT
 from packscore.model.family import base_model, is_classifier
 from packscore.model.place import is_on_torchax
 from packscore.model.plain import foreign_part
+from packscore.model.stored import is_stored
 from packscore_kernels.attention.layout import SegmentLayout
 
 if TYPE_CHECKING:
@@ -122,8 +123,13 @@ def program_of(model: nn.Module) -> ModelProgram | None:
 
 
 def serve(model: PreTrainedModel, program: ModelProgram) -> None:
-    """Send ordinary calls of `model` to its programs, which `program_of` finds from now on."""
+    """Send ordinary calls of `model` to its programs, which `program_of` finds from now on.
+
+    Those of one whose weights torch has not stay torch's, which refuses them by name.
+    """
     _programs[model] = program
+    if is_stored(model):
+        return
     own = model.__dict__.get("forward")
     if not isinstance(own, ServedForward):
         model.__dict__["forward"] = ServedForward(model, own)

@@ -257,6 +257,7 @@ FIND_QUIETLY = Interface(
 FIND_ADAPTER = Interface(
     "transformers.utils.peft_utils:find_adapter_config_file", "loading an adapter", "loading"
 )
+INITIALIZE = Interface("transformers:PreTrainedModel._init_weights", "loading in parts", "loading")
 # transformers: pipelines
 PIPELINES = Interface("transformers.pipelines:PIPELINE_REGISTRY", "a pipeline's task", "pipeline")
 PIPELINE_RECORD = Interface(

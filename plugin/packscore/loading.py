@@ -18,12 +18,14 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from packscore.errors import InputError, InputTypeError, LoadError, PackscoreError
 from packscore.inputs import short
 from packscore.installed import version_of
 from packscore.interfaces import FIND_ADAPTER, FIND_FILE, FIND_QUIETLY, check_loading
-from packscore.model.family import EAGER_ONLY
+from packscore.model.checkpoint import FLOATS, FileTensor, Misfits, store_weights
+from packscore.model.family import EAGER_ONLY, check_supported
 
 # What a tokenizer is read from. Where there is none of them transformers makes one without a
 # vocabulary, which would score texts as other texts.
@@ -81,6 +83,23 @@ def place_of(device: str | torch.device | None) -> Place:
             "'auto', 'cpu', 'cuda', 'cuda:1', 'mps', 'tpu' or 'jax', and be there"
         ) from error
     return Place(str(device))
+
+
+def mesh_place_of(device: str | torch.device | None) -> Place:
+    """The same for a model that is cut over chips, which only programs run on.
+
+    Raises:
+      InputError: it is a device of torch.
+    """
+    if device is None or device == "auto":
+        found = "tpu" if tpu_is_plugged_in() else "jax"
+        return Place("cpu", found, reason="mesh=... is of chips that programs run on")
+    if str(device) not in ("tpu", "jax"):
+        raise InputError(
+            f"device={str(device)!r} is one of torch's, and mesh=... is of chips that programs run "
+            "on; pass device='tpu', 'jax' or 'auto'"
+        )
+    return place_of(device)
 
 
 def fastest_place() -> Place:
@@ -152,8 +171,13 @@ def names_of(name_or_path: str | os.PathLike[str], **hub: Any) -> list[str]:
 
 
 def _has_file(name_or_path: str | os.PathLike[str], file: str, hub: Mapping[str, Any]) -> bool:
+    return _found(name_or_path, file, hub) is not None
+
+
+def _found(name_or_path: str | os.PathLike[str], file: str, hub: Mapping[str, Any]) -> Path | None:
     quiet = {FIND_QUIETLY.name: False}
-    return FIND_FILE()(name_or_path, file, **_of_files(hub), **quiet) is not None
+    path = FIND_FILE()(name_or_path, file, **_of_files(hub), **quiet)
+    return None if path is None else Path(path)
 
 
 def _of_files(hub: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,12 +219,9 @@ def load_model(
         config = AutoConfig.from_pretrained(name_or_path, **hub)
         if config.model_type in EAGER_ONLY:
             given.setdefault("attn_implementation", "eager")
-        auto = _auto_class(config)
         if device == "meta":
-            with torch.device("meta"):
-                empty: PreTrainedModel = auto.from_config(config, **given).eval()
-                return empty
-        loaded, found = auto.from_pretrained(
+            return _empty_model(config, **given)
+        loaded, found = _auto_class(config).from_pretrained(
             name_or_path,
             dtype=dtype,
             output_loading_info=True,
@@ -214,6 +235,87 @@ def load_model(
         moved: Any = model
         model = moved.to(device)
     return model
+
+
+def _empty_model(config: Any, **options: Any) -> PreTrainedModel:
+    with torch.device("meta"):
+        empty: PreTrainedModel = _auto_class(config).from_config(config, **options).eval()
+        return empty
+
+
+def load_stored(
+    name_or_path: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "auto",
+    model_kwargs: Mapping[str, Any] | None = None,
+    **hub: Any,
+) -> PreTrainedModel:
+    """The model of a checkpoint whose weights stay in its files, for programs to take in parts.
+
+    Args:
+      name_or_path: on the hub, or a folder, of a model whose weights are safetensors.
+      dtype, model_kwargs: as in `load_model`; of the latter what the configuration takes.
+      **hub: as in `load_tokenizer`.
+
+    Raises:
+      LoadError: as in `load_model`; and the weights are in another format, are quantised, or are
+        others than those that the configuration speaks of.
+      InputError: `model_kwargs` has what only reading all weights could heed.
+      UnsupportedModelError: packscore knows no such model.
+    """
+    check_loading()
+    with _told_by_name(name_or_path):
+        _check_folder(name_or_path)
+        if _base_of(name_or_path, hub) is not None:
+            raise LoadError(
+                name_or_path,
+                "it is an adapter, and mesh=... takes the weights of a model as they are; merge it "
+                "(merge_and_unload()) and save the whole model",
+            )
+        config, others = AutoConfig.from_pretrained(
+            name_or_path, return_unused_kwargs=True, **hub, **(model_kwargs or {})
+        )
+        if others:
+            raise InputError(
+                f"model_kwargs={others!r} and mesh=..., which reads weights in parts and asks the "
+                "configuration alone; leave them out, or load without mesh"
+            )
+        if getattr(config, "quantization_config", None):
+            raise LoadError(
+                name_or_path,
+                "its configuration has a quantization_config, and mesh=... takes weights as they "
+                "are; name the checkpoint that is not quantised",
+            )
+        tensors = FileTensor.all_of(_weight_files(name_or_path, hub))
+        if dtype == "auto":
+            kinds = (FLOATS[one.kind] for one in tensors.values() if one.kind in FLOATS)
+            dtype = config.dtype or next(kinds, torch.float32)
+        eager = {"attn_implementation": "eager"} if config.model_type in EAGER_ONLY else {}
+        model = _empty_model(config, dtype=dtype, **eager)
+        check_supported(model)
+        _check_fits(name_or_path, store_weights(model, tensors))
+    return model
+
+
+def _weight_files(name_or_path: str | os.PathLike[str], hub: Mapping[str, Any]) -> list[Path]:
+    """The files of safetensors that a checkpoint consists of."""
+    one = _found(name_or_path, SAFE_WEIGHTS_NAME, hub)
+    if one is not None:
+        return [one]
+    index = _found(name_or_path, SAFE_WEIGHTS_INDEX_NAME, hub)
+    if index is None:
+        raise LoadError(
+            name_or_path,
+            f"it has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}, and mesh=... reads "
+            "parts of files, which other formats do not allow; load the model without mesh and "
+            "save it, model.save_pretrained(folder)",
+        )
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    found = {name: _found(name_or_path, name, hub) for name in names}
+    for name, path in found.items():
+        if path is None:
+            raise LoadError(name_or_path, f"its {index.name} names {name}, which is not there")
+    return [path for path in found.values() if path]
 
 
 def _base_of(name_or_path: str | os.PathLike[str], hub: Mapping[str, Any]) -> str | None:
@@ -265,18 +367,12 @@ def _check_whole(
     mismatched: Iterable[tuple[Any, ...]],
 ) -> None:
     # a head that is tied to the embeddings is not missing
-    for told, named in (
-        ("no {}", missing),
-        ("{} of another shape than the configuration", (name for name, *_ in mismatched)),
-    ):
-        names = sorted(named)
-        if names:
-            more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
-            raise LoadError(
-                name_or_path,
-                f"the checkpoint has {told.format(', '.join(names[:3]) + more)}, so they would be "
-                "random; download or save it again, or name the model that was meant",
-            )
+    _check_fits(name_or_path, Misfits(list(missing), [name for name, *_ in mismatched]))
+
+
+def _check_fits(name_or_path: str | os.PathLike[str], misfits: Misfits) -> None:
+    if reason := misfits.reason:
+        raise LoadError(name_or_path, reason)
 
 
 def _check_folder(name_or_path: str | os.PathLike[str]) -> None:

@@ -24,6 +24,7 @@ from packscore.interfaces import (
 from packscore.model.class_head import remember_drawn_head
 from packscore.model.family import REGISTERED_NAMES, base_model, check_supported, layer_configs
 from packscore.model.place import is_on_torchax
+from packscore.model.stored import is_stored, refuse
 from packscore.model.weight_watch import SIGNS, listen
 from packscore.torch_engine.attention import SegmentPlan, segment_attention
 from packscore.torch_engine.devices import listed_devices
@@ -93,6 +94,8 @@ def patch_model(
     check_patching(base_model(model).config.model_type)
     listed = None if device is None or isinstance(device, str) else listed_devices(device)
     compiles = isinstance(device, str) or is_on_torchax(model)
+    if not compiles and is_stored(inner := base_model(model)) and (listed or not program_of(inner)):
+        refuse(f"patch_model with {device=}")
     if compile_cache is not None and not compiles:
         raise InputError(
             f"compile_cache={str(compile_cache)!r} keeps compiled programs, and {device=} compiles "
@@ -153,7 +156,12 @@ def unpatch_model(model: ModelT) -> ModelT:
 
     Returns:
       The same object; its logits are bit-identical to before it was patched.
+
+    Raises:
+      UnsupportedModelError: its weights are on the chips of a mesh alone.
     """
+    if is_stored(base_model(model)):
+        refuse("unpatch_model")
     for layer, config in layer_configs(model):
         if isinstance(config, PatchedConfig):
             layer.config = config.own

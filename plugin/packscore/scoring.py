@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, cast, overload
 
 import numpy as np
 import torch
@@ -23,7 +23,14 @@ from packscore.flows.page_pool import PREFIX_CACHE_BYTES
 from packscore.flows.planner import Explanation
 from packscore.flows.reads import LabelRead
 from packscore.inputs import Text, as_iterator, as_list, as_pairs, checked
-from packscore.loading import load_model, load_tokenizer, names_of, place_of
+from packscore.loading import (
+    load_model,
+    load_stored,
+    load_tokenizer,
+    mesh_place_of,
+    names_of,
+    place_of,
+)
 from packscore.model.family import model_told
 from packscore.patching import patch_model
 from packscore.prefixes import Prefix
@@ -46,6 +53,9 @@ from packscore.text.encoding import ArgumentNames, group_by_query
 from packscore.text.labels import LabelIds, Labels
 from packscore.text.named import AUTO, prompt_for, resolve_prompt
 from packscore.text.prompts import PromptSpec
+
+if TYPE_CHECKING:
+    from packscore.programs.mesh.choice import MeshChoice
 
 
 class MultiItemScorer:
@@ -146,6 +156,7 @@ class MultiItemScorer:
         name_or_path: str | os.PathLike[str],
         *,
         device: str | torch.device | None = None,
+        mesh: MeshChoice = None,
         dtype: str | torch.dtype = "auto",
         prompt: str | PromptSpec | None = None,
         mask_impl: MaskChoice = "auto",
@@ -175,6 +186,11 @@ class MultiItemScorer:
             "jax" (the device jax prefers): compiled programs over weights on the CPU. None, or
             "auto": CUDA where torch has it, else a TPU, else MPS, else the CPU. "meta" loads no
             weights, for a scorer that encodes and counts tokens.
+          mesh: the chips of "tpu" or "jax" that programs run on, as in `patch_model`. Each reads
+            its part of the weights from the files (safetensors, not quantised), and nothing ever
+            has all of them: a model need fit neither a chip nor the host's memory. torch then has
+            no weights, so that whatever would call, change, move, copy, save or unpatch the model
+            is an `UnsupportedModelError`. None: one chip, and the weights in the host's memory.
           dtype: of the weights, as transformers takes it: "auto" (the checkpoint's), a dtype of
             torch, or its name.
           prompt, mask_impl, instruction, labels, label_token_ids, max_tokens, on_long: as in the
@@ -190,9 +206,9 @@ class MultiItemScorer:
 
         Raises:
           LoadError: there is no such checkpoint, it cannot be read, lacks weights (a head among
-            them), or has no tokenizer.
-          InputError, InputTypeError: an option does not exist, there is no such device, or as the
-            constructor raises it.
+            them), or has no tokenizer; or a `mesh` cannot take it as it is.
+          InputError, InputTypeError: an option does not exist, there is no such device or mesh, or
+            as the constructor raises it.
           UnsupportedModelError: as the constructor raises it.
         """
         if prompt != AUTO:
@@ -200,7 +216,8 @@ class MultiItemScorer:
         has_map = "device_map" in (model_kwargs or {})
         if has_map and device is not None:
             raise InputError(f"{device=} and a device_map in model_kwargs; pass one of them")
-        place = place_of("cpu" if has_map else device)
+        on_mesh = mesh is not None
+        place = mesh_place_of(device) if on_mesh else place_of("cpu" if has_map else device)
         hub = {
             "revision": revision,
             "cache_dir": cache_dir,
@@ -209,11 +226,10 @@ class MultiItemScorer:
         }
         tokenizer = load_tokenizer(name_or_path, **hub)
         prompt = prompt_for(prompt, *names_of(name_or_path, **hub))
-        model = load_model(
-            name_or_path, device=place.torch, dtype=dtype, model_kwargs=model_kwargs, **hub
-        )
+        load = load_stored if on_mesh else functools.partial(load_model, device=place.torch)
+        model = load(name_or_path, dtype=dtype, model_kwargs=model_kwargs, **hub)
         return cls(
-            patch_model(model, device=place.programs, compile_cache=compile_cache),
+            patch_model(model, device=place.programs, mesh=mesh, compile_cache=compile_cache),
             tokenizer,
             prompt=prompt,
             mask_impl=mask_impl,

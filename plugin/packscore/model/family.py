@@ -13,6 +13,7 @@ from packscore.interfaces import ATTENTION_NAME, CLASSIFIER, attention_name
 from packscore.model.place import check_place
 from packscore.model.plain import check_token_wise, modules_of
 from packscore.model.sizes import ModelSizes
+from packscore.model.stored import is_stored
 from packscore.telling import counted, cut
 
 
@@ -33,7 +34,8 @@ def model_told(model: PreTrainedModel) -> str:
     name = str(config.name_or_path or "").rstrip("/").rpartition("/")[2]
     named = f"{type(model).__name__} {cut(name)}" if name else type(model).__name__
     sizes = f"{counted(config.num_hidden_layers, 'layer')} of {config.hidden_size:,}"
-    return f"{named}, {sizes}, {model.device}, {str(model.dtype).removeprefix('torch.')}"
+    place = "loaded in parts" if is_stored(model) else model.device
+    return f"{named}, {sizes}, {place}, {str(model.dtype).removeprefix('torch.')}"
 
 
 def output_head(model: PreTrainedModel) -> Any:

@@ -17,6 +17,7 @@ from packscore.interfaces import hooks_of
 from packscore.model.family import output_head
 from packscore.model.masks import final_cap
 from packscore.model.place import rows_in_torch
+from packscore.model.stored import Stored
 from packscore.text.labels import LabelIds, Labels, read_labels
 from packscore.text.prompts import PromptSpec
 from packscore.text.tokenizer import PieceTokenizer
@@ -60,7 +61,7 @@ class LinearHead:
 
     def _check_trained(self, name: str, kind: str, row_ids: list[int]) -> None:
         """Refuse rows that are not finite, all zero or not all different: nothing trained them."""
-        if not self._is_plain:
+        if not self._is_plain and not isinstance(getattr(self._head, "weight", None), Stored):
             return
         rows: Any = rows_in_torch(self._head.weight, row_ids).float()
         for row, row_id in zip(rows, row_ids, strict=True):

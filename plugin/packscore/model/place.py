@@ -10,6 +10,7 @@ from torch import nn
 
 from packscore.errors import UnsupportedModelError
 from packscore.interfaces import BACKEND_NAME
+from packscore.model.stored import Stored
 
 # What has to be in the environment before torch is imported, so that TorchTPU stays out of it.
 WITHOUT_TORCHTPU = "TORCH_DEVICE_BACKEND_AUTOLOAD=0"
@@ -57,7 +58,12 @@ def torchtpu_is_loaded() -> bool:
 
 
 def rows_in_torch(weight: Any, rows: list[int] | slice) -> torch.Tensor:
-    """Some rows of a weight as a tensor of torch's own; of one on torchax a copy on the CPU."""
+    """Some rows of a weight as a tensor of torch's own.
+
+    They are a copy on the CPU of one on torchax, and of one that is in its checkpoint.
+    """
+    if isinstance(weight, Stored):
+        return weight.read_rows(rows)
     if not _is_of_torchax(weight):
         found: torch.Tensor = weight.detach()[rows]
         return found

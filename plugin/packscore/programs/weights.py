@@ -20,9 +20,11 @@ from packscore.errors import UnsupportedModelError
 from packscore.model.family import is_classifier, output_head
 from packscore.model.masks import final_cap, windows_of
 from packscore.model.place import is_on_torchax
+from packscore.model.stored import is_stored
 from packscore.model.weight_watch import WeightWatch, values_of
 from packscore.programs.mesh.chips import ChipGroup
 from packscore.programs.mesh.cuts import Cut, Cuts, lead_of
+from packscore.programs.mesh.loading import load_weights
 from packscore_kernels.hardware import shape_of
 
 # Bytes to which arrays must be aligned that jax reads in place; others it copies.
@@ -64,8 +66,12 @@ class DeviceWeights:
 
     def _take(self, model: PreTrainedModel) -> None:
         whole: Any = model
-        taken = weights_of(model, self._skeleton)
-        of_copies = [put_weights(taken, chips, self._cuts) for chips in self._copies]
+        if is_stored(model):
+            _check_same_modules(model, self._skeleton)
+            of_copies = load_weights(model, self._copies, self._cuts)
+        else:
+            taken = weights_of(model, self._skeleton)
+            of_copies = [put_weights(taken, chips, self._cuts) for chips in self._copies]
         arrays = of_copies[0]
         # what changes from here on is seen the next time
         watch = WeightWatch(model)
@@ -92,7 +98,10 @@ class DeviceWeights:
         return self._watch.sees_change(model)
 
     def fits(self, model: PreTrainedModel) -> bool:
-        """Whether the model has the skeleton's parameters, and runs as many layers as it does."""
+        """Whether the model is one for `follow`, and not for other programs."""
+        return is_stored(model) or self._is_of_skeleton(model)
+
+    def _is_of_skeleton(self, model: PreTrainedModel) -> bool:
         own, traced = (
             (one.config.num_hidden_layers, windows_of(one), final_cap(one), _shapes(one))
             for one in (model, self._skeleton)
@@ -103,9 +112,18 @@ class DeviceWeights:
         """Take the weights again, unless torch wrote them where jax reads them.
 
         Raises:
-          UnsupportedModelError: see `weights_of`.
+          UnsupportedModelError: see `weights_of`; and a model whose weights came from its
+            checkpoint has other modules, parameters or sizes than then.
         """
-        if self._is_shared and not self._watch.sees_other_memory(model):
+        if is_stored(model):
+            if self._watch.sees_other_memory(model) or not self._is_of_skeleton(model):
+                raise UnsupportedModelError(
+                    "a module, hook, parameter or size of the model was changed, whose weights "
+                    "went from the checkpoint to the chips of its mesh; undo that, change the "
+                    "checkpoint and load it again, or load it without mesh"
+                )
+            self._watch = WeightWatch(model)
+        elif self._is_shared and not self._watch.sees_other_memory(model):
             self._watch = WeightWatch(model)
         else:
             self._take(model)
@@ -226,7 +244,7 @@ def _check_same_modules(model: PreTrainedModel, skeleton: PreTrainedModel) -> No
                 f"{name} is {numbers.get(name)} and by the model's configuration {number}, which "
                 "programs compute with; set it in the configuration, and patch the model anew"
             )
-    place = "jax" if is_on_torchax(model) else "cpu"
+    place = "jax" if is_on_torchax(model) else "meta" if is_stored(model) else "cpu"
     for name, parameter in model.named_parameters():
         if parameter.device.type != place:
             raise UnsupportedModelError(
