@@ -55,6 +55,7 @@ DOORS_OF_PROGRAMS = {
     ("packscore.calls", "", "types"),
     ("packscore.patching", "", "types"),
     ("packscore.core", "", "types"),
+    ("packscore.scoring", "", "types"),
 }
 # The same of packscore_kernels, where errors and hardware are for all. The reference is the
 # specification: it shares the layout with the kernel and nothing else.

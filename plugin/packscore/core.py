@@ -303,9 +303,7 @@ class ScoringCore:
     def num_copies(self) -> int:
         """How many engines run launches now; asking makes none."""
         program, replicas = self._runtime
-        if program is not None:
-            return len(program.copies)
-        return replicas.num_copies if replicas else 1
+        return len(program.copies) if program else replicas.num_copies if replicas else 1
 
     @property
     def copies(self) -> Copies:
@@ -395,8 +393,7 @@ def check_patched(model: nn.Module, mask_impl: MaskKind) -> None:
 def _new_engines(core: ScoringCore, program: ModelProgram | None) -> list[Engine]:
     if program is not None:
         # imported here: jax and torchax come into the process on the JAX path only
-        from packscore.programs.engine import ProgramEngine
+        from packscore.programs.engine import engines_of
 
-        given = program, core.prefix_cache_bytes, core.mask_impl
-        return [ProgramEngine(*given, copy) for copy in range(len(program.copies))]
+        return engines_of(program, core.prefix_cache_bytes, core.mask_impl)
     return torch_engines(core.model, core.head, core.prefix_cache_bytes, core.mask_impl)

@@ -134,6 +134,12 @@ class ProgramEngine:
             raise
 
 
+def engines_of(program: ModelProgram, cache_bytes: int, mask_kind: MaskKind) -> list[ProgramEngine]:
+    """One for each of a program's copies of the model."""
+    given = program, cache_bytes, mask_kind
+    return [ProgramEngine(*given, copy) for copy in range(len(program.copies))]
+
+
 def _costs(program: ModelProgram, mask_kind: MaskKind) -> CostModel:
     chip = chip_of(program.device)
     padded = functools.partial(program.computed_tokens, mask_kind=mask_kind)
