@@ -13,7 +13,7 @@ import typer
 from packscore.cli.options import ModelOptions
 from packscore.files.failures import UsageError
 from packscore.files.file_plan import FilePlan, plan_files
-from packscore.files.inputs import ReadOptions
+from packscore.files.look import ReadOptions
 from packscore.files.readers import delimiter_from
 from packscore.files.states import StateFields
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from packscore.files.failures import UsageError
-from packscore.files.inputs import ReadOptions
+from packscore.files.look import ReadOptions
 from packscore.files.readers import delimiter_from
 from packscore.files.records import FieldNames
 

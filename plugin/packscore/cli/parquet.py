@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from packscore.cli.columns import Row, Rows, Shape, as_json, as_text, columns_of
-from packscore.files.readers import parquet_module
+from packscore.files.parquet import parquet_module
 
 BATCH_ROWS = 1024
 # Deeper lists and objects are JSON: readers of parquet recurse.

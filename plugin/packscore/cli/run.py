@@ -22,8 +22,9 @@ from packscore.cli.options import ModelOptions
 from packscore.cli.tasks import Task
 from packscore.files.failures import RunError
 from packscore.files.file_plan import FilePlan, begin, mark_complete, model_fingerprint
-from packscore.files.inputs import Input, ReadOptions
+from packscore.files.inputs import Input
 from packscore.files.journal import FileJournal, Journal, StreamJournal, UnwritableError
+from packscore.files.look import ReadOptions
 from packscore.files.records import BadRecord, Readable
 from packscore.files.sources import is_stream, open_sink
 

@@ -12,8 +12,9 @@ from packscore.cli.exits import ExitCode, tell
 from packscore.cli.options import ModelOptions
 from packscore.files.failures import UsageError
 from packscore.files.file_plan import FilePlan, check_free
-from packscore.files.inputs import Input, ReadOptions, open_input
+from packscore.files.inputs import Input, open_input
 from packscore.files.locks import locked
+from packscore.files.look import ReadOptions
 
 if TYPE_CHECKING:
     from packscore.cli.load import Loaded
