@@ -30,7 +30,7 @@ WORDS = ("open", "read", "write", "close", "list", "sort", "copy", "move", "tree
 # By shape: rows of a query, and items of a row; None: a row has one text instead of a list.
 SHAPES: dict[str, tuple[int, int | None]] = {
     "rows": (500, None),
-    "queries": (5, None),
+    "queries": (20, None),
     "lists": (1, 5),
 }
 RESULTS = provenance.HERE / "results" / "offline_memory.json"
