@@ -16,8 +16,9 @@ from packscore.cli import run as running
 from packscore.cli.columns import Shape, reserved_fields
 from packscore.cli.tasks import Task
 from packscore.files.file_plan import FilePlan, plan_files
-from packscore.files.inputs import ReadOptions, open_input
+from packscore.files.inputs import open_input
 from packscore.files.locks import locked
+from packscore.files.look import ReadOptions
 from packscore.files.records import Record
 
 # An output of every kind.

@@ -22,7 +22,8 @@ from pyarrow import parquet
 from cli_helpers import MODEL, Cli
 from cli_stand_in import plan_of, run_stand_in
 from packscore.files.failures import RunError, UsageError
-from packscore.files.inputs import Input, ReadOptions, open_input
+from packscore.files.inputs import Input, open_input
+from packscore.files.look import ReadOptions
 from packscore.files.paths import MISSING, find, without
 from packscore.files.records import BadRecord, FieldNames, Record
 

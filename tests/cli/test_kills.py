@@ -19,7 +19,7 @@ from cli_helpers import RECORDS, Cli, fork
 from cli_stand_in import OUTPUTS, plan_of, rows_of, run_stand_in
 from packscore.files.failures import RunError
 from packscore.files.file_plan import FilePlan
-from packscore.files.inputs import ReadOptions
+from packscore.files.look import ReadOptions
 
 ROWS = [{"query": f"q{i // 3}", "document": f"d{i}", "k": i % 5} for i in range(40)]
 LISTS = [*RECORDS, "nope", *({"query": f"{i}", "items": ["a"] * (i % 4)} for i in range(30))]

@@ -82,6 +82,7 @@ def score(
     overwrite: opt.Overwrite = False,
     max_line_bytes: opt.MaxLineBytes = DEFAULT_MAX_LINE_BYTES,
     dry_run: opt.DryRun = False,
+    price: opt.Price = None,
     quiet: opt.Quiet = False,
 ) -> None:
     """Write P(label) for every item of every record."""
@@ -107,7 +108,9 @@ def score(
         read = opt.read_options(
             query_field, items_field, id_field, max_line_bytes, delimiter, group
         )
-        code = run_over_files(files, read, chosen, task, dry_run=dry_run, quiet=quiet)
+        code = run_over_files(
+            files, read, chosen, task, dry_run=dry_run, quiet=quiet, price_per_hour=price
+        )
     raise typer.Exit(code)
 
 
@@ -143,6 +146,7 @@ def rank(
     overwrite: opt.Overwrite = False,
     max_line_bytes: opt.MaxLineBytes = DEFAULT_MAX_LINE_BYTES,
     dry_run: opt.DryRun = False,
+    price: opt.Price = None,
     quiet: opt.Quiet = False,
 ) -> None:
     """Write every record's documents by their score, best first."""
@@ -168,7 +172,9 @@ def rank(
         read = opt.read_options(
             query_field, items_field, id_field, max_line_bytes, delimiter, group, once=True
         )
-        code = run_over_files(files, read, chosen, task, dry_run=dry_run, quiet=quiet)
+        code = run_over_files(
+            files, read, chosen, task, dry_run=dry_run, quiet=quiet, price_per_hour=price
+        )
     raise typer.Exit(code)
 
 
@@ -184,7 +190,9 @@ def decide(
     ] = None,
     output: Annotated[
         str | None,
-        typer.Option("--output", "-o", help="The .jsonl file to write, or .jsonl.gz; - is stdout."),
+        typer.Option(
+            "--output", "-o", help="The .jsonl, .jsonl.gz or .parquet file to write; - is stdout."
+        ),
     ] = None,
     state: Annotated[
         str | None,
@@ -229,6 +237,7 @@ def decide(
     overwrite: opt.Overwrite = False,
     max_line_bytes: opt.MaxLineBytes = DEFAULT_MAX_LINE_BYTES,
     dry_run: opt.DryRun = False,
+    price: opt.Price = None,
     quiet: opt.Quiet = False,
 ) -> None:
     """Answer typed questions about every state, with a probability for each option."""
@@ -240,7 +249,7 @@ def decide(
         task = deciding.task(permutations, body)
         if state is not None:
             of_files = {"INPUT": input, "--output": output, "--errors": errors, "--resume": resume}
-            of_files |= {"--overwrite": overwrite, "--dry-run": dry_run}
+            of_files |= {"--overwrite": overwrite, "--dry-run": dry_run, "--price-per-hour": price}
             deciding.check_one(of_files, given)
             deciding.decide_one(state, given, chosen, task, as_json=as_json)
             return
@@ -248,7 +257,9 @@ def decide(
             input, output, errors, input_format, as_json=as_json, resume=resume, overwrite=overwrite
         )
         read = deciding.read_options(state_field, questions_field, given, max_line_bytes, delimiter)
-        code = run_over_files(plan, read, chosen, task, dry_run=dry_run, quiet=quiet)
+        code = run_over_files(
+            plan, read, chosen, task, dry_run=dry_run, quiet=quiet, price_per_hour=price
+        )
     raise typer.Exit(code)
 
 

@@ -13,8 +13,8 @@ import typer
 from packscore.cli.options import ModelOptions
 from packscore.files.failures import UsageError
 from packscore.files.file_plan import FilePlan, plan_files
-from packscore.files.inputs import ReadOptions
-from packscore.files.readers import delimiter_from
+from packscore.files.look import ReadOptions
+from packscore.files.readers import TABLES, delimiter_from
 from packscore.files.states import StateFields
 
 if TYPE_CHECKING:
@@ -93,10 +93,10 @@ def plan(
     files = plan_files(
         input_path, output_path, errors, input_format, None, resume=resume, overwrite=overwrite
     )
-    if files.output_format != "jsonl":
+    if files.output_format in TABLES:
         raise UsageError(
-            f"--output={output_path}: decisions are written as jsonl, not as "
-            f"{files.output_format}; name a .jsonl or .jsonl.gz file"
+            f"--output={output_path}: decisions are written as jsonl or parquet, not as "
+            f"{files.output_format}; name a .jsonl, .jsonl.gz or .parquet file"
         )
     return files
 

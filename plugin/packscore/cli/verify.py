@@ -11,7 +11,8 @@ from packscore.cli.load import load
 from packscore.cli.options import ModelOptions
 from packscore.files.failures import RunError
 from packscore.files.file_plan import check_format, check_input
-from packscore.files.inputs import ReadOptions, open_input
+from packscore.files.inputs import open_input
+from packscore.files.look import ReadOptions
 from packscore.files.readers import format_of
 from packscore.files.records import Entry, Record
 from packscore.verify import verify_parity

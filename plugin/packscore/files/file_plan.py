@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from packscore.files.failures import RunError, UsageError
-from packscore.files.readers import FORMATS, format_of, parquet_module
+from packscore.files.parquet import parquet_module
+from packscore.files.readers import FORMATS, format_of
 from packscore.files.sources import is_stream
 
 HASH_CHUNK_BYTES = 1 << 20

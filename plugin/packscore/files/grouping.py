@@ -61,22 +61,13 @@ def collected(rows: Iterable[Part]) -> Iterator[Part]:
     yield from map(_merged, groups.values())
 
 
-def scattered(rows: Iterable[Part]) -> tuple[int, Record | None]:
-    """How many queries come back after another one, and the first row that does."""
-    seen: set[int] = set()
-    back: set[int] = set()
-    first, before = None, None
+def changes(rows: Iterable[Part]) -> Iterator[tuple[int, str]]:
+    """The first of the rows of one query that follow each other: its line, and the query."""
+    before = None
     for row in rows:
-        if isinstance(row, BadRecord):
-            continue
-        if row.query != before:
-            key = hash(row.query)
-            if key in seen:
-                back.add(key)
-                first = first or row
-            seen.add(key)
+        if isinstance(row, Record) and row.query != before:
             before = row.query
-    return len(back), first
+            yield row.line, before
 
 
 def _merged(rows: list[Record]) -> Record:

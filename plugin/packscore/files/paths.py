@@ -53,6 +53,11 @@ def without(value: dict[str, Any], path: str) -> dict[str, Any]:
     return {other: inside if other == name else value[other] for other in value} if inside else left
 
 
+def prefixes(path: str) -> list[str]:
+    """Names of fields that a path may go through."""
+    return [path, *(name for name, _ in _splits(path))]
+
+
 def _splits(path: str) -> Iterator[tuple[str, str]]:
     at = path.find(".")
     while at >= 0:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import NoReturn, Protocol
 
 from packscore.files.failures import UsageError
 from packscore.files.lines import Lines
@@ -21,7 +21,6 @@ from packscore.files.records import (
     Raw,
 )
 from packscore.files.sources import COMPRESSED_SUFFIXES, Source, is_stream
-from packscore.installed import install_command
 
 FORMATS = ("jsonl", "csv", "tsv", "parquet")
 TABLES = ("csv", "tsv")
@@ -29,13 +28,13 @@ SUFFIXES = {f".{name}": name for name in FORMATS} | {".ndjson": "jsonl", ".tab":
 # What may stand between columns, in the order in which a header is tried with them.
 DELIMITERS = (",", "\t", ";", "|")
 DELIMITER_NAMES = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}
-PARQUET_BATCH_ROWS = 64
 
 
 class Reader(Protocol):
     """A file of records; `position` out of `total` is how far it has been read."""
 
     table: bool  # whether it has columns, and each row one item
+    measured: bool  # whether `position` is how much of the records was taken
 
     @property
     def total(self) -> int | None:
@@ -45,6 +44,11 @@ class Reader(Protocol):
     @property
     def position(self) -> int:
         """What has been read, in the unit of `total`."""
+        ...
+
+    @property
+    def bytes_read(self) -> int:
+        """The same in bytes."""
         ...
 
     def described(self) -> str:
@@ -82,6 +86,7 @@ class JsonlReader:
 
     def __init__(self, source: Source, max_line_bytes: int) -> None:
         self.total = source.total
+        self.measured = source.total is not None and source.compression is None
         self._source = source
         self._lines = Lines(source.file, max_line_bytes)
 
@@ -89,6 +94,8 @@ class JsonlReader:
     def position(self) -> int:
         """Bytes read."""
         return self._source.position
+
+    bytes_read = position
 
     def described(self) -> str:
         """The format, in words."""
@@ -147,6 +154,7 @@ class TableReader:
         self, source: Source, names: Fields, max_line_bytes: int, delimiters: tuple[str, ...]
     ) -> None:
         self.total = source.total
+        self.measured = source.total is not None and source.compression is None
         self._source = source
         self._lines = Lines(source.file, max_line_bytes)
         self._max_line_bytes = max_line_bytes
@@ -168,6 +176,8 @@ class TableReader:
     def position(self) -> int:
         """Bytes read."""
         return self._source.position
+
+    bytes_read = position
 
     def described(self) -> str:
         """The format, in words."""
@@ -259,66 +269,3 @@ def delimiter_from(option: str) -> str:
 
 def _compressed(source: Source) -> str:
     return f", {source.compression}" if source.compression else ""
-
-
-class ParquetReader:
-    """One record on each row; items are a column of lists, or of texts."""
-
-    table = False
-
-    def __init__(self, path: str) -> None:
-        self._file = parquet_module().ParquetFile(path)
-        self.total: int | None = self._file.metadata.num_rows
-        self.position = 0
-
-    def described(self) -> str:
-        """The format, in words."""
-        return "parquet"
-
-    def __iter__(self) -> Iterator[Raw]:
-        for batch in self._file.iter_batches(batch_size=PARQUET_BATCH_ROWS):
-            for row in batch.to_pylist():
-                self.position += 1
-                yield self._raw(row)
-
-    def _raw(self, row: dict[str, Any]) -> Raw:
-        try:
-            return self.position, {name: json_value(name, found) for name, found in row.items()}
-        except BadValueError as error:
-            return BadRecord(self.position, str(error))
-
-
-def json_value(name: str, value: Any) -> Any:
-    """A value of a parquet column as JSON has it: dates as text, what is not a number as null.
-
-    Raises:
-      BadValueError: JSON has nothing like it.
-    """
-    if isinstance(value, list):
-        return [json_value(name, entry) for entry in value]
-    if isinstance(value, dict):
-        return {str(key): json_value(name, entry) for key, entry in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        if math.isnan(value):
-            return None
-        raise BadValueError(f"{name} is {value}, which JSON does not have")
-    if value is None or isinstance(value, str | bool | int | float):
-        return value
-    if hasattr(value, "isoformat"):
-        return value.isoformat()
-    raise BadValueError(f"{name} is a {type(value).__name__}, which the output cannot carry")
-
-
-def parquet_module() -> Any:
-    """pyarrow's parquet.
-
-    Raises:
-      UsageError: it is not installed.
-    """
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UsageError(
-            f"parquet files need pyarrow, which is not installed: {install_command('parquet')}"
-        ) from error
-    return pyarrow.parquet
