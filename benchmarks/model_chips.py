@@ -215,15 +215,22 @@ def count(chip: str, name: str) -> dict[str, Any]:
 
 
 def own_process(*arguments: str) -> Any:
-    """What this file prints in another process: libtpu reads its environment when it loads."""
-    command = [sys.executable, __file__, *arguments]
+    """What a file prints in another process: libtpu reads its environment when it loads."""
+    command = [sys.executable, *arguments]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
-def counted() -> dict[str, Any]:
-    """What was counted, by "model, chip"."""
-    got: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+def counted_by(results: Path) -> dict[str, Any]:
+    """What was counted, by the names of cells."""
+    got: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
     return got
+
+
+def put_into(page: Path, marks: tuple[str, str], text: str) -> None:
+    """Write a text between two marks of a page."""
+    whole, (begin, end) = page.read_text(), marks
+    before, _, rest = whole.partition(begin)
+    page.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
 
 
 def table(cells: dict[str, Any], times: dict[str, Any]) -> str:
@@ -262,7 +269,7 @@ def main() -> None:
     if args.one:
         print(json.dumps(count(args.chip, args.model) if args.model else cells_of(args.chip)))
         return
-    cells = {chip: own_process("--one", "cells", "--chip", chip) for chip in COLUMNS}
+    cells = {chip: own_process(__file__, "--one", "cells", "--chip", chip) for chip in COLUMNS}
     if args.count:
         if args.chip not in (None, *COUNTED):
             parser.error(f"--chip {args.chip} has no times; take one of {', '.join(COUNTED)}")
@@ -275,16 +282,14 @@ def main() -> None:
             if args.model not in (None, *has_time):
                 parser.error(f"on {chip} these have times: {', '.join(has_time)}")
             for name in [args.model] if args.model else has_time:
-                times = counted()
+                times = counted_by(RESULTS)
                 times[f"{name}, {chip}"] = own_process(
-                    *("--one", "count", "--chip", chip, "--model", name)
+                    *(__file__, "--one", "count", "--chip", chip, "--model", name)
                 )
                 RESULTS.write_text(json.dumps(times, indent=1) + "\n")
-    text = table(cells, counted())
+    text = table(cells, counted_by(RESULTS))
     if args.write:
-        page, (begin, end) = PAGE.read_text(), MARKS
-        before, _, rest = page.partition(begin)
-        PAGE.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
+        put_into(PAGE, MARKS, text)
     print(text)
 
 

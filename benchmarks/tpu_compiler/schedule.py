@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import glob
 import itertools
+import math
 import os
 import re
 import sys
@@ -35,10 +36,11 @@ def configure(topology: str, dump_dir: str | None = None) -> None:
     """Set the environment that libtpu reads when it loads. Call before anything imports jax."""
     if "jax" in sys.modules:
         raise RuntimeError("configure() must be called before jax is imported")
+    kind, shape = topology.split(":")
     os.environ.update(
         TPU_SKIP_MDS_QUERY="1",
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # there is no TPU here to lock
-        TPU_ACCELERATOR_TYPE=topology.split(":")[0] + "-1",
+        TPU_ACCELERATOR_TYPE=f"{kind}-{math.prod(map(int, shape.split('x')))}",
         TPU_WORKER_HOSTNAMES="localhost",
         JAX_PLATFORMS="cpu",
         TPU_TOPOLOGY_NAME=topology,

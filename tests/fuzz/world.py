@@ -229,8 +229,8 @@ class World:
 
     def check_pages(self) -> None:
         """Every page is free, kept, or leased by what is held."""
-        found = self.scorer._core._engine
-        pool = found[1].pool if found else None
+        found = self.scorer._core._copies
+        pool = found[1].first.pool if found else None
         if pool is None:
             return
         leases = [lease_of(held) for held, _, _ in self.held]

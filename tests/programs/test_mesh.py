@@ -130,6 +130,23 @@ def test_ordinary_calls_classifiers_and_new_weights_on_a_mesh() -> None:
     assert np.abs(np.array(got) - np.array(want)).max() <= PROBABILITY_MAX_FLOAT32
 
 
+def test_a_dense_mask_on_a_mesh() -> None:
+    model = decoder("llama", 2)
+    assert worst(on_mesh(model, 1, 4, mask_impl="dense"), model) <= PROBABILITY_MAX_FLOAT32
+
+
+def test_kernels_on_a_mesh_are_exact() -> None:
+    """The layer that runs on a TPU, interpreted on two chips: one head of the queries on each."""
+    sizes = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 128, "hidden_size": 128}
+    model = random_decoder("qwen3", **sizes, intermediate_size=512, pad_token_id=300)
+    scorer = on_mesh(model, 1, 2)
+    for executables in program_of(scorer.model)._of_copies:
+        executables.implementation = "pallas_interpret"
+    want = one_by_one(model, PREFIXES[1], ITEMS[0], LABELS)
+    got = torch.tensor(scorer.score(PREFIXES[1], ITEMS[0]))
+    assert (got - want).abs().max() <= PROBABILITY_MAX_FLOAT32
+
+
 def test_each_copy_computes_its_queries_and_keeps_their_pages() -> None:
     """Queries go to the copy that has their prefix; together the copies share the launches."""
     model = decoder("qwen3", 4, num_layers=1)
@@ -154,17 +171,21 @@ def test_each_copy_computes_its_queries_and_keeps_their_pages() -> None:
         assert (torch.tensor(one.scores) - want).abs().max() <= PROBABILITY_MAX_FLOAT32
 
 
-def test_decisions_on_a_mesh_equal_one_chip() -> None:
+def test_decisions_on_a_mesh_equal_torch() -> None:
     asked = {
         "spam": Noul("Is it spam?"),
         "kind": Choice("Which?", dict.fromkeys(["news", "offer"])),
     }
+    scorer = MultiItemScorer.from_pretrained(shipped_model_path(), dtype="float32")
     found = []
     for mesh in (None, {"data": 2, "model": 2}):
-        scorer = MultiItemScorer.from_pretrained(shipped_model_path())
-        patch_model(scorer.model, device="jax", mesh=mesh)
-        found.append(scorer.decide("Dear all, buy now.", asked).to_decisions())
-    assert found[0] == pytest.approx(found[1], abs=5e-6)
+        if mesh:
+            patch_model(scorer.model, device="jax", mesh=mesh)
+        decision = scorer.decide("Dear all, buy now.", asked)
+        found.append(
+            [decision.nouls["spam"].noul, *decision.choices["kind"].probabilities.values()]
+        )
+    assert found[0] == pytest.approx(found[1], abs=PROBABILITY_MAX_FLOAT32)
 
 
 def all_reduces(program: Any) -> list[int]:

@@ -34,6 +34,12 @@ from packscore import (
     unpatch_model,
 )
 from packscore.calls import program_of
+from packscore.flows.copies import Copies
+from packscore.flows.engine import Readout
+from packscore.flows.packing import Share, pack
+from packscore.flows.reads import LabelRead
+from packscore.flows.runner import Runner
+from packscore.programs.engine import ProgramEngine
 from packscore.programs.sizes import (
     ProgramKey,
     capacity,
@@ -44,6 +50,7 @@ from packscore.programs.sizes import (
     token_ladder,
 )
 from tolerances import (
+    LOG_ODDS_REORDERED,
     PROBABILITY_MAX_BFLOAT16,
     PROBABILITY_MAX_FLOAT32,
     PROBABILITY_MEAN_BFLOAT16,
@@ -186,6 +193,24 @@ def test_no_compile_after_warmup(warm: MultiItemScorer, largest: int) -> None:
     assert program.compile_count == before
     with pytest.raises(UnexpectedCompileError, match=r"is not compiled and strict=True; call warm"):
         warm.score(PREFIX, [random_ids(largest, seed=1)])
+
+
+def test_two_engines_of_programs_share_the_work_of_a_run(warm: MultiItemScorer) -> None:
+    """As copies on two chips do; here both launch one set of programs on one CPU."""
+    program, core = program_of(warm.model), warm._core
+    assert program is not None
+    assert core.default_labels is not None
+    copies = Copies([ProgramEngine(program, 2**24, "segment") for _ in range(2)])
+    work = [warm.encode(prefix, items) for prefix, items in requests(30, 700)]
+    read = LabelRead((core.default_labels,), over_vocabulary=True)
+    expected = core.run(work, read)
+    for found, right in zip(core.run(work, read, runner=Runner(copies)), expected, strict=True):
+        assert (found.logits - right.logits).abs().max() <= LOG_ODDS_REORDERED
+    assert all(pool.num_free_pages < pool.num_pages for pool in copies.pools)
+    engine = copies.first
+    launched = engine.launch(pack([Share(0, work[0].prefix, [], np.arange(0))]), Readout((1,)))
+    engine.read([launched])
+    assert engine.is_done(launched)
 
 
 def test_threads_give_the_single_threads_scores(warm: MultiItemScorer) -> None:

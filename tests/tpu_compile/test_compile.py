@@ -29,6 +29,7 @@ from workloads import config_of
 PROGRAMS = Path(__file__).with_name("compile_programs.py")
 PRODUCTS = Path(__file__).with_name("compile_products.py")
 POINTS = Path(__file__).with_name("recount_points.py")
+MESH = Path(__file__).with_name("compile_mesh.py")
 ROWS = Path(__file__).with_name("compile_rows.py")
 SCRIPT = Path(__file__).with_name("compile_variants.py")
 TESTS = Path(__file__).parents[1]
@@ -272,3 +273,16 @@ def test_the_reader_of_programs_sees_what_must_not_be_there():
     line = "  %scores = bf16[16,12288,12288]{2,1,0:T(8,128)} fusion(%q), kind=kLoop"
     argument = "  %w = bf16[151936,1024]{1,0} parameter(0)"
     assert [sizes for sizes, _ in shapes(f"{line}\n{argument}")] == [[16, 12288, 12288]]
+
+
+@needs_libtpu
+def test_a_model_compiles_for_four_chips_that_share_it() -> None:
+    """Each has a quarter of weights and pages, and twice a layer they sum the residual stream."""
+    got = json.loads(output_of(MESH))
+    assert got["devices"] == 4
+    assert set(got["kernels"]) == AROUND | ATTENTION | {"gated_mlp"}
+    assert got["all_reduces_a_layer"] == 2
+    # of three layers and the embedding all tokens, and of the last layer and the head some rows
+    all_tokens = 7 * 2 * got["num_tokens"] * 512
+    assert all_tokens < got["num_bytes"] < 1.1 * all_tokens
+    assert got["argument_bytes"] < 1.01 * got["whole_bytes"] / 4

@@ -13,8 +13,9 @@ from torch import nn
 
 from packscore.encoded import EncodedRequest, TokenIds
 from packscore.errors import RequestTooLargeError
+from packscore.flows.cuts import Items
 from packscore.flows.engine import Limits
-from packscore.flows.parts import Items, item_order, item_tokens, joined, part_of
+from packscore.flows.parts import item_order, item_tokens, joined, part_of
 from packscore.flows.reads import HiddenRows, LabelLogits, Read
 from packscore.model.weight_watch import WeightWatch
 from packscore.reading.prepared import Prepared

@@ -203,10 +203,11 @@ def cached_len(engine: Engine, prefix: TokenIds) -> int:
 
 
 def missing_ms(engine: Engine, prefix: TokenIds) -> float:
-    """Predicted milliseconds of what a copy's pages lack of a prefix; 0 where they have it all."""
-    cached = cached_len(engine, prefix)
+    """What a copy's pages lack of a prefix adds to a launch; 0 where they have all of it."""
+    cached, costs = cached_len(engine, prefix), engine.costs
     missing = len(prefix) - cached
-    return engine.costs.launch(missing, missing * cached, missing**2 / 2) if missing else 0.0
+    pairs = missing * (cached + missing / 2)
+    return missing * costs.tokens_ms[-1] / costs.tokens[-1] + pairs * costs.pair_ms
 
 
 def predicted_ms(costs: CostModel, batch: PackedBatch) -> float:
@@ -217,4 +218,4 @@ def predicted_ms(costs: CostModel, batch: PackedBatch) -> float:
         whole = group.cached_len + group.prefix_len
         pairs += group.prefix_len * group.cached_len + lens.sum() * whole + (lens**2).sum() / 2
         causal += group.prefix_len**2 / 2
-    return costs.launch(len(batch.token_ids), pairs, causal)
+    return float(costs.launch(len(batch.token_ids), pairs, causal))

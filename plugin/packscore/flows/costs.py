@@ -31,6 +31,10 @@ def _no_steps(num_tokens: int) -> int:
     return 0
 
 
+def _alone(num_tokens: int) -> float:
+    return 0.0
+
+
 @dataclass(frozen=True)
 class CostModel:
     """Predicted milliseconds of one launch.
@@ -45,6 +49,7 @@ class CostModel:
       causal_pair_ms: one such pair among the rows of one prefix, which see ever more of it; None
         is what others cost.
       steps: of kernels' grids, in a launch of so many tokens.
+      exchange_ms: what chips that share a model send each other in a launch of so many tokens.
       known_error: how far such costs were off where others measured; empty where nobody did.
     """
 
@@ -56,6 +61,7 @@ class CostModel:
     padded: Callable[[int], int] = int
     causal_pair_ms: float | None = None
     steps: Callable[[int], int] = _no_steps
+    exchange_ms: Callable[[int], float] = _alone
     known_error: str = ""
 
     def launch(self, num_tokens: int, num_pairs: float, causal_pairs: float = 0.0) -> float:
@@ -77,6 +83,7 @@ class CostModel:
             + num_pairs * self.pair_ms
             + causal_pairs * causal_ms
             + GRID_STEP_MS * self.steps(num_tokens)
+            + self.exchange_ms(num_tokens)
         )
 
 
@@ -135,7 +142,8 @@ def measured_cost_model(
         tokens_ms=tuple(max(ms - launch, 1e-6) for ms in found),
         pair_ms=max(both - alone, 0.0) / pairs,
         causal_pair_ms=None,
-        steps=_no_steps,  # they are in what was timed
+        steps=_no_steps,  # they are in what was timed, and so is what chips exchange
+        exchange_ms=_alone,
         known_error="",
     )
 
@@ -220,12 +228,23 @@ def predicted_parts(
     return {part: 1e3 * count / facts.clock_hz for part, count in found.items()}
 
 
+def exchange_ms(sizes: ModelSizes, chip: str, itemsize: int, chips: int, num_tokens: int) -> float:
+    """Milliseconds that chips which share a model sum the residual stream in: twice a layer.
+
+    The embedding's sum is one of the last layer's two, which are of few rows.
+    """
+    num_bytes = num_tokens * sizes.hidden * itemsize
+    return (2 * sizes.layers - 1) * CHIPS[chip].all_reduce_ms(num_bytes, chips)
+
+
 def tpu_cost_model(
     sizes: ModelSizes,
     chip: str,
     itemsize: int,
     padded: Callable[[int], int] = int,
     steps: Callable[[int], int] | None = None,
+    chips: int = 1,
+    room: Callable[[int], int] = int,
 ) -> CostModel:
     """A TPU's costs as its compiler schedules Qwen3's programs, scaled by arithmetic.
 
@@ -233,11 +252,13 @@ def tpu_cost_model(
     that of few. What the host does is not in it.
 
     Args:
-      sizes: of the model.
+      sizes: of what each chip has of the model.
       chip: a name in `hardware.CHIPS`; one without a table gets the v6e's, by its peak.
       itemsize: bytes of a weight.
       padded: the tokens that a launch of so many runs with.
       steps: of kernels' grids, in such a launch.
+      chips: that share the model, and sum what they have of the residual stream twice a layer.
+      room: tokens of the program that runs a launch of so many: all of them are summed.
     """
     known = bool(tpu_table(chip))
     table = tpu_table(chip if known else REFERENCE_CHIP)
@@ -260,5 +281,6 @@ def tpu_cost_model(
         padded=padded,
         causal_pair_ms=cycles.causal * heads * cycle_ms,
         steps=steps or _no_steps,
+        exchange_ms=lambda n: exchange_ms(sizes, chip, itemsize, chips, room(n)),
         known_error=KNOWN_ERROR,
     )

@@ -21,6 +21,10 @@ from packscore.results import Flow, MaskImpl, Usage
 # Starts a launch on an engine; what it returns is for the engine's `read`.
 Launch: TypeAlias = Callable[[Engine, PackedBatch, Readout], Any]
 
+# A prefix that is in pages is computed again on another copy where that spares so many times the
+# wait: all that is behind it waits for it.
+AGAIN = 8.0
+
 
 @dataclass(frozen=True, eq=False)
 class RequestValues:
@@ -84,7 +88,7 @@ class Run:
     """Requests that are planned and launched together; those that fit share a launch.
 
     The next launch is put together for the copy that is free. A request runs where its prefix is,
-    or is being computed; one whose prefix is whole nowhere, where it is predicted to begin first.
+    or is being computed, unless more waits there than computing it again is worth.
 
     Args:
       copies: what computes launches.
@@ -126,6 +130,7 @@ class Run:
         self._keeps = flow not in ("packed", "plain")
         self._homes = dict(homes)
         self._loads: dict[Engine, float] = {}  # when the next launch was begun
+        self._missing: dict[int, dict[Engine, float]] = {}  # of prefixes that are whole somewhere
         self._failed: dict[int, Exception] = {}
         self._waiting = deque(range(len(requests)))
         self._begun: deque[_Job] = deque()
@@ -264,14 +269,15 @@ class Run:
         prefix = self._requests[number].prefix
         if not (self._keeps and len(prefix)):
             return True
-        if number not in self._homes:
+        if number in self._homes:
+            return self._homes[number] is engine
+        missing = self._missing.get(number)
+        if missing is None:
             missing = {one: missing_ms(one, prefix) for one in self._loads}
-            whole = [one for one, ms in missing.items() if not ms]
-            if not whole:
-                # a start that many share, as a frame, is computed again where that is sooner
-                return engine is min(missing, key=lambda one: self._loads[one] + missing[one])
-            self._homes[number] = whole[0]
-        return self._homes[number] is engine
+            if not all(missing.values()):  # one that has all of it is not asked again
+                self._missing[number] = missing
+        ms = {one: load + AGAIN * missing[one] for one, load in self._loads.items()}
+        return engine is min(ms, key=ms.__getitem__)
 
     def _waits_for(self, request: EncodedRequest, engine: Engine, shares: list[Share]) -> bool:
         """Whether the launch being put together computes the start of this request's prefix."""
@@ -311,6 +317,8 @@ class Run:
         shares = _shares(number, request, distinct[by_length], plan, lease)
         where = None if lease is None or plan.flow == "plain" else engine
         was_whole = lease is not None and lease.is_whole
+        if not was_whole and number in self._missing:
+            self._missing.clear()  # soon it is in the pages of one more
         return _Job(request, same_as, plan, shares, lease, where, own is None, was_whole)
 
     def _has_moved(self, number: int) -> bool:

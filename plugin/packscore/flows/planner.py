@@ -132,7 +132,7 @@ class Explanation:
             last = f"of all tokens, because of {self.whole_last}"
         lines.append(f"  last layer: {last}")
         if self.num_copies > 1:
-            lines.append(f"  cut over {self.num_copies} copies, each of which has the prefix")
+            lines.append(f"  cut over {self.num_copies} copies: the prefix on each, items on one")
         lines += [self.known_error] * bool(self.known_error)
         return "\n".join(lines)
 

@@ -53,6 +53,8 @@ class AheadOfTime:
 def slice_of(chip: str, chips: tuple[int, ...] = (1,)) -> ChipGroup:
     """The chips of a slice that need not be there.
 
+    libtpu is to be told of as many: TPU_ACCELERATOR_TYPE=v6e-8 for (2, 4) of them.
+
     Args:
       chip: a name in `CHIPS`.
       chips: along each axis of the slice; a chip of two devices is one of them.
@@ -76,7 +78,7 @@ def compile_ahead(
     leases: Sequence[PrefixLease | None] = (),
     implementation: KernelImplementation = "pallas",
     mask_impl: MaskKind = "segment",
-    chips: tuple[int, ...] = (1,),
+    group: ChipGroup | None = None,
 ) -> AheadOfTime:
     """Compile the program that would score `layout` with a model of this configuration.
 
@@ -95,8 +97,7 @@ def compile_ahead(
       leases: of the pages that the request's prefixes go to; data too.
       implementation: of the kernels: "pallas" (TPU), "pallas_interpret" or "xla".
       mask_impl: "segment", or "dense" for a program that holds a mask.
-      chips: of a slice, (2, 2) for v6e-4, over all of which the model is cut; libtpu is then to be
-        told of as many (TPU_ACCELERATOR_TYPE=v6e-4).
+      group: chips of such a slice that the model is cut over, some of `slice_of`; None: one chip.
 
     Returns:
       The compiled program with its sizes in bytes.
@@ -106,7 +107,7 @@ def compile_ahead(
     """
     if chip not in CHIPS:
         raise InputError(f"{chip=} must be one of {', '.join(sorted(CHIPS))}")
-    group = slice_of(chip, chips)
+    group = group or slice_of(chip)
     model_class: Any = MODEL_CLASSES()[type(config)]
     traced = TracedModel(model_class, config, group.axis)
     sizes = traced.sizes

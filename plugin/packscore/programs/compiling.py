@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec
 from tqdm.auto import tqdm
 
 from packscore.errors import UnexpectedCompileError
@@ -22,7 +21,7 @@ from packscore.model.sizes import ModelSizes
 from packscore.programs.interfaces import RESET_CACHE, USE_MESH
 from packscore.programs.launch_inputs import LaunchInputs, block_sizes_for
 from packscore.programs.mesh.chips import REPLICATED, ChipGroup
-from packscore.programs.mesh.cuts import MODEL
+from packscore.programs.mesh.cuts import MODEL, PartitionSpec
 from packscore.programs.pages import PAGES, pool_struct
 from packscore.programs.sizes import DenseKey, HeadKey, ProgramKey
 from packscore.programs.traced_model import TracedModel
@@ -73,6 +72,11 @@ class Executables:
         self._weights: Weights = {}  # as shapes
         self._by_tiles: dict[tuple[KernelImplementation, int], bool] = {}
         self._lock = threading.Lock()
+
+    def follow(self, before: Executables) -> None:
+        """Go on where those of another shape of the model end: as strict, counting from there."""
+        self.strict, self.folder = before.strict, before.folder
+        self.count, self.seconds = before.count, before.seconds
 
     def adapt(self, weights: Weights) -> None:
         """Make programs for weights of these shapes from now on; those for others are dropped."""
@@ -210,7 +214,7 @@ def compile_program(
     specs = specs_of(traced, key, arguments)
     struct: Any = jax.ShapeDtypeStruct
 
-    def placed(spec: PartitionSpec, tree: Any) -> Any:
+    def placed(spec: Any, tree: Any) -> Any:
         where = chips.sharding(spec)
         return jax.tree.map(lambda x: struct(x.shape, x.dtype, sharding=where), tree)
 

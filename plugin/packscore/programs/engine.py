@@ -140,4 +140,6 @@ def _costs(program: ModelProgram, mask_kind: MaskKind) -> CostModel:
     if chip is None:
         return flops_cost_model(program.sizes, padded)
     steps = program.grid_steps if mask_kind == "segment" else None
-    return tpu_cost_model(program.sizes, chip, program.model.dtype.itemsize, padded, steps)
+    chips, room = len(program.copies[0]), functools.partial(program.room, mask_kind=mask_kind)
+    itemsize = program.model.dtype.itemsize
+    return tpu_cost_model(program.sizes, chip, itemsize, padded, steps, chips, room)

@@ -8,12 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from packscore.flows.page_pool import PAGE_SIZE, PrefixLease
 from packscore.model.sizes import ModelSizes
 from packscore.programs.mesh.chips import ChipGroup
-from packscore.programs.mesh.cuts import MODEL
+from packscore.programs.mesh.cuts import MODEL, PartitionSpec
 from packscore.programs.sizes import MAX_PAGES
 from packscore_kernels.hardware import shape_of
 

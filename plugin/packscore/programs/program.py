@@ -90,8 +90,8 @@ class ModelProgram:
     def _trace(self, model: PreTrainedModel) -> None:
         """Programs for the modules that the model has now."""
         traced = TracedModel(type(model), model.config, self.copies[0].axis)
-        by = self._implementation
-        found = [Executables(traced, traced.sizes, chips, by) for chips in self.copies]
+        given = traced, traced.sizes
+        found = [Executables(*given, chips, self._implementation) for chips in self.copies]
         on_taken = [one.adapt for one in found]
         weights = DeviceWeights(model, traced.skeleton, self.copies, traced.cuts, on_taken)
         self.sizes, self.num_classes = traced.sizes, class_count(model)
@@ -190,8 +190,7 @@ class ModelProgram:
         self._trace(model)
         self._generations = generation + 1
         for own, earlier in zip(self._of_copies, before, strict=True):
-            own.strict, own.folder = earlier.strict, earlier.folder
-            own.count, own.seconds = earlier.count, earlier.seconds
+            own.follow(earlier)
 
     def run(self, batch: PackedBatch, readout: Readout) -> RowValues:
         """What is read of a packed batch without pages, in the order of the batch.
@@ -284,6 +283,11 @@ class ModelProgram:
         """Tokens that a launch of so many runs with."""
         by_tiles = mask_kind == "segment" and self._executables.by_tiles
         return computed_tokens(num_tokens, by_tiles=by_tiles)
+
+    def room(self, num_tokens: int, mask_kind: MaskKind = "segment") -> int:
+        """Tokens that the program of such a launch has room for."""
+        by_tiles = mask_kind == "segment" and self._executables.by_tiles
+        return program_key(num_tokens, 1, 1, 0, by_tiles=by_tiles).num_tokens
 
     def grid_steps(self, num_tokens: int) -> int:
         """Steps of the kernels' grids in a launch of so many tokens, where these are counted."""
@@ -388,8 +392,8 @@ class ModelProgram:
 
     def device_pages(self, num_pages: int, copy: int = 0) -> DevicePages:
         """Pages for the keys and values of this model's prefixes, on the chips of a copy."""
-        chips, dtype = self.copies[copy], self._weights.dtype
-        struct = pool_struct(self.sizes, dtype, num_pages, len(chips))
+        chips = self.copies[copy]
+        struct = pool_struct(self.sizes, self._weights.dtype, num_pages, len(chips))
         return DevicePages(num_pages, struct, chips)
 
     def _blocks(self, key: ProgramKey) -> BlockSizes:

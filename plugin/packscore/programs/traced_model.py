@@ -33,7 +33,6 @@ from packscore.interfaces import (
 from packscore.model.family import TRACED_MODEL_TYPES, class_count
 from packscore.model.masks import MaskKind, final_cap, windows_of
 from packscore.model.sizes import ModelSizes
-from packscore.programs.bound import AtRows, Bound, KeysValuesOf
 from packscore.programs.fused_layer import (
     Call,
     Layer,
@@ -57,7 +56,10 @@ from packscore.programs.mesh.axis import ONE_CHIP, ModelAxis
 from packscore.programs.mesh.cuts import Cuts, check_cut
 from packscore.programs.traced_ops import (
     NAME,
+    AtRows,
+    Bound,
     KernelImplementation,
+    KeysValuesOf,
     LayerAttention,
     program_attention,
     program_experts,
@@ -155,9 +157,16 @@ class TracedModel:
         """[1, num_tokens, hidden_size] of i32[1, num_tokens], of which a chip may have no row."""
         embed, axis = self.skeleton.get_decoder().embed_tokens, self.axis
         if axis.chips == 1:
-            return self._call(embed, weights, tokens)
+            whole: jax.Array = self._call(embed, weights, tokens)
+            return whole
         is_own, at = axis.own(tokens, len(weights["weight"]))
-        return axis.sum(jnp.where(is_own[..., None], self._call(embed, weights, at), 0))
+        # which row has no gradient: torch asks whether it is among a chip's, which it need not be
+        padding_idx, embed.padding_idx = embed.padding_idx, None
+        try:
+            found = self._call(embed, weights, at)
+        finally:
+            embed.padding_idx = padding_idx
+        return axis.sum(jnp.where(is_own[..., None], found, 0))
 
     def _reader(
         self,

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from packscore.errors import InputError
 from packscore.interfaces import FUNCTION_MODES, NO_DISPATCH_MODES, POP_FUNCTION_MODE
+from packscore.model.last_layer import KeysValues, at_rows, keys_values
 from packscore.model.place import TORCHTPU_STANDS_BEFORE_TORCHAX, torchtpu_is_loaded
 from packscore.programs.interfaces import (
     DEFAULT_ENVIRONMENT,
@@ -152,7 +153,7 @@ def torch_alone() -> Iterator[None]:
         yield
 
 
-def sum_over(axis: ModelAxis, linear: nn.Linear) -> None:
+def sum_over(axis: ModelAxis, linear: Any) -> None:
     """Let a product whose inputs the chips have in parts give them all the sum of their parts."""
 
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -211,3 +212,36 @@ def program_experts(
     out = axis.sum(through_experts(hidden, chosen, weights, gate_up, down, activation, product))
     result: torch.Tensor = env.j2t_iso(out)
     return result
+
+
+class KeysValuesOf(nn.Module):
+    """A layer as what makes its keys and values."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, hidden: torch.Tensor, rotary: KeysValues) -> KeysValues:
+        """Of all tokens."""
+        return keys_values(self.module, hidden, rotary)
+
+
+class Bound(nn.Module):
+    """A layer with the keywords that are jax values, and no torch ones, put in by hand."""
+
+    def __init__(self, module: nn.Module, **keywords: Any) -> None:
+        super().__init__()
+        self.module = module
+        self._keywords = keywords
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the layer."""
+        return self.module(*args, attention_mask=None, **kwargs, **self._keywords)
+
+
+class AtRows(Bound):
+    """The same of some rows, between the keys and values of all tokens."""
+
+    def forward(self, rows: Any, found: Any, hidden: Any, **kwargs: Any) -> Any:
+        """Call `at_rows`."""
+        return at_rows(self.module, rows, found, hidden, **kwargs, **self._keywords)

@@ -31,12 +31,16 @@ class ModelAxis:
 
     def sum(self, x: jax.Array) -> jax.Array:
         """Over all chips, for all of them."""
-        out: jax.Array = lax.psum(x, MODEL) if self.chips > 1 else x
+        if self.chips == 1:
+            return x
+        out: jax.Array = lax.psum(x, MODEL)  # type: ignore[no-untyped-call]  # untyped in jax
         return out
 
     def largest(self, x: jax.Array) -> jax.Array:
         """Over all chips, for all of them."""
-        out: jax.Array = lax.pmax(x, MODEL) if self.chips > 1 else x
+        if self.chips == 1:
+            return x
+        out: jax.Array = lax.pmax(x, MODEL)  # type: ignore[no-untyped-call]  # untyped in jax
         return out
 
     def logsumexp(self, x: jax.Array) -> jax.Array:

@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from packscore.programs.interfaces import SHARD_MAP
 from packscore.programs.mesh.axis import ModelAxis
-from packscore.programs.mesh.cuts import MODEL
+from packscore.programs.mesh.cuts import MODEL, PartitionSpec
 
 REPLICATED = PartitionSpec()
 
@@ -63,7 +63,7 @@ class ChipGroup:
         """Of jax, with the one axis that weights are cut over."""
         return Mesh(np.array(self.devices), (MODEL,))
 
-    def sharding(self, spec: PartitionSpec = REPLICATED) -> jax.sharding.Sharding:
+    def sharding(self, spec: Any = REPLICATED) -> jax.sharding.Sharding:
         """Where an array is that is cut in this way."""
         if len(self) == 1:
             return SingleDeviceSharding(self.first)
@@ -83,4 +83,5 @@ class ChipGroup:
             return function
         specs: dict[str, Any] = {"in_specs": in_specs, "out_specs": out_specs}
         # what is equal on all chips is so by what the function computes: the check knows no kernels
-        return SHARD_MAP()(function, mesh=self.mesh, check_vma=False, **specs)
+        shard_map: Callable[..., Callable[..., Any]] = SHARD_MAP()
+        return shard_map(function, mesh=self.mesh, check_vma=False, **specs)

@@ -9,17 +9,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec as _PartitionSpec
 
 from packscore.errors import InputError
 from packscore.model.sizes import ModelSizes
 from packscore_kernels.hardware import cdiv
 
+PartitionSpec: Any = _PartitionSpec  # typed nowhere
 # The axis of a mesh over which one copy of a model is cut, and that of its copies.
 MODEL, DATA = "model", "data"
 # Of a layer, by the ends of their names: the axis that is cut.
-ROWS = ("q_proj.weight", "q_proj.bias", "gate_proj.weight", "gate_proj.bias")
-ROWS = (*ROWS, "up_proj.weight", "up_proj.bias", "experts.gate_up_proj", "experts.down_proj")
+ROWS = (
+    *("q_proj.weight", "q_proj.bias", "gate_proj.weight", "gate_proj.bias"),
+    *("up_proj.weight", "up_proj.bias", "experts.gate_up_proj", "experts.down_proj"),
+)
 HEAD_ROWS = ("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias")
 COLUMNS = ("o_proj.weight", "mlp.down_proj.weight")
 
@@ -63,7 +66,7 @@ class Cut:
         at = lead + self.axis
         return *shape[:at], sized(shape[at]), *shape[at + 1 :]
 
-    def spec(self, lead: int = 0) -> PartitionSpec:
+    def spec(self, lead: int = 0) -> Any:
         """How jax names it."""
         if self.axis is None:
             return PartitionSpec()
@@ -102,7 +105,7 @@ class Cuts:
         is_vocabulary = group == "embed_tokens" or (group == "head" and not self.num_classes)
         return even if is_vocabulary and name == "weight" else Cut(self.chips)
 
-    def specs(self, weights: dict[str, dict[str, Any]]) -> dict[str, dict[str, PartitionSpec]]:
+    def specs(self, weights: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """How jax names the cuts of weights, or of shapes of weights."""
         return {
             group: {name: self.of(group, name).spec(lead_of(group)) for name in named}
