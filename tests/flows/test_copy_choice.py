@@ -6,6 +6,7 @@ The copies are stand-ins, which note what they are given and are done when a tes
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from typing import Any
 
@@ -310,7 +311,11 @@ def test_runs_in_several_threads_take_different_copies() -> None:
             together.wait()
             return launch(batch, readout)
 
-        engine.launch = launch
+        def acquire(tokens: Any, acquire: Any = engine.pool.acquire) -> Any:
+            time.sleep(0.02)  # between the choice of a copy and the launch that is counted to it
+            return acquire(tokens)
+
+        engine.launch, engine.pool.acquire = launch, acquire
     copies = Copies(engines)
     requests = [request_of(k) for k in range(12)]
     found: list[Any] = [None] * 12
