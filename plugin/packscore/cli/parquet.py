@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from packscore.cli.columns import Row, Rows, Shape, as_json, as_text, columns_of
+from packscore.files.failures import RunError
 from packscore.files.parquet import parquet_module
 
 BATCH_ROWS = 1024
@@ -42,12 +43,20 @@ def write_parquet(records: Rows, written: Path, shape: Shape) -> list[str]:
 
 
 def _result_types(records: Rows) -> dict[str, Any]:
-    """What a run adds has its types whatever the values; ids are text, for they may be mixed."""
-    import pyarrow as pa
-
     kept = {"corpus_id", "score"}
     for record in records():
         kept.update(*record.get("ranking", ()))
+    return result_types(kept)
+
+
+def result_types(kept: Container[str]) -> dict[str, Any]:
+    """What a run adds has its types whatever the values; ids are text, for they may be mixed.
+
+    Args:
+      kept: fields of a ranking's entries.
+    """
+    import pyarrow as pa
+
     struct = {
         "corpus_id": pa.int64(),
         "id": pa.string(),
@@ -96,6 +105,30 @@ def _can_be_written(type_: Any, depth: int = 0) -> bool:
     if depth > MAX_DEPTH or (pa.types.is_struct(type_) and not below):
         return False
     return all(_can_be_written(one, depth + 1) for one in below)
+
+
+def write_with_schema(records: Rows, written: Path, schema: Any) -> None:
+    """Write a file of these columns, whatever the records have.
+
+    Raises:
+      RunError: a value is none of its column's.
+    """
+    types = {name: schema.field(name).type for name in schema.names}
+    try:
+        strays = {
+            name
+            for record in records()
+            for name in record.keys() - types.keys()
+            if record[name] is not None
+        }
+        if strays:
+            raise _NoTypeError(min(strays))
+        _write(records, written, types, [])
+    except _NoTypeError as error:
+        raise RunError(
+            f"column {str(error)!r} has values that are not {types.get(str(error), 'expected')}; "
+            "pass --output-format jsonl"
+        ) from error
 
 
 def _write(records: Rows, written: Path, types: dict[str, Any], in_json: list[str]) -> None:

@@ -3,21 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import typer
 
 from packscore.cli.columns import Shape, reserved_fields
 from packscore.cli.exits import ExitCode, tell
+from packscore.cli.fleet.options import RayOptions, plan_parts
 from packscore.cli.options import ModelOptions
 from packscore.files.failures import UsageError
-from packscore.files.file_plan import FilePlan, check_free
+from packscore.files.file_plan import FilePlan, check_free, plan_files
 from packscore.files.inputs import Input, open_input
 from packscore.files.locks import locked
 from packscore.files.look import ReadOptions
 
-if TYPE_CHECKING:
-    from packscore.cli.load import Loaded
+
+@dataclass(frozen=True)
+class Paths:
+    """The files that a command names, and what to do with those that are there."""
+
+    input: str
+    output: str
+    errors: Path | None
+    input_format: str | None
+    output_format: str | None
+    resume: bool
+    overwrite: bool
+
+
+def run_command(
+    paths: Paths,
+    read: ReadOptions,
+    chosen: ModelOptions,
+    task: Mapping[str, Any],
+    on_ray: RayOptions | None,
+    *,
+    dry_run: bool,
+    quiet: bool,
+) -> ExitCode:
+    """Run a command over its input, here or by the workers of a cluster.
+
+    Raises:
+      UsageError, RunError: nothing was run, or it cannot go on.
+    """
+    how = {"resume": paths.resume, "overwrite": paths.overwrite}
+    if on_ray is not None:
+        if dry_run:
+            raise UsageError("--dry-run counts on this machine; leave --ray out, and name a file")
+        formats = (paths.input_format, paths.output_format)
+        folder = plan_parts(
+            on_ray, task["command"], paths.input, paths.output, paths.errors, *formats, **how
+        )
+        # imported here: it brings torch
+        from packscore.cli.fleet.command import run_on_ray
+
+        return run_on_ray(folder, read, chosen, task, on_ray, quiet=quiet)
+    files = plan_files(
+        paths.input, paths.output, paths.errors, paths.input_format, paths.output_format, **how
+    )
+    if task["command"] == "decide" and files.output_format != "jsonl":
+        raise UsageError(
+            f"--output={paths.output}: decisions are written as jsonl, not as "
+            f"{files.output_format}; name a .jsonl or .jsonl.gz file"
+        )
+    return run_over_files(files, read, chosen, task, dry_run=dry_run, quiet=quiet)
 
 
 def run_over_files(
@@ -60,10 +111,10 @@ def _options(task: Mapping[str, Any]) -> dict[str, Any]:
 def _count(entries: Input, chosen: ModelOptions, task: Mapping[str, Any]) -> ExitCode:
     from packscore.cli import tasks
     from packscore.cli.dry_run import make_plan
-    from packscore.cli.load import load
+    from packscore.cli.load import check_labels, load
 
     loaded = load(chosen, weights=False)
-    _check_labels(task, loaded)
+    check_labels(task, loaded)
     made = tasks.TASKS[task["command"]](loaded.scorer, **_options(task))
     plan = make_plan(entries, made)
     typer.echo(plan.text())
@@ -81,10 +132,10 @@ def _run_open(
 ) -> ExitCode:
     from packscore.cli import run as running
     from packscore.cli import tasks
-    from packscore.cli.load import load
+    from packscore.cli.load import check_labels, load
 
     loaded = load(chosen)
-    _check_labels(task, loaded)
+    check_labels(task, loaded)
     if not quiet:
         tell(f"{chosen.model} on {loaded.device} in {loaded.dtype}")
     made = tasks.TASKS[task["command"]](loaded.scorer, **_options(task))
@@ -95,12 +146,3 @@ def _run_open(
     if not quiet:
         loaded.cache.tell_new()
     return code
-
-
-def _check_labels(task: Mapping[str, Any], loaded: Loaded) -> None:
-    names = loaded.label_names
-    if task["command"] == "rank" and len(names) != loaded.num_ranked:
-        wants = (
-            "compares two labels, (negative, positive)," if loaded.num_ranked == 2 else "reads one"
-        )
-        raise UsageError(f"rank {wants} and not {names}")
