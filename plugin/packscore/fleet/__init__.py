@@ -1,11 +1,10 @@
 """Many machines: stages of a Ray dataset, each with one scorer in every worker of a pool.
 
-Importing this loads no Ray; what needs it says how it is installed.
+Importing this loads neither Ray nor torch; what needs Ray says how it is installed.
 """
 
 from __future__ import annotations
 
-from packscore.fleet.cluster import connected as connected
 from packscore.fleet.reading import read_records as read_records
 from packscore.fleet.stages import DecideStage as DecideStage
 from packscore.fleet.stages import PairStage as PairStage
@@ -21,7 +20,6 @@ __all__ = [
     "RankStage",
     "ScoreStage",
     "Workers",
-    "connected",
     "read_records",
     "run_groups",
     "run_stage",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ def connected(address: str | None = None, *, quiet: bool = False) -> Iterator[An
 
     Args:
       address: as `ray.init` takes it; None is `RAY_ADDRESS`, or a cluster of this machine alone.
-      quiet: show no progress bars and no output of workers.
+      quiet: show no progress bars and no output of workers, in all of this process.
 
     Yields:
       The module `ray`.
@@ -57,11 +58,10 @@ def connected(address: str | None = None, *, quiet: bool = False) -> Iterator[An
         logging_level="error" if quiet else "warning",
         **(local if found == LOCAL else {}),
     )
-    context = ray.data.DataContext.get_current()
-    shown = context.enable_progress_bars
-    context.enable_progress_bars = shown and not quiet
+    if quiet:
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         yield ray
     finally:
-        context.enable_progress_bars = shown
         ray.shutdown()

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
-from packscore import MultiItemScorer, program_of
 from packscore.errors import InputError, InputTypeError
 from packscore.results import Flow
 
@@ -37,6 +36,9 @@ class Stage:
     """
 
     def __init__(self, model: str, *, warmup_tokens: int | None = None, **loading: Any) -> None:
+        # imported here, in the worker: it brings torch
+        from packscore import MultiItemScorer, program_of
+
         self._scorer = MultiItemScorer.from_pretrained(model, **loading)
         if warmup_tokens is not None:
             program = program_of(self._scorer.model)
@@ -54,6 +56,8 @@ class Stage:
         Raises:
           InputError: naming one.
         """
+        from packscore import MultiItemScorer
+
         own = inspect.signature(cls).parameters
         known = {*own, *inspect.signature(MultiItemScorer.from_pretrained).parameters}
         for name in given:

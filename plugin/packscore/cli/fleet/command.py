@@ -28,8 +28,8 @@ from packscore.files.folder import (
 from packscore.files.locks import locked
 from packscore.files.look import ReadOptions
 from packscore.files.parts import cut, open_part
-from packscore.fleet import connected, run_stage
-from packscore.fleet.cluster import LOCAL, address_of
+from packscore.fleet import run_stage
+from packscore.fleet.cluster import LOCAL, address_of, connected
 
 
 def run_on_ray(
@@ -60,29 +60,27 @@ def run_on_ray(
             tell(entries.understood)
     chosen = _for_all_machines(chosen, ray)
     settings = _settings(chosen, read, task)
+    parts = list(cut(folder.input, read, folder.part_rows, reserved))
+    if len(parts) > MAX_PARTS:
+        raise UsageError(
+            f"--part-rows={folder.part_rows} makes {len(parts):,} parts, and {MAX_PARTS:,} are the "
+            "most; pass more rows a part"
+        )
     Path(folder.output).mkdir(exist_ok=True)
     with locked([folder.note]):
         check_empty(folder)
-        settings = begin_folder(folder, settings)
-        job = Job(folder, read, chosen, dict(task), settings)
-        parts = list(cut(folder.input, read, folder.part_rows, reserved))
-        if len(parts) > MAX_PARTS:
-            raise UsageError(
-                f"--part-rows={folder.part_rows} makes {len(parts):,} parts, and {MAX_PARTS:,} "
-                "are the most; pass more rows a part"
-            )
-        missing = [i for i in range(len(parts)) if not folder.part(i).exists()]
+        job = Job(folder, read, chosen, dict(task), begin_folder(folder, settings))
+        missing = {i: parts[i] for i in range(len(parts)) if not folder.part(i).exists()}
         if not quiet:
             done = len(parts) - len(missing)
-            tell(
-                f"{len(parts):,} parts, {done:,} of them done" if done else f"{len(parts):,} parts"
-            )
+            tell(f"{len(parts):,} parts" + (f", {done:,} of them done" if done else ""))
         started = time.perf_counter()
-        counts = _make(job, {i: parts[i] for i in missing}, ray, quiet=quiet) if missing else {}
-        finish_folder(folder, settings, len(parts))
+        counts = _make(job, missing, ray, quiet=quiet) if missing else {}
+        finish_folder(folder, job.settings, len(parts))
     bad = any(folder.errors(i).exists() for i in range(len(parts)))
     if not quiet:
-        _tell_counts(folder, counts, time.perf_counter() - started)
+        counted = "questions" if task["command"] == "decide" else "items"
+        _tell_counts(folder, counts, counted, time.perf_counter() - started)
     return ExitCode.BAD_RECORDS if bad else ExitCode.OK
 
 
@@ -138,13 +136,15 @@ def _make(job: Job, parts: Mapping[int, range], ray: RayOptions, *, quiet: bool)
     return total
 
 
-def _tell_counts(folder: FolderPlan, counts: Mapping[str, int], seconds: float) -> None:
+def _tell_counts(
+    folder: FolderPlan, counts: Mapping[str, int], counted: str, seconds: float
+) -> None:
     if not counts:
         tell(f"{folder.output} is complete; nothing to do")
         return
     tell(
-        f"{counts['records']:,} records, {counts['items']:,} items in {seconds:.1f} s, "
-        f"{counts['items'] / seconds:,.0f} items/s"
+        f"{counts['records']:,} records, {counts['items']:,} {counted} in {seconds:.1f} s, "
+        f"{counts['items'] / seconds:,.0f} {counted}/s"
     )
     if counts["truncated"]:
         tell(f"{counts['truncated']:,} items lost their end to the budget (truncated_items)")
