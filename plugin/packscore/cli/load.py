@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -139,6 +140,20 @@ def load(options: ModelOptions, *, weights: bool = True) -> Loaded:
         min(len(classes), 2) or spec.num_ranked,
         cache,
     )
+
+
+def check_labels(task: Mapping[str, Any], loaded: Loaded) -> None:
+    """Refuse to rank by labels that it cannot compare.
+
+    Raises:
+      UsageError: there are more, or fewer.
+    """
+    names = loaded.label_names
+    if task["command"] == "rank" and len(names) != loaded.num_ranked:
+        wants = (
+            "compares two labels, (negative, positive)," if loaded.num_ranked == 2 else "reads one"
+        )
+        raise UsageError(f"rank {wants} and not {names}")
 
 
 def _name_of(label: int | list[int]) -> str:

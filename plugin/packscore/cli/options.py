@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from packscore.results import NonFiniteChoice
     from packscore.text.labels import LabelIds
 
+DEFAULT_MAX_LINE_BYTES = 8 * 2**20
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 Input = Annotated[

@@ -150,7 +150,7 @@ def _run_all(
             elif journal.take_done(entry):
                 counts.resumed += 1
             else:
-                _run_one(entry, journal, task, reserved, counts)
+                run_one(entry, journal, task, reserved, counts)
                 timing.update(counts.items)
     finally:
         timing.close()
@@ -158,7 +158,7 @@ def _run_all(
     return counts
 
 
-def _run_one(
+def run_one(
     record: Readable, journal: Journal, task: Task, reserved: frozenset[str], counts: Counts
 ) -> None:
     """Score one record and write what came of it."""
