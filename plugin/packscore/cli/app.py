@@ -63,6 +63,7 @@ def score(
         bool, typer.Option("--return-items", help="Copy the items to the output.")
     ] = False,
     device: opt.Device = "auto",
+    mesh: opt.Mesh = None,
     dtype: opt.Dtype = "auto",
     revision: opt.Revision = None,
     cache_dir: opt.CacheDir = None,
@@ -105,6 +106,7 @@ def score(
             on_long,
             on_non_finite,
             cache_dir=cache_dir,
+            mesh=mesh,
         )
         read = opt.read_options(
             query_field, items_field, id_field, max_line_bytes, delimiter, group
@@ -131,6 +133,7 @@ def rank(
     labels: opt.Labels = None,
     label_token_ids: opt.LabelTokenIds = None,
     device: opt.Device = "auto",
+    mesh: opt.Mesh = None,
     dtype: opt.Dtype = "auto",
     revision: opt.Revision = None,
     cache_dir: opt.CacheDir = None,
@@ -173,6 +176,7 @@ def rank(
             on_long,
             on_non_finite,
             cache_dir=cache_dir,
+            mesh=mesh,
         )
         read = opt.read_options(
             query_field, items_field, id_field, max_line_bytes, delimiter, group, once=True
@@ -250,6 +254,7 @@ def doctor(
 def warmup(
     model: opt.Model,
     device: Annotated[str, typer.Option(help="tpu or jax.")] = "jax",
+    mesh: opt.Mesh = None,
     max_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of the largest request, all of its items together.")
     ] = 4096,
@@ -265,7 +270,13 @@ def warmup(
             raise UsageError(f"--device={device!r} must be tpu or jax: torch compiles nothing")
         from packscore.cli.warmup import warm_up
 
-        warm_up(model, revision, device, dtype, max_tokens, num_labels, cache_dir, quiet=quiet)
+        options = opt.ModelOptions(
+            *(model, revision, device, dtype, "qwen3-reranker"),
+            *(None, None, None, None, "truncate"),
+            cache_dir=cache_dir,
+            mesh=mesh,
+        )
+        warm_up(options, max_tokens, num_labels, quiet=quiet)
 
 
 @app.command()

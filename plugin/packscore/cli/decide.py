@@ -64,6 +64,7 @@ def decide(
         bool, typer.Option("--json", help="With --state: print the body, not bars.")
     ] = False,
     device: opt.Device = "auto",
+    mesh: opt.Mesh = None,
     dtype: opt.Dtype = "auto",
     revision: opt.Revision = None,
     cache_dir: opt.CacheDir = None,
@@ -95,7 +96,7 @@ def decide(
 ) -> None:
     """Answer typed questions about every state, with a probability for each option."""
     with exit_codes():
-        chosen = model_options(model, revision, device, dtype, max_tokens, cache_dir)
+        chosen = model_options(model, revision, device, dtype, max_tokens, cache_dir, mesh)
         given = None if questions is None else read_file(questions)
         asked = task(permutations, body)
         if state is not None:
@@ -121,11 +122,12 @@ def model_options(
     dtype: str,
     max_tokens: int | None,
     cache_dir: str | None,
+    mesh: str | None,
 ) -> ModelOptions:
     """The model; questions bring their own prompt and labels, and nothing of them is cut."""
     return ModelOptions(
         model, revision, device, dtype, "plain", None, None, None, max_tokens, "error",
-        cache_dir=cache_dir, reads_labels=False,
+        cache_dir=cache_dir, reads_labels=False, mesh=mesh,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from packscore.cli.fleet.schema import part_schema
 from packscore.cli.load import load
 from packscore.cli.options import ModelOptions
 from packscore.cli.parquet import write_with_schema
-from packscore.cli.run import Counts, run_one
+from packscore.cli.run import Counts, run_entries
 from packscore.errors import PackscoreError
 from packscore.files.failures import RunError, UsageError
 from packscore.files.file_plan import compared, model_fingerprint
@@ -23,7 +23,6 @@ from packscore.files.folder import FolderPlan, put_part
 from packscore.files.journal import FileJournal
 from packscore.files.look import ReadOptions
 from packscore.files.parts import open_part
-from packscore.files.records import BadRecord
 
 # What ends a run with one line, and is told by whoever started it.
 FAILURES = (PackscoreError, UsageError, RunError, OSError)
@@ -106,11 +105,8 @@ class PartWorker:
             with open_part(folder.input, rows, self._job.read, self._reserved) as entries:
                 in_rows, journal = entries.rows, FileJournal(results, errors)
                 try:
-                    for entry in entries:
-                        if isinstance(entry, BadRecord):
-                            journal.write_error(entry)
-                        else:
-                            run_one(entry, journal, self._task, frozenset(), counts)
+                    for _ in run_entries(entries, journal, self._task, frozenset(), counts):
+                        pass
                 finally:
                     journal.close()
             if folder.output_format == "parquet":
