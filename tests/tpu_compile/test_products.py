@@ -54,7 +54,7 @@ def traced(
     """A program as `compile_program` traces it, with nothing around it."""
     architecture, config = MODELS[name]
     model = TracedModel(getattr(transformers, architecture), config)
-    weights = weight_shapes(model.skeleton, jnp.dtype(dtype))
+    weights = weight_shapes(model.skeleton, jnp.dtype(dtype), model.cuts)
     norm = weights["norm"]["weight"]
     arguments = weights, *arguments_of(key, ModelSizes.of(config), norm, chip)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
