@@ -43,7 +43,8 @@ testing -> verify
 selftest -> verify, shipped
 plot -> inputs
 serve -> scoring
-cli -> serve, verify, files, selftest
+fleet -> scoring, files
+cli -> serve, verify, files, selftest, fleet
 __main__ -> cli
 """
 # programs brings jax and torchax; from outside it is imported here and nowhere else.

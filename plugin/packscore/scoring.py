@@ -143,8 +143,8 @@ class MultiItemScorer:
         # nothing here makes an engine or reads a weight
         program = program_of(self._core.base)
         runs = "torch" if program is None else f"programs on {program.place}"
-        if program is None and self._core.num_copies > 1:
-            runs += f", {self._core.num_copies} copies"
+        if program is None and self.num_copies > 1:
+            runs += f", {self.num_copies} copies"
         prompt = cut(self._prompt or "plain")
         mask = f"mask_impl={self.mask_impl!r}"
         return f"{model_told(self._core.base)}, in {runs}, prompt={prompt}, {mask}"
@@ -257,6 +257,11 @@ class MultiItemScorer:
     def mask_impl(self) -> Literal["segment", "dense"]:
         """How items are kept apart."""
         return self._core.mask_impl
+
+    @property
+    def num_copies(self) -> int:
+        """Copies of the model that launches run on, as `patch_model` made them."""
+        return self._core.num_copies
 
     @property
     def prefix_cache_bytes(self) -> int:

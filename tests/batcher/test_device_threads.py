@@ -14,6 +14,7 @@ import torch
 
 from helpers import LABELS, random_ids, random_qwen3
 from packscore import LaunchError, MultiItemScorer, patch_model
+from packscore.flows import cuts
 from page_books import check_books
 from tolerances import PROBABILITY_MAX_FLOAT32, PROBABILITY_REORDERED
 
@@ -145,6 +146,41 @@ def test_no_result_is_of_two_models(
         after.model.get_input_embeddings().weight.mul_(1.2)
     expected = after.score(PREFIXES[0], LONG)
     np.testing.assert_allclose(found, expected, rtol=0, atol=PROBABILITY_MAX_FLOAT32)
+
+
+@pytest.mark.parametrize("changes", [False, True], ids=["fails", "starts-over"])
+def test_what_others_compute_of_a_call_that_has_ended_or_begun_anew_counts_no_more(
+    three: MultiItemScorer, monkeypatch: pytest.MonkeyPatch, changes: bool
+) -> None:
+    """All three parts of a call run; one fails, or the model changes, before the others end."""
+    monkeypatch.setattr(cuts, "WORTH_IT", 0.0)  # no part is cut
+    together = threading.Barrier(3, timeout=20)
+
+    def call(_: int, number: int) -> None:
+        if number > 3:
+            return
+        together.wait()
+        if changes and number == 1:
+            with torch.no_grad():
+                three.model.get_input_embeddings().weight.mul_(1.2)
+            return
+        time.sleep(0.2 * (number - 1))
+        if number == 1 or (changes and number == 3):
+            raise RuntimeError("the device is gone")
+
+    before_launches(three, monkeypatch, call)
+    items = LONG[:1900]
+    if not changes:
+        with pytest.raises(LaunchError):
+            asyncio.run(three.async_score(PREFIXES[0], items))
+    else:
+        found = asyncio.run(three.async_score(PREFIXES[0], items))
+        three.clear_prefixes()
+        expected = three.score(PREFIXES[0], items)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=PROBABILITY_MAX_FLOAT32)
+    three.batcher.close()
+    stats = three.batcher.stats
+    assert (stats.ran, stats.answered, stats.failed) == (1, int(changes), int(not changes))
 
 
 def test_cancelled_and_closed(three: MultiItemScorer, monkeypatch: pytest.MonkeyPatch) -> None:

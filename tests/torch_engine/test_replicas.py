@@ -286,7 +286,7 @@ def test_other_patches_and_their_ends() -> None:
 def test_copies_go_with_their_model() -> None:
     scorer = scorer_of(random_qwen3(), TWO)
     scorer.score(PREFIX, ITEMS)
-    gone = [weakref.ref(engine._model) for engine in scorer._core.copies]  # type: ignore[attr-defined]
+    gone = [weakref.ref(engine._model) for engine in scorer._core.copies]
     del scorer
     gc.collect()
     assert [ref() for ref in gone] == [None, None]

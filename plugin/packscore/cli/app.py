@@ -8,13 +8,12 @@ import typer
 
 import packscore
 from packscore.cli import options as opt
+from packscore.cli.decide import decide
 from packscore.cli.exits import ExitCode, exit_codes
+from packscore.cli.fleet import options as ray_opt
 from packscore.cli.serve import ENVIRONMENT, serve
-from packscore.cli.start import run_over_files
+from packscore.cli.start import Paths, run_command
 from packscore.files.failures import UsageError
-from packscore.files.file_plan import plan_files
-
-DEFAULT_MAX_LINE_BYTES = 8 * 2**20
 
 app = typer.Typer(
     name="packscore",
@@ -64,6 +63,7 @@ def score(
         bool, typer.Option("--return-items", help="Copy the items to the output.")
     ] = False,
     device: opt.Device = "auto",
+    mesh: opt.Mesh = None,
     dtype: opt.Dtype = "auto",
     revision: opt.Revision = None,
     cache_dir: opt.CacheDir = None,
@@ -80,7 +80,12 @@ def score(
     errors: opt.Errors = None,
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
-    max_line_bytes: opt.MaxLineBytes = DEFAULT_MAX_LINE_BYTES,
+    max_line_bytes: opt.MaxLineBytes = opt.DEFAULT_MAX_LINE_BYTES,
+    ray: ray_opt.Ray = False,
+    ray_address: ray_opt.RayAddress = None,
+    workers: ray_opt.NumWorkers = None,
+    worker_resources: ray_opt.WorkerResources = None,
+    part_rows: ray_opt.PartRows = None,
     dry_run: opt.DryRun = False,
     price: opt.Price = None,
     quiet: opt.Quiet = False,
@@ -101,15 +106,15 @@ def score(
             on_long,
             on_non_finite,
             cache_dir=cache_dir,
-        )
-        files = plan_files(
-            input, output, errors, input_format, output_format, resume=resume, overwrite=overwrite
+            mesh=mesh,
         )
         read = opt.read_options(
             query_field, items_field, id_field, max_line_bytes, delimiter, group
         )
-        code = run_over_files(
-            files, read, chosen, task, dry_run=dry_run, quiet=quiet, price_per_hour=price
+        paths = Paths(input, output, errors, input_format, output_format, resume, overwrite)
+        on_ray = ray_opt.ray_options(ray, ray_address, workers, worker_resources, part_rows)
+        code = run_command(
+            paths, read, chosen, task, on_ray, dry_run=dry_run, quiet=quiet, price_per_hour=price
         )
     raise typer.Exit(code)
 
@@ -128,6 +133,7 @@ def rank(
     labels: opt.Labels = None,
     label_token_ids: opt.LabelTokenIds = None,
     device: opt.Device = "auto",
+    mesh: opt.Mesh = None,
     dtype: opt.Dtype = "auto",
     revision: opt.Revision = None,
     cache_dir: opt.CacheDir = None,
@@ -144,7 +150,12 @@ def rank(
     errors: opt.Errors = None,
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
-    max_line_bytes: opt.MaxLineBytes = DEFAULT_MAX_LINE_BYTES,
+    max_line_bytes: opt.MaxLineBytes = opt.DEFAULT_MAX_LINE_BYTES,
+    ray: ray_opt.Ray = False,
+    ray_address: ray_opt.RayAddress = None,
+    workers: ray_opt.NumWorkers = None,
+    worker_resources: ray_opt.WorkerResources = None,
+    part_rows: ray_opt.PartRows = None,
     dry_run: opt.DryRun = False,
     price: opt.Price = None,
     quiet: opt.Quiet = False,
@@ -165,104 +176,20 @@ def rank(
             on_long,
             on_non_finite,
             cache_dir=cache_dir,
-        )
-        files = plan_files(
-            input, output, errors, input_format, output_format, resume=resume, overwrite=overwrite
+            mesh=mesh,
         )
         read = opt.read_options(
             query_field, items_field, id_field, max_line_bytes, delimiter, group, once=True
         )
-        code = run_over_files(
-            files, read, chosen, task, dry_run=dry_run, quiet=quiet, price_per_hour=price
+        paths = Paths(input, output, errors, input_format, output_format, resume, overwrite)
+        on_ray = ray_opt.ray_options(ray, ray_address, workers, worker_resources, part_rows)
+        code = run_command(
+            paths, read, chosen, task, on_ray, dry_run=dry_run, quiet=quiet, price_per_hour=price
         )
     raise typer.Exit(code)
 
 
-@app.command()
-def decide(
-    model: opt.Model,
-    input: Annotated[
-        str | None,
-        typer.Argument(
-            help="A file of states, as rank takes one of queries; - is stdin. Or --state.",
-            show_default=False,
-        ),
-    ] = None,
-    output: Annotated[
-        str | None,
-        typer.Option(
-            "--output", "-o", help="The .jsonl, .jsonl.gz or .parquet file to write; - is stdout."
-        ),
-    ] = None,
-    state: Annotated[
-        str | None,
-        typer.Option(help="One state instead of a file, as text; - reads it from stdin."),
-    ] = None,
-    questions: Annotated[
-        str | None,
-        typer.Option(
-            help="A JSON file of questions for all states: an object (System One) or a list "
-            "(OpenAI); default: each line has its own.",
-            show_default=False,
-        ),
-    ] = None,
-    permutations: Annotated[
-        int, typer.Option(min=1, help="Orders of its options in which a question is asked.")
-    ] = 1,
-    body: Annotated[
-        str, typer.Option("--format", help="Shape of what is written: systemone or decisions.")
-    ] = "systemone",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="With --state: print the body, not bars.")
-    ] = False,
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
-    revision: opt.Revision = None,
-    cache_dir: opt.CacheDir = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Budget of the state and one question, in tokens.")
-    ] = None,
-    input_format: Annotated[
-        str | None, typer.Option(help="jsonl, csv, tsv or parquet; default: by the suffix.")
-    ] = None,
-    state_field: Annotated[
-        str, typer.Option(help="Field or column of the state; a.b is b inside a.")
-    ] = "state",
-    questions_field: Annotated[
-        str, typer.Option(help="Field or column of the questions.")
-    ] = "questions",
-    delimiter: opt.Delimiter = None,
-    errors: opt.Errors = None,
-    resume: opt.Resume = False,
-    overwrite: opt.Overwrite = False,
-    max_line_bytes: opt.MaxLineBytes = DEFAULT_MAX_LINE_BYTES,
-    dry_run: opt.DryRun = False,
-    price: opt.Price = None,
-    quiet: opt.Quiet = False,
-) -> None:
-    """Answer typed questions about every state, with a probability for each option."""
-    with exit_codes():
-        from packscore.cli import decide as deciding
-
-        chosen = deciding.model_options(model, revision, device, dtype, max_tokens, cache_dir)
-        given = None if questions is None else deciding.read_file(questions)
-        task = deciding.task(permutations, body)
-        if state is not None:
-            of_files = {"INPUT": input, "--output": output, "--errors": errors, "--resume": resume}
-            of_files |= {"--overwrite": overwrite, "--dry-run": dry_run, "--price-per-hour": price}
-            deciding.check_one(of_files, given)
-            deciding.decide_one(state, given, chosen, task, as_json=as_json)
-            return
-        plan = deciding.plan(
-            input, output, errors, input_format, as_json=as_json, resume=resume, overwrite=overwrite
-        )
-        read = deciding.read_options(state_field, questions_field, given, max_line_bytes, delimiter)
-        code = run_over_files(
-            plan, read, chosen, task, dry_run=dry_run, quiet=quiet, price_per_hour=price
-        )
-    raise typer.Exit(code)
-
-
+app.command()(decide)
 app.command(context_settings=ENVIRONMENT)(serve)
 
 
@@ -286,7 +213,7 @@ def verify(
     items_field: opt.ItemsField = None,
     id_field: opt.IdField = None,
     delimiter: opt.Delimiter = None,
-    max_line_bytes: opt.MaxLineBytes = DEFAULT_MAX_LINE_BYTES,
+    max_line_bytes: opt.MaxLineBytes = opt.DEFAULT_MAX_LINE_BYTES,
 ) -> None:
     """Compare packed scores with the unpacked model's, on your own records."""
     with exit_codes():
@@ -327,6 +254,7 @@ def doctor(
 def warmup(
     model: opt.Model,
     device: Annotated[str, typer.Option(help="tpu or jax.")] = "jax",
+    mesh: opt.Mesh = None,
     max_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of the largest request, all of its items together.")
     ] = 4096,
@@ -342,7 +270,13 @@ def warmup(
             raise UsageError(f"--device={device!r} must be tpu or jax: torch compiles nothing")
         from packscore.cli.warmup import warm_up
 
-        warm_up(model, revision, device, dtype, max_tokens, num_labels, cache_dir, quiet=quiet)
+        options = opt.ModelOptions(
+            *(model, revision, device, dtype, "qwen3-reranker"),
+            *(None, None, None, None, "truncate"),
+            cache_dir=cache_dir,
+            mesh=mesh,
+        )
+        warm_up(options, max_tokens, num_labels, quiet=quiet)
 
 
 @app.command()

@@ -34,7 +34,7 @@ def convert(results: Path, output: Path, output_format: str, shape: Shape) -> li
     """
     written, in_json = Path(f"{output}.packscore.tmp"), list[str]()
     if output_format == "parquet":
-        in_json = write_parquet(lambda: _batches(results, shape.command), written, shape)
+        in_json = write_parquet(lambda: batches_of(results, shape.command), written, shape)
     else:
         with _bytes_of(written, compressed=output.suffix.lower() == ".gz") as file:
             if output_format == "jsonl":
@@ -65,7 +65,7 @@ def _records(results: Path) -> Iterator[Row]:
             yield json.loads(line)
 
 
-def _batches(results: Path, command: str) -> Iterator[list[Row]]:
+def batches_of(results: Path, command: str) -> Iterator[list[Row]]:
     """Records, as many as have some bytes; ids as text, for a column of parquet has one type."""
     with results.open("rb") as file:
         while lines := file.readlines(BATCH_BYTES):

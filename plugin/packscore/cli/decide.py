@@ -6,15 +6,18 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from packscore.cli import options as opt
+from packscore.cli.exits import exit_codes
+from packscore.cli.fleet import options as ray_opt
 from packscore.cli.options import ModelOptions
+from packscore.cli.start import Paths, run_command
 from packscore.files.failures import UsageError
-from packscore.files.file_plan import FilePlan, plan_files
 from packscore.files.look import ReadOptions
-from packscore.files.readers import TABLES, delimiter_from
+from packscore.files.readers import delimiter_from
 from packscore.files.states import StateFields
 
 if TYPE_CHECKING:
@@ -24,6 +27,94 @@ FORMATS = ("systemone", "decisions")
 BAR_WIDTH = 24
 
 
+def decide(
+    model: opt.Model,
+    input: Annotated[
+        str | None,
+        typer.Argument(
+            help="A file of states, as rank takes one of queries; - is stdin. Or --state.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output", "-o", help="The .jsonl, .jsonl.gz or .parquet file to write; - is stdout."
+        ),
+    ] = None,
+    state: Annotated[
+        str | None,
+        typer.Option(help="One state instead of a file, as text; - reads it from stdin."),
+    ] = None,
+    questions: Annotated[
+        str | None,
+        typer.Option(
+            help="A JSON file of questions for all states: an object (System One) or a list "
+            "(OpenAI); default: each line has its own.",
+            show_default=False,
+        ),
+    ] = None,
+    permutations: Annotated[
+        int, typer.Option(min=1, help="Orders of its options in which a question is asked.")
+    ] = 1,
+    body: Annotated[
+        str, typer.Option("--format", help="Shape of what is written: systemone or decisions.")
+    ] = "systemone",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With --state: print the body, not bars.")
+    ] = False,
+    device: opt.Device = "auto",
+    mesh: opt.Mesh = None,
+    dtype: opt.Dtype = "auto",
+    revision: opt.Revision = None,
+    cache_dir: opt.CacheDir = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Budget of the state and one question, in tokens.")
+    ] = None,
+    input_format: Annotated[
+        str | None, typer.Option(help="jsonl, csv, tsv or parquet; default: by the suffix.")
+    ] = None,
+    state_field: Annotated[
+        str, typer.Option(help="Field or column of the state; a.b is b inside a.")
+    ] = "state",
+    questions_field: Annotated[
+        str, typer.Option(help="Field or column of the questions.")
+    ] = "questions",
+    delimiter: opt.Delimiter = None,
+    errors: opt.Errors = None,
+    resume: opt.Resume = False,
+    overwrite: opt.Overwrite = False,
+    max_line_bytes: opt.MaxLineBytes = opt.DEFAULT_MAX_LINE_BYTES,
+    ray: ray_opt.Ray = False,
+    ray_address: ray_opt.RayAddress = None,
+    workers: ray_opt.NumWorkers = None,
+    worker_resources: ray_opt.WorkerResources = None,
+    part_rows: ray_opt.PartRows = None,
+    dry_run: opt.DryRun = False,
+    price: opt.Price = None,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Answer typed questions about every state, with a probability for each option."""
+    with exit_codes():
+        chosen = model_options(model, revision, device, dtype, max_tokens, cache_dir, mesh)
+        given = None if questions is None else read_file(questions)
+        asked = task(permutations, body)
+        if state is not None:
+            of_files: dict[str, object] = {"INPUT": input, "--output": output, "--errors": errors}
+            of_files |= {"--resume": resume, "--overwrite": overwrite, "--dry-run": dry_run}
+            of_files |= {"--ray": ray, "--price-per-hour": price}
+            check_one(of_files, given)
+            decide_one(state, given, chosen, asked, as_json=as_json)
+            return
+        on_ray = ray_opt.ray_options(ray, ray_address, workers, worker_resources, part_rows)
+        paths = paths_of(input, output, errors, input_format, as_json, resume, overwrite)
+        read = read_options(state_field, questions_field, given, max_line_bytes, delimiter)
+        code = run_command(
+            paths, read, chosen, asked, on_ray, dry_run=dry_run, quiet=quiet, price_per_hour=price
+        )
+    raise typer.Exit(code)
+
+
 def model_options(
     model: str,
     revision: str | None,
@@ -31,11 +122,12 @@ def model_options(
     dtype: str,
     max_tokens: int | None,
     cache_dir: str | None,
+    mesh: str | None,
 ) -> ModelOptions:
     """The model; questions bring their own prompt and labels, and nothing of them is cut."""
     return ModelOptions(
         model, revision, device, dtype, "plain", None, None, None, max_tokens, "error",
-        cache_dir=cache_dir, reads_labels=False,
+        cache_dir=cache_dir, reads_labels=False, mesh=mesh,
     )  # fmt: skip
 
 
@@ -71,16 +163,15 @@ def read_file(path: str) -> Any:
     return given
 
 
-def plan(
+def paths_of(
     input_path: str | None,
     output_path: str | None,
     errors: Path | None,
     input_format: str | None,
-    *,
     as_json: bool,
     resume: bool,
     overwrite: bool,
-) -> FilePlan:
+) -> Paths:
     """The files of a run over many states.
 
     Raises:
@@ -90,15 +181,7 @@ def plan(
         raise UsageError("decide needs INPUT and --output, or one --state with --questions")
     if as_json:
         raise UsageError("--json prints the body of one --state; a file is written as JSON anyway")
-    files = plan_files(
-        input_path, output_path, errors, input_format, None, resume=resume, overwrite=overwrite
-    )
-    if files.output_format in TABLES:
-        raise UsageError(
-            f"--output={output_path}: decisions are written as jsonl or parquet, not as "
-            f"{files.output_format}; name a .jsonl, .jsonl.gz or .parquet file"
-        )
-    return files
+    return Paths(input_path, output_path, errors, input_format, None, resume, overwrite)
 
 
 def read_options(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -14,9 +15,9 @@ from transformers.utils import logging
 
 from packscore import InputError, LoadError, MultiItemScorer, PromptSpec
 from packscore.cli.cache import Cache, open_cache
-from packscore.cli.options import ModelOptions
+from packscore.cli.options import ModelOptions, mesh_from
 from packscore.files.failures import RunError, UsageError
-from packscore.loading import Place, names_of, place_of, tpu_is_plugged_in
+from packscore.loading import Place, mesh_place_of, names_of, place_of, tpu_is_plugged_in
 from packscore.model.family import base_model, class_count
 from packscore.text.named import AUTO, PROMPTS, prompt_for, resolve_prompt
 
@@ -61,16 +62,20 @@ def read_prompt(prompt: str, *names: str) -> PromptSpec:
         raise UsageError(f"--prompt={prompt}: {error}") from error
 
 
-def place_for(device: str) -> Place:
+def place_for(device: str, *, mesh: bool = False) -> Place:
     """Where `--device` puts a model; jax looks for no TPU where there is none.
+
+    Args:
+      device: as it is said.
+      mesh: whether there is a `--mesh`, which only programs run on.
 
     Raises:
       UsageError: there is no such device.
     """
-    if device == "jax":
+    if device == "jax" or mesh:
         leave_absent_tpus_alone()
     try:
-        return place_of(device)
+        return mesh_place_of(device) if mesh else place_of(device)
     except InputError as error:
         raise UsageError(f"--{error}") from error
 
@@ -97,7 +102,8 @@ def load(options: ModelOptions, *, weights: bool = True) -> Loaded:
       UsageError: an option does not fit.
       RunError: the model cannot be loaded.
     """
-    place = place_for(options.device) if weights else Place("meta")
+    mesh = mesh_from(options.mesh) if weights else None
+    place = place_for(options.device, mesh=mesh is not None) if weights else Place("meta")
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped in transformers
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     cache = open_cache(options.cache_dir) if place.programs else Cache(None)
@@ -119,6 +125,7 @@ def load(options: ModelOptions, *, weights: bool = True) -> Loaded:
             on_long=options.on_long,
             on_non_finite=options.on_non_finite,
             compile_cache=cache.folder,
+            mesh=mesh,
             **pages,
         )
     except LoadError as error:
@@ -139,6 +146,20 @@ def load(options: ModelOptions, *, weights: bool = True) -> Loaded:
         min(len(classes), 2) or spec.num_ranked,
         cache,
     )
+
+
+def check_labels(task: Mapping[str, Any], loaded: Loaded) -> None:
+    """Refuse to rank by labels that it cannot compare.
+
+    Raises:
+      UsageError: there are more, or fewer.
+    """
+    names = loaded.label_names
+    if task["command"] == "rank" and len(names) != loaded.num_ranked:
+        wants = (
+            "compares two labels, (negative, positive)," if loaded.num_ranked == 2 else "reads one"
+        )
+        raise UsageError(f"rank {wants} and not {names}")
 
 
 def _name_of(label: int | list[int]) -> str:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from packscore.results import NonFiniteChoice
     from packscore.text.labels import LabelIds
 
+DEFAULT_MAX_LINE_BYTES = 8 * 2**20
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 Input = Annotated[
@@ -36,6 +37,14 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a h
 Device = Annotated[
     str,
     typer.Option(help="auto, cpu, cuda[:N], mps (torch); tpu, jax (compiled programs)."),
+]
+Mesh = Annotated[
+    str | None,
+    typer.Option(
+        help="Chips that programs run on (tpu, jax): auto, or data=4,model=2 (copies of the model, "
+        "chips that share one); default: one chip.",
+        show_default=False,
+    ),
 ]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")]
 CacheDir = Annotated[
@@ -162,9 +171,10 @@ class ModelOptions:
       cache_dir: folder of compiled programs; "none" keeps none, None is the default.
       reads_labels: whether the prompt must have labels.
       prefix_cache_bytes: as `MultiItemScorer` takes it; None is its default.
+      mesh: "auto", or as "data=4,model=2"; None is one chip.
 
     Raises:
-      UsageError: `dtype`, `on_long` or `on_non_finite` is not one of its values.
+      UsageError: `mesh`, `dtype`, `on_long` or `on_non_finite` is not one of its values.
     """
 
     model: str
@@ -181,8 +191,10 @@ class ModelOptions:
     cache_dir: str | None = None
     reads_labels: bool = True
     prefix_cache_bytes: int | None = None
+    mesh: str | None = None
 
     def __post_init__(self) -> None:
+        mesh_from(self.mesh)
         _check_choice("--dtype", self.dtype, DTYPES)
         _check_choice("--on-long", self.on_long, ("truncate", "error"))
         _check_choice("--on-non-finite", self.on_non_finite, ("raise", "report"))
@@ -202,6 +214,25 @@ def read_options(
     names = FieldNames(query_field, items_field, id_field)
     between = None if delimiter is None else delimiter_from(delimiter)
     return ReadOptions(names, max_line_bytes, between, group, once)
+
+
+def mesh_from(mesh: str | None) -> dict[str, int] | str | None:
+    """`data=4,model=2` as a dictionary; "auto" and None as they are.
+
+    Raises:
+      UsageError: it is neither.
+    """
+    if mesh in (None, "auto"):
+        return mesh
+    found = {}
+    for part in str(mesh).split(","):
+        axis, _, count = part.partition("=")
+        if axis not in ("data", "model") or axis in found or not count.isdecimal():
+            raise UsageError(
+                f"--mesh={mesh}: {part!r} must be data=N or model=N, each once; or pass --mesh=auto"
+            )
+        found[axis] = int(count)
+    return found
 
 
 def split_labels(labels: str | None) -> list[str] | None:

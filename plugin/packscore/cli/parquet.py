@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from packscore.cli.columns import Row, Shape, as_json, as_text
+from packscore.files.failures import RunError
 from packscore.files.parquet import parquet_module
 from packscore.files.states import RESULT_FIELDS as DECISION_FIELDS
 
@@ -17,7 +18,7 @@ from packscore.files.states import RESULT_FIELDS as DECISION_FIELDS
 # all, whose names are data.
 MAX_DEPTH, MAX_FIELDS = 16, 256
 # What a row group has in memory before it is written.
-ROW_GROUP_BYTES = 1 << 23
+ROW_GROUP_BYTES = 1 << 22
 # A dictionary of scores, of which no two are equal, takes three times what it encodes.
 WRITING = {"use_dictionary": False, "data_page_size": 1 << 17, "compression": "zstd"}
 # What every record gets, by command; the first are JSON whatever the values.
@@ -52,11 +53,34 @@ def write_parquet(batches: Batches, written: Path, shape: Shape) -> list[str]:
             return in_json
 
 
+def write_with_schema(batches: Batches, written: Path, schema: Any, command: str) -> None:
+    """Write a file of these columns, whatever the records have.
+
+    Raises:
+      RunError: a value is none of its column's.
+    """
+    types = {name: schema.field(name).type for name in schema.names}
+    in_json = JSON_RESULTS if command == "decide" else frozenset()
+    try:
+        for rows in batches():
+            for row in rows:
+                for name in row.keys() - types.keys():
+                    if row[name] is not None:
+                        raise _NoTypeError(name)
+        _write(batches, written, types, in_json)
+    except _NoTypeError as error:
+        name = str(error)
+        raise RunError(
+            f"column {name!r} has values that are not {types.get(name, 'expected')}, as others of "
+            "INPUT are; pass --output-format jsonl"
+        ) from error
+
+
 def _types_of(batches: Batches, shape: Shape) -> tuple[dict[str, Any], list[str]]:
     """The type of every column, in order of appearance, and the columns that only JSON can hold."""
     import pyarrow as pa
 
-    known, in_json = _result_types(shape.command), list[str]()
+    known, in_json = result_types(shape.command), list[str]()
     types: dict[str, Any] = {}
     entry_fields = {"corpus_id", "score"}
     for rows in batches():
@@ -79,7 +103,7 @@ def _types_of(batches: Batches, shape: Shape) -> tuple[dict[str, Any], list[str]
     return types | dict.fromkeys(in_json, pa.string()), in_json
 
 
-def _result_types(command: str) -> dict[str, Any]:
+def result_types(command: str) -> dict[str, Any]:
     """What a run adds has its types whatever the values; ids are text, for they may be mixed."""
     import pyarrow as pa
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias, cast
 
 import torch
 from tqdm import tqdm
 
-from packscore import InputError, InputTypeError, NonFiniteScoreError
+from packscore import InputError, InputTypeError, NonFiniteScoreError, Usage
 from packscore.cli.columns import Shape, label_columns
 from packscore.cli.convert import convert
 from packscore.cli.exits import ExitCode, tell
@@ -26,11 +29,13 @@ from packscore.files.file_plan import FilePlan, begin, mark_complete, model_fing
 from packscore.files.inputs import Input
 from packscore.files.journal import FileJournal, Journal, StreamJournal, UnwritableError
 from packscore.files.look import ReadOptions
-from packscore.files.records import BadRecord, Readable
+from packscore.files.records import BadRecord, Entry, Readable
 from packscore.files.sources import is_stream, open_sink
 
 # Of a run, before it says how long it is going to take.
 TIMED_SECONDS = 5.0
+# The fields of a record's result, and the tokens it took.
+Made: TypeAlias = tuple[dict[str, Any], Usage]
 # What one record may be refused for; anything else stops the run.
 RECORD_ERRORS = (
     *(InputError, InputTypeError, NonFiniteScoreError),
@@ -63,6 +68,7 @@ def settings_of(
         "model": model_fingerprint(options.model, loaded.commit),
         "device": loaded.device,
         "dtype": loaded.dtype,
+        "mesh": options.mesh,
         "prompt": loaded.spec.spelled,
         "instruction": options.instruction,
         "label_token_ids": loaded.scorer.label_token_ids,
@@ -142,35 +148,87 @@ def _run_all(
 ) -> Counts:
     counts = Counts()
     try:
-        for entry in entries:
-            if journal.is_reported(entry.line):
-                continue
-            if isinstance(entry, BadRecord):
-                journal.write_error(entry)
-            elif journal.take_done(entry):
-                counts.resumed += 1
-            else:
-                _run_one(entry, journal, task, reserved, counts)
-                timing.update(counts.items)
+        for _ in run_entries(_missing(entries, journal, counts), journal, task, reserved, counts):
+            timing.update(counts.items)
     finally:
         timing.close()
     journal.check_all_taken()
     return counts
 
 
-def _run_one(
-    record: Readable, journal: Journal, task: Task, reserved: frozenset[str], counts: Counts
-) -> None:
-    """Score one record and write what came of it."""
+def _missing(entries: Iterable[Entry], journal: Journal, counts: Counts) -> Iterator[Entry]:
+    """What an earlier run has not written."""
+    for entry in entries:
+        if journal.is_reported(entry.line):
+            continue
+        if not isinstance(entry, BadRecord) and journal.take_done(entry):
+            counts.resumed += 1
+            continue
+        yield entry
+
+
+def run_entries(
+    entries: Iterable[Entry],
+    journal: Journal,
+    task: Task,
+    reserved: frozenset[str],
+    counts: Counts,
+) -> Iterator[Entry]:
+    """Score records, some at a time, and write what came of them in their order.
+
+    Yields:
+      Each of the entries when it is written.
+    """
+    for entry, made in _in_order(entries, task, reserved):
+        if isinstance(entry, BadRecord):
+            journal.write_error(entry)
+        else:
+            _write(entry, made, journal, counts)
+        yield entry
+
+
+def _in_order(
+    entries: Iterable[Entry], task: Task, reserved: frozenset[str]
+) -> Iterator[tuple[Entry, Callable[[], Made]]]:
+    """Entries with what gives, or raises, what is made of them; nobody asks it of a bad one.
+
+    Where some run at once it reads as many ahead.
+    """
+    make = functools.partial(_made, task=task, reserved=reserved)
+    if task.at_once == 1:
+        for entry in entries:
+            yield entry, functools.partial(make, cast(Readable, entry))
+        return
+    going: deque[tuple[Entry, Callable[[], Made]]] = deque()
+    pool = ThreadPoolExecutor(task.at_once)
     try:
-        taken = reserved & record.fields.keys()
-        if taken:
-            raise InputError(f"has the fields {sorted(taken)}, which the output needs; rename them")
-        result, usage = task.run(record)
-        if usage.truncated_items:
-            result["truncated_items"] = list(usage.truncated_items)
-        if usage.non_finite_items:
-            result["non_finite_items"] = list(usage.non_finite_items)
+        for entry in entries:
+            is_bad = isinstance(entry, BadRecord)
+            going.append((entry, make if is_bad else pool.submit(make, entry).result))
+            if len(going) > 2 * task.at_once:
+                yield going.popleft()
+        yield from going
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _made(record: Readable, *, task: Task, reserved: frozenset[str]) -> Made:
+    """The fields of a record's result, and the tokens it took."""
+    taken = reserved & record.fields.keys()
+    if taken:
+        raise InputError(f"has the fields {sorted(taken)}, which the output needs; rename them")
+    result, usage = task.run(record)
+    if usage.truncated_items:
+        result["truncated_items"] = list(usage.truncated_items)
+    if usage.non_finite_items:
+        result["non_finite_items"] = list(usage.non_finite_items)
+    return result, usage
+
+
+def _write(record: Readable, made: Callable[[], Made], journal: Journal, counts: Counts) -> None:
+    """Write what came of one record."""
+    try:
+        result, usage = made()
         journal.write_result(record, result)
     except (*RECORD_ERRORS, UnwritableError) as error:
         journal.write_error(_refused(record, str(error) or type(error).__name__))
@@ -244,7 +302,7 @@ class Timing:
         with tqdm.external_write_mode(file=sys.stderr):
             tell(
                 f"{items:,} {self._counted} took {now - self._started:.1f} s; "
-                f"all that is left and they about {priced(seconds, self._price_per_hour)}"
+                f"in all about {priced(seconds, self._price_per_hour)}"
             )
 
     def _new_bar(self) -> tqdm[Any]:

@@ -4,22 +4,83 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import typer
 
 from packscore.cli.columns import Shape, reserved_fields
 from packscore.cli.exits import ExitCode, tell
+from packscore.cli.fleet.options import RayOptions, plan_parts
 from packscore.cli.options import ModelOptions
 from packscore.files.failures import UsageError
-from packscore.files.file_plan import FilePlan, check_free
+from packscore.files.file_plan import FilePlan, check_free, plan_files
 from packscore.files.inputs import Input, open_input
 from packscore.files.locks import locked
 from packscore.files.look import ReadOptions
+from packscore.files.readers import TABLES
 from packscore.files.sources import is_stream
 
-if TYPE_CHECKING:
-    from packscore.cli.load import Loaded
+
+@dataclass(frozen=True)
+class Paths:
+    """The files that a command names, and what to do with those that are there."""
+
+    input: str
+    output: str
+    errors: Path | None
+    input_format: str | None
+    output_format: str | None
+    resume: bool
+    overwrite: bool
+
+
+def run_command(
+    paths: Paths,
+    read: ReadOptions,
+    chosen: ModelOptions,
+    task: Mapping[str, Any],
+    on_ray: RayOptions | None,
+    *,
+    dry_run: bool,
+    quiet: bool,
+    price_per_hour: float | None,
+) -> ExitCode:
+    """Run a command over its input, here or by the workers of a cluster.
+
+    Raises:
+      UsageError, RunError: nothing was run, or it cannot go on.
+    """
+    if on_ray is not None:
+        for option, given in {"--dry-run": dry_run, "--price-per-hour": price_per_hour}.items():
+            if given:
+                raise UsageError(
+                    f"{option} is for a plan of one machine: leave --ray out, and name a file"
+                )
+        formats = (paths.input_format, paths.output_format)
+        folder = plan_parts(
+            *(on_ray, paths.input, paths.output, paths.errors, *formats),
+            resume=paths.resume,
+            overwrite=paths.overwrite,
+        )
+        # imported here: it brings torch
+        from packscore.cli.fleet.command import run_on_ray
+
+        return run_on_ray(folder, read, chosen, task, on_ray, quiet=quiet)
+    files = plan_files(
+        *(paths.input, paths.output, paths.errors, paths.input_format, paths.output_format),
+        resume=paths.resume,
+        overwrite=paths.overwrite,
+    )
+    if task["command"] == "decide" and files.output_format in TABLES:
+        raise UsageError(
+            f"--output={paths.output}: decisions are written as jsonl or parquet, not as "
+            f"{files.output_format}; name a .jsonl, .jsonl.gz or .parquet file"
+        )
+    return run_over_files(
+        files, read, chosen, task, dry_run=dry_run, quiet=quiet, price_per_hour=price_per_hour
+    )
 
 
 def run_over_files(
@@ -65,11 +126,11 @@ def _options(task: Mapping[str, Any]) -> dict[str, Any]:
 
 def _count(entries: Input, chosen: ModelOptions, task: Mapping[str, Any]) -> ExitCode:
     from packscore.cli import tasks
-    from packscore.cli.load import load
+    from packscore.cli.load import check_labels, load
     from packscore.cli.plan import make_plan
 
     loaded = load(chosen, weights=False)
-    _check_labels(task, loaded)
+    check_labels(task, loaded)
     made = tasks.TASKS[task["command"]](loaded.scorer, **_options(task))
     plan = make_plan(entries, made)
     typer.echo(plan.table())
@@ -87,11 +148,11 @@ def _run_open(
 ) -> ExitCode:
     from packscore.cli import run as running
     from packscore.cli import tasks
-    from packscore.cli.load import load
+    from packscore.cli.load import check_labels, load
     from packscore.cli.plan import foretold
 
     loaded = load(chosen)
-    _check_labels(task, loaded)
+    check_labels(task, loaded)
     if not quiet:
         tell(f"{chosen.model} on {loaded.device} in {loaded.dtype}")
     made = tasks.TASKS[task["command"]](loaded.scorer, **_options(task))
@@ -110,12 +171,3 @@ def _run_open(
     if not quiet:
         loaded.cache.tell_new()
     return code
-
-
-def _check_labels(task: Mapping[str, Any], loaded: Loaded) -> None:
-    names = loaded.label_names
-    if task["command"] == "rank" and len(names) != loaded.num_ranked:
-        wants = (
-            "compares two labels, (negative, positive)," if loaded.num_ranked == 2 else "reads one"
-        )
-        raise UsageError(f"rank {wants} and not {names}")

@@ -25,12 +25,14 @@ class Task:
       run: to the fields of its result, and the tokens it took.
       encode: to the tokens that `run` would compute.
       counted, shared: what records have several of, and what they have once.
+      at_once: records that run at the same time: one on each copy of the model.
     """
 
     run: Callable[[Any], tuple[dict[str, Any], Usage]]
     encode: Callable[[Any], EncodedRequest]
     counted: str = "items"
     shared: str = "queries"
+    at_once: int = 1
 
 
 def score_task(scorer: MultiItemScorer, *, apply_softmax: bool, return_items: bool) -> Task:
@@ -49,7 +51,7 @@ def score_task(scorer: MultiItemScorer, *, apply_softmax: bool, return_items: bo
             result["item_ids"] = record.ids
         return result | {"scores": [list(map(_or_null, row)) for row in found.scores]}, found.usage
 
-    return Task(run, _encoder(scorer))
+    return Task(run, _encoder(scorer), at_once=scorer.num_copies)
 
 
 def rank_task(scorer: MultiItemScorer, *, top_k: int | None, return_documents: bool) -> Task:
@@ -66,7 +68,7 @@ def rank_task(scorer: MultiItemScorer, *, top_k: int | None, return_documents: b
         )
         return {"ranking": [_entry(record, one) for one in found.scores]}, found.usage
 
-    return Task(run, _encoder(scorer))
+    return Task(run, _encoder(scorer), at_once=scorer.num_copies)
 
 
 def _entry(record: Record, one: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def decide_task(scorer: MultiItemScorer, *, permutations: int, body: str) -> Tas
     def encode(record: StateRecord) -> EncodedRequest:
         return scorer.encode_questions(record.state, record.questions, permutations=permutations)
 
-    return Task(run, encode, "questions", "states")
+    return Task(run, encode, "questions", "states", scorer.num_copies)
 
 
 BODIES: dict[str, Callable[[Decision], dict[str, Any]]] = {

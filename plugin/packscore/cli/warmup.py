@@ -11,30 +11,16 @@ from packscore.cli.options import ModelOptions
 from packscore.files.failures import RunError
 
 
-def warm_up(
-    model: str,
-    revision: str | None,
-    device: str,
-    dtype: str,
-    max_tokens: int,
-    num_labels: int,
-    cache_dir: str | None,
-    *,
-    quiet: bool,
-) -> None:
+def warm_up(options: ModelOptions, max_tokens: int, num_labels: int, *, quiet: bool) -> None:
     """Compile every program that requests of up to `max_tokens` tokens can need.
 
     Raises:
       RunError: the model has no compiled programs.
     """
-    options = ModelOptions(
-        *(model, revision, device, dtype, "qwen3-reranker", None, None, None, None, "truncate"),
-        cache_dir=cache_dir,
-    )
     loaded = load(options)
     program = program_of(loaded.scorer.model)
     if program is None:
-        raise RunError(f"--model={model} has no compiled programs on {device}")
+        raise RunError(f"--model={options.model} has no compiled programs on {options.device}")
     started = time.perf_counter()
     count = program.warmup(
         max_tokens=max_tokens, num_labels=num_labels, show_progress_bar=not quiet

@@ -211,7 +211,7 @@ def begin(plan: FilePlan, settings: dict[str, Any]) -> bool:
                 path.unlink(missing_ok=True)
     if plan.note.exists():
         if plan.resume:
-            note = _compared(plan, json.loads(json.dumps(settings)))
+            note = compared(plan.note, plan.output, json.loads(json.dumps(settings)))
             # one that was cut or removed since is not complete
             return bool(note["complete"]) and note.get("bytes") == _size_of(plan.output)
     elif any(path.exists() for path in (plan.results, *plan.written)):
@@ -223,19 +223,23 @@ def begin(plan: FilePlan, settings: dict[str, Any]) -> bool:
     return False
 
 
-def _compared(plan: FilePlan, settings: dict[str, Any]) -> dict[str, Any]:
-    """The note, which must be of the same settings."""
+def compared(path: Path, output: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The note of an output, which must be of the same settings.
+
+    Raises:
+      RunError: it is of others, or cannot be read.
+    """
     try:
-        note: dict[str, Any] = json.loads(plan.note.read_text())
+        note: dict[str, Any] = json.loads(path.read_text())
         made_with, _ = dict(note["settings"]), bool(note["complete"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
-            f"--resume: {plan.note} cannot be read ({error}); pass --overwrite to begin again"
+            f"--resume: {path} cannot be read ({error}); pass --overwrite to begin again"
         ) from error
     for name in sorted({*made_with, *settings}):
         if made_with.get(name) != settings.get(name):
             raise RunError(
-                f"--resume: {plan.output} was made with {name}={made_with.get(name)!r}, and now "
+                f"--resume: {output} was made with {name}={made_with.get(name)!r}, and now "
                 f"it is {settings.get(name)!r}; pass the same, or --overwrite to begin again"
             )
     return note
@@ -244,13 +248,17 @@ def _compared(plan: FilePlan, settings: dict[str, Any]) -> dict[str, Any]:
 def write_note(plan: FilePlan, settings: dict[str, Any], *, complete: bool) -> None:
     """Put the note beside the output, all of it or none."""
     size = _size_of(plan.output) if complete else None
-    note = {"complete": complete, "bytes": size, "settings": settings}
-    written = Path(f"{plan.note}.tmp")
+    write_json(plan.note, {"complete": complete, "bytes": size, "settings": settings})
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a file of JSON, all of it or none."""
+    written = Path(f"{path}.tmp")
     with written.open("w") as file:
-        json.dump(note, file, indent=2)
+        json.dump(value, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
-    written.replace(plan.note)
+    written.replace(path)
 
 
 def _size_of(path: str) -> int | None:

@@ -93,7 +93,7 @@ def event_behind(values: torch.Tensor) -> Any:
     if values.device.type != "cuda":
         return None
     with torch.cuda.device(values.device):
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # untyped in torch
         event.record()
     return event
 

@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -155,7 +155,9 @@ def copied(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
         moved = tensor.detach().to(device, copy=True)
         is_parameter = isinstance(tensor, nn.Parameter)
         found[id(tensor)] = nn.Parameter(moved, requires_grad=False) if is_parameter else moved
-    return copy.deepcopy(model, found).eval()
+    made: Any = copy.deepcopy(model, found)
+    made.eval()
+    return cast("PreTrainedModel", made)
 
 
 class _Follows:

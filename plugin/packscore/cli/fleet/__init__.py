@@ -1,0 +1,1 @@
+"""`packscore score | rank | decide --ray`: a file in parts, by the workers of a Ray cluster."""
