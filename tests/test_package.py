@@ -75,7 +75,8 @@ def test_the_core_is_torch_and_brings_no_jax(metadata: Message) -> None:
     required = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
     core = {found.name for found in required if found.marker is None}
     assert core == {
-        *("accelerate", "numpy", "psutil", "rich", "torch", "tqdm", "transformers", "typer"),
+        *("accelerate", "numpy", "psutil", "rich", "safetensors", "torch", "tqdm"),
+        *("transformers", "typer"),
     }
     of_jax = [found for found in required if str(found.marker) == 'extra == "jax"']
     assert {found.name for found in of_jax} == {"jax", "jaxlib", "torchax"}

@@ -218,7 +218,7 @@ class MultiItemScorer:
             raise InputError(f"{device=} and a device_map in model_kwargs; pass one of them")
         on_mesh = mesh is not None
         place = mesh_place_of(device) if on_mesh else place_of("cpu" if has_map else device)
-        hub = {
+        hub: dict[str, Any] = {
             "revision": revision,
             "cache_dir": cache_dir,
             "local_files_only": local_files_only,

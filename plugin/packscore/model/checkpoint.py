@@ -86,6 +86,7 @@ def store_weights(model: PreTrainedModel, tensors: Mapping[str, FileTensor]) -> 
       What does not fit; the model is of use where there is nothing.
     """
     _store_buffers(model)
+    module: Any  # whose hooks are untyped
     for module in model.modules():
         module.register_load_state_dict_pre_hook(refuse_state)
     misfits, taken = Misfits(), set[str]()

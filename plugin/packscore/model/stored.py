@@ -106,18 +106,19 @@ class Stored(torch.Tensor):
         return torch.cat([self.read(0, slice(*one.indices(len(self)))) for one in each])
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own is no method
+        cls, func: Any, *_: Any, **__: Any
     ) -> NoReturn:
         """Whatever torch would compute."""
         refuse(f"torch's {func.overloadpacket.__name__!r}")
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # torch's is untyped
         return f"{type(self).__name__}({tuple(self.shape)}, {self.dtype})"
 
     # these reach the memory past what torch dispatches
-    data = property(_refuse, _refuse)  # type: ignore[assignment]
-    numpy = tolist = share_memory_ = __deepcopy__ = __reduce_ex__ = _refuse  # type: ignore[assignment]
+    data = property(_refuse, _refuse)
+    numpy = tolist = share_memory_ = _refuse  # type: ignore[assignment]  # it returns nothing
+    __deepcopy__ = __reduce_ex__ = _refuse
 
 
 class StoredParameter(Stored, nn.Parameter):

@@ -6,7 +6,7 @@ time, and a chip its own parts and those of one layer twice.
 
 from __future__ import annotations
 
-import gc
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -46,10 +46,10 @@ def load_weights(
     if head.weight is not decoder.embed_tokens.weight:  # a tied one is there already
         groups["head"] = {"weight": head.weight}
     of_layers = [dict(layer.named_parameters()) for layer in decoder.layers]
-    layers = _stacked(of_layers, copies, lambda name: cuts.of("layers", name))
+    layers = _stacked(of_layers, copies, functools.partial(cuts.of, "layers"))
     found: list[dict[str, Arrays]] = [{"layers": stacks} for stacks in layers]
     for group, named in groups.items():
-        parts = _on_chips(named, copies, lambda name, group=group: cuts.of(group, name))
+        parts = _on_chips(named, copies, functools.partial(cuts.of, group))
         for weights, own in zip(found, parts, strict=True):
             weights[group] = own
     return found
@@ -68,7 +68,7 @@ def _stacked(
         of_copies = _on_chips(layer, copies, cut_of)
         for one in stacks:
             one.put(of_copies.pop(0), i)  # and nobody else has it
-        _let_go([one.arrays for one in stacks])
+        _wait([one.arrays for one in stacks])
     return [one.arrays for one in stacks]
 
 
@@ -110,7 +110,7 @@ def _on_chips(
             for own, copy in zip(parts, copies, strict=True):
                 own += [jax.device_put(values, copy.devices[chip]) for chip in chips]
             del values
-            _let_go(parts)
+            _wait(parts)
         whole = cut.whole(tuple(weight.shape))
         for arrays, copy, own in zip(found, copies, parts, strict=True):
             place = copy.sharding(cut.spec())
@@ -118,10 +118,10 @@ def _on_chips(
     return found
 
 
-def _let_go(sent: Any) -> None:
-    """Wait until arrays are there, so that what they were made of is no more when more is read."""
-    jax.block_until_ready(sent)
-    gc.collect(0)  # when Python does, jax lets go of what it read
+def _wait(sent: Any) -> None:
+    """Until arrays are there, so that what they were made of is let go of before more is read."""
+    for array in jax.tree.leaves(sent):
+        array.block_until_ready()
 
 
 def _parts(weight: Stored, cut: Cut) -> Iterator[tuple[npt.NDArray[Any], range]]:
@@ -131,9 +131,8 @@ def _parts(weight: Stored, cut: Cut) -> Iterator[tuple[npt.NDArray[Any], range]]
         return
     shape, sharers = tuple(weight.shape), cut.chips // cut.parts
     for first in range(0, cut.chips, sharers):
-        rows = cut.part(shape[cut.axis], first)
-        values = weight.read(cut.axis, rows, cut.local(shape)[cut.axis])
-        yield _to_numpy(values), range(first, first + sharers)
+        own = cut.axis, cut.part(shape[cut.axis], first), cut.local(shape)[cut.axis]
+        yield _to_numpy(weight.read(*own)), range(first, first + sharers)
 
 
 def _to_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
