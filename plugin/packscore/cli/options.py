@@ -216,16 +216,18 @@ def read_options(
     return ReadOptions(names, max_line_bytes, between, group, once)
 
 
-def mesh_from(mesh: str | None) -> dict[str, int] | str | None:
+def mesh_from(mesh: str | None) -> dict[str, int] | Literal["auto"] | None:
     """`data=4,model=2` as a dictionary; "auto" and None as they are.
 
     Raises:
       UsageError: it is neither.
     """
-    if mesh in (None, "auto"):
-        return mesh
+    if mesh is None:
+        return None
+    if mesh == "auto":
+        return "auto"
     found = {}
-    for part in str(mesh).split(","):
+    for part in mesh.split(","):
         axis, _, count = part.partition("=")
         if axis not in ("data", "model") or axis in found or not count.isdecimal():
             raise UsageError(

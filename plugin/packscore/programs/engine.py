@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from packscore.errors import MaskTooLargeError, PackscoreError, UnsupportedModelError
 from packscore.flows.costs import CostModel, flops_cost_model, tpu_cost_model
-from packscore.flows.engine import Limits, Readout, RowValues
+from packscore.flows.engine import Engine, Limits, Readout, RowValues
 from packscore.flows.packing import PackedBatch
 from packscore.flows.page_pool import PagePool
 from packscore.model.family import check_supported
@@ -134,7 +134,7 @@ class ProgramEngine:
             raise
 
 
-def engines_of(program: ModelProgram, cache_bytes: int, mask_kind: MaskKind) -> list[ProgramEngine]:
+def engines_of(program: ModelProgram, cache_bytes: int, mask_kind: MaskKind) -> list[Engine]:
     """One for each of a program's copies of the model."""
     given = program, cache_bytes, mask_kind
     return [ProgramEngine(*given, copy) for copy in range(len(program.copies))]
