@@ -249,7 +249,11 @@ def decide(
         task = deciding.task(permutations, body)
         if state is not None:
             of_files = {"INPUT": input, "--output": output, "--errors": errors, "--resume": resume}
-            of_files |= {"--overwrite": overwrite, "--dry-run": dry_run, "--price-per-hour": price}
+            of_files |= {
+                "--overwrite": overwrite,
+                "--dry-run": dry_run,
+                "--price-per-hour": price is not None,
+            }
             deciding.check_one(of_files, given)
             deciding.decide_one(state, given, chosen, task, as_json=as_json)
             return
