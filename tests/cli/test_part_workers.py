@@ -94,7 +94,7 @@ def test_parquet_parts_are_one_dataset_and_others_runs_are_refused() -> None:
     assert found.schema.field("n").type == pa.list_(pa.float64())
 
     class Broken:
-        counted = "items"
+        counted, at_once = "items", 1
 
         def run(self, record: Any) -> Any:
             raise ValueError("a fault of ours")

@@ -164,7 +164,7 @@ def test_costs_that_somebody_measured_tell_the_time(
 ) -> None:
     task = tasks.score_task(scorer, apply_softmax=True, return_items=False)
     path = cli.write("in.jsonl", [{"query": "q", "items": ["a", "b", "c"]}] * 50)
-    engine = scorer._core.engine
+    engine = scorer._core.copies.first
     assert engine.costs.source == FROM_SHAPE
     with open_input(path, "jsonl", ReadOptions()) as entries:
         plan = make_plan(entries, task)

@@ -38,7 +38,7 @@ from helpers import (
 )
 from packscore import MultiItemScorer, patch_model, program_of
 from packscore.model import last_layer
-from packscore.programs import traced_model
+from packscore.programs import traced_model, traced_ops
 from packscore.programs.head import in_steps
 from packscore.torch_engine.pages import KvPages
 from tolerances import PROBABILITY_MAX_FLOAT32
@@ -191,7 +191,7 @@ def test_other_rows_would_be_seen(device: str | None, monkeypatch: pytest.Monkey
         return own(layer, (rows - 1).clip(0), *args, **keywords)
 
     monkeypatch.setattr(last_layer, "at_rows", before)
-    monkeypatch.setattr(traced_model, "at_rows", before)
+    monkeypatch.setattr(traced_ops, "at_rows", before)
     model = random_qwen3()
     expected = one_by_one(model, PREFIX, ITEMS, LABELS)
     scorer = MultiItemScorer(patch_model(model, device=device), label_token_ids=LABELS)

@@ -72,10 +72,10 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests whose query asks for it fail while they run."""
     begin = Run._begin
 
-    def fails(self: Run, number: int) -> Any:
+    def fails(self: Run, number: int, *where: Any) -> Any:
         if len(self._requests[number].items) == 2:
             raise RuntimeError("two items")
-        return begin(self, number)
+        return begin(self, number, *where)
 
     monkeypatch.setattr(Run, "_begin", fails)
 

@@ -165,6 +165,7 @@ def _missing(entries: Iterable[Entry], journal: Journal, counts: Counts) -> Iter
             counts.resumed += 1
             continue
         yield entry
+        del entry  # while the next one is read
 
 
 def run_entries(
@@ -173,18 +174,19 @@ def run_entries(
     task: Task,
     reserved: frozenset[str],
     counts: Counts,
-) -> Iterator[Entry]:
+) -> Iterator[None]:
     """Score records, some at a time, and write what came of them in their order.
 
     Yields:
-      Each of the entries when it is written.
+      Whenever one is written.
     """
     for entry, made in _in_order(entries, task, reserved):
         if isinstance(entry, BadRecord):
             journal.write_error(entry)
         else:
             _write(entry, made, journal, counts)
-        yield entry
+        del entry, made  # while the next one is read
+        yield
 
 
 def _in_order(
@@ -198,6 +200,7 @@ def _in_order(
     if task.at_once == 1:
         for entry in entries:
             yield entry, functools.partial(make, cast(Readable, entry))
+            del entry
         return
     going: deque[tuple[Entry, Callable[[], Made]]] = deque()
     pool = ThreadPoolExecutor(task.at_once)
