@@ -36,7 +36,7 @@ BAD = {
 REFUSED: dict[tuple[str, ...], str] = {
     (): "decide needs INPUT and --output, or one --state with --questions",
     ("in.jsonl",): "decide needs INPUT and --output",
-    ("in.jsonl", "-o", "out.csv"): "decisions are written as jsonl, not as csv",
+    ("in.jsonl", "-o", "out.csv"): "decisions are written as jsonl or parquet, not as csv",
     ("in.jsonl", "-o", "out.jsonl", "--format", "csv"): "--format='csv' must be one of systemone",
     ("in.jsonl", "-o", "out.jsonl", "--json"): "--json prints the body of one --state",
     ("in.jsonl", "-o", "out.jsonl", "--questions", "no.json"): "cannot be read as JSON",

@@ -13,8 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, cast
 
-from packscore.cli.columns import Row, Shape, cell, columns_of
+from packscore.cli.columns import Row, Shape, as_text, cell, columns_of
 from packscore.cli.parquet import write_parquet
+
+# Of JSON lines that are Python objects at a time; a longer line is alone.
+BATCH_BYTES = 1 << 20
 
 
 def convert(results: Path, output: Path, output_format: str, shape: Shape) -> list[str]:
@@ -31,7 +34,7 @@ def convert(results: Path, output: Path, output_format: str, shape: Shape) -> li
     """
     written, in_json = Path(f"{output}.packscore.tmp"), list[str]()
     if output_format == "parquet":
-        in_json = write_parquet(lambda: _records(results), written, shape)
+        in_json = write_parquet(lambda: batches_of(results, shape.command), written, shape)
     else:
         with _bytes_of(written, compressed=output.suffix.lower() == ".gz") as file:
             if output_format == "jsonl":
@@ -60,6 +63,28 @@ def _records(results: Path) -> Iterator[Row]:
     with results.open("rb") as file:
         for line in file:
             yield json.loads(line)
+
+
+def batches_of(results: Path, command: str) -> Iterator[list[Row]]:
+    """Records, as many as have some bytes; ids as text, for a column of parquet has one type."""
+    with results.open("rb") as file:
+        while lines := file.readlines(BATCH_BYTES):
+            yield [_with_text_ids(json.loads(line), command) for line in lines]
+
+
+def _with_text_ids(record: Row, command: str) -> Row:
+    if command == "decide":
+        return record
+    if "item_ids" in record:
+        record["item_ids"] = [_text_id(one) for one in record["item_ids"]]
+    for entry in record.get("ranking", ()):
+        if "id" in entry:
+            entry["id"] = _text_id(entry["id"])
+    return record
+
+
+def _text_id(one: str | float | None) -> str | None:
+    return None if one is None else as_text(str(one))
 
 
 def _rows(record: Row, shape: Shape) -> Iterator[Row]:

@@ -38,7 +38,9 @@ def decide(
     ] = None,
     output: Annotated[
         str | None,
-        typer.Option("--output", "-o", help="The .jsonl file to write, or .jsonl.gz; - is stdout."),
+        typer.Option(
+            "--output", "-o", help="The .jsonl, .jsonl.gz or .parquet file to write; - is stdout."
+        ),
     ] = None,
     state: Annotated[
         str | None,

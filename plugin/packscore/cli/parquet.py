@@ -1,26 +1,37 @@
-"""Results as parquet: a column has one type, and where its values have none it has JSON."""
+"""Results as parquet: a column has one type, and where its values have none it has JSON.
+
+They are read twice, some at a time, for a type may show in the last of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from packscore.cli.columns import Row, Rows, Shape, as_json, as_text, columns_of
+from packscore.cli.columns import Row, Shape, as_json, as_text
 from packscore.files.failures import RunError
 from packscore.files.parquet import parquet_module
+from packscore.files.states import RESULT_FIELDS as DECISION_FIELDS
 
-BATCH_ROWS = 1024
-# Deeper lists and objects are JSON: readers of parquet recurse.
-MAX_DEPTH = 16
+# Deeper lists and objects are JSON: readers of parquet recurse. So are those with more fields in
+# all, whose names are data.
+MAX_DEPTH, MAX_FIELDS = 16, 256
+# What a row group has in memory before it is written.
+ROW_GROUP_BYTES = 1 << 23
+# What every record gets, by command; the first are JSON whatever the values.
+RESULTS = {"decide": DECISION_FIELDS, "rank": ("ranking",), "score": ("scores",)}
+JSON_RESULTS = frozenset(DECISION_FIELDS) - {"model"}
+
+# Results, some at a time; called anew for each pass over them.
+Batches = Callable[[], Iterable[list[Row]]]
 
 
 class _NoTypeError(Exception):
     """Parquet has no type for the values of a column."""
 
 
-def write_parquet(records: Rows, written: Path, shape: Shape) -> list[str]:
+def write_parquet(batches: Batches, written: Path, shape: Shape) -> list[str]:
     """Write a file.
 
     Returns:
@@ -28,44 +39,78 @@ def write_parquet(records: Rows, written: Path, shape: Shape) -> list[str]:
     """
     import pyarrow as pa
 
-    result_types, columns = _result_types(records), columns_of(records)
-    if not columns:  # no record was good
-        result_types[shape.query_holder] = pa.string()
-        columns = [shape.query_holder, "ranking" if shape.command == "rank" else "scores"]
-    in_json: list[str] = []
-    while True:  # again for each column that turns out to have no type
+    types, in_json = _types_of(batches, shape)
+    always = JSON_RESULTS if shape.command == "decide" else frozenset()
+    while True:  # again for each column with a value that its type turns out not to hold
         try:
-            _write(records, written, _types_of(records, columns, result_types, in_json), in_json)
+            _write(batches, written, types, always.union(in_json))
         except _NoTypeError as error:
             in_json.append(str(error))
+            types[str(error)] = pa.string()
         else:
             return in_json
 
 
-def _result_types(records: Rows) -> dict[str, Any]:
-    kept = {"corpus_id", "score"}
-    for record in records():
-        kept.update(*record.get("ranking", ()))
-    return result_types(kept)
+def write_with_schema(batches: Batches, written: Path, schema: Any, command: str) -> None:
+    """Write a file of these columns, whatever the records have.
 
-
-def result_types(kept: Container[str]) -> dict[str, Any]:
-    """What a run adds has its types whatever the values; ids are text, for they may be mixed.
-
-    Args:
-      kept: fields of a ranking's entries.
+    Raises:
+      RunError: a value is none of its column's.
     """
+    types = {name: schema.field(name).type for name in schema.names}
+    in_json = JSON_RESULTS if command == "decide" else frozenset()
+    try:
+        for rows in batches():
+            for row in rows:
+                for name in row.keys() - types.keys():
+                    if row[name] is not None:
+                        raise _NoTypeError(name)
+        _write(batches, written, types, in_json)
+    except _NoTypeError as error:
+        name = str(error)
+        raise RunError(
+            f"column {name!r} has values that are not {types.get(name, 'expected')}, as others of "
+            "INPUT are; pass --output-format jsonl"
+        ) from error
+
+
+def _types_of(batches: Batches, shape: Shape) -> tuple[dict[str, Any], list[str]]:
+    """The type of every column, in order of appearance, and the columns that only JSON can hold."""
     import pyarrow as pa
 
-    struct = {
-        "corpus_id": pa.int64(),
-        "id": pa.string(),
-        "score": pa.float64(),
-        "text": pa.string(),
-    }
+    known, in_json = result_types(shape.command), list[str]()
+    types: dict[str, Any] = {}
+    entry_fields = {"corpus_id", "score"}
+    for rows in batches():
+        for row in rows:
+            types |= {name: known.get(name, pa.null()) for name in row if name not in types}
+            if shape.command == "rank":
+                entry_fields.update(*row["ranking"])
+        for name in [name for name in types if name not in known and name not in in_json]:
+            try:
+                types[name] = _unified(types[name], name, [row.get(name) for row in rows])
+            except _NoTypeError:
+                in_json.append(name)
+    if not types:  # no record was good
+        holder = [] if shape.command == "decide" else [shape.query_holder]
+        types = {x: known.get(x, pa.string()) for x in (*holder, *RESULTS[shape.command])}
+    if shape.command == "rank":
+        kept = [field for field in known["ranking"].value_type if field.name in entry_fields]
+        types["ranking"] = pa.list_(pa.struct(kept))
+    in_json += [name for name, one in types.items() if name not in in_json and not _fields_of(one)]
+    return types | dict.fromkeys(in_json, pa.string()), in_json
+
+
+def result_types(command: str) -> dict[str, Any]:
+    """What a run adds has its types whatever the values; ids are text, for they may be mixed."""
+    import pyarrow as pa
+
+    if command == "decide":
+        return dict.fromkeys(DECISION_FIELDS, pa.string())
+    ranked = {"corpus_id": pa.int64(), "id": pa.string(), "score": pa.float64()}
     texts, integers = pa.list_(pa.string()), pa.list_(pa.int64())
     return {
-        "ranking": pa.list_(pa.struct([(name, struct[name]) for name in struct if name in kept])),
+        "ranking": pa.list_(pa.struct({**ranked, "text": pa.string()})),
         "scores": pa.list_(pa.list_(pa.float64())),
         "item_ids": texts,
         "items": texts,
@@ -74,76 +119,51 @@ def result_types(kept: Container[str]) -> dict[str, Any]:
     }
 
 
-def _types_of(
-    records: Rows, columns: list[str], result_types: dict[str, Any], in_json: list[str]
-) -> dict[str, Any]:
-    """The type of every column, over all records."""
+def _unified(before: Any, name: str, values: list[Any]) -> Any:
+    """The type of values and of those before them."""
     import pyarrow as pa
 
-    types = {name: result_types.get(name, pa.null()) for name in columns}
-    types |= {name: pa.string() for name in in_json}
-    inferred = [name for name in columns if name not in result_types and name not in in_json]
-    for rows in _batches(records):
-        for name in inferred:
-            found = _array(name, [row.get(name) for row in rows]).type
-            try:
-                both = [pa.schema([("x", one)]) for one in (types[name], found)]
-                unified = pa.unify_schemas(both, promote_options="permissive")
-            except pa.ArrowException as error:
-                raise _NoTypeError(name) from error
-            types[name] = unified.field("x").type
-    for name in inferred:
-        if not _can_be_written(types[name]):
-            raise _NoTypeError(name)
-    return types
+    found = _array(name, values).type
+    try:
+        both = [pa.schema([("x", one)]) for one in (before, found)]
+        unified = pa.unify_schemas(both, promote_options="permissive").field("x").type
+    except pa.ArrowException as error:
+        raise _NoTypeError(name) from error
+    if unified != before and _fields_of(unified) > MAX_FIELDS:
+        raise _NoTypeError(name)
+    return unified
 
 
-def _can_be_written(type_: Any, depth: int = 0) -> bool:
+def _fields_of(type_: Any, depth: int = 0) -> int:
+    """How many columns a type is in parquet; 0 where it is none."""
     import pyarrow as pa
 
     below = [type_.field(i).type for i in range(type_.num_fields)]
     if depth > MAX_DEPTH or (pa.types.is_struct(type_) and not below):
-        return False
-    return all(_can_be_written(one, depth + 1) for one in below)
+        return 0
+    counts = [_fields_of(one, depth + 1) for one in below]
+    return sum(counts) if all(counts) and counts else int(not counts)
 
 
-def write_with_schema(records: Rows, written: Path, schema: Any) -> None:
-    """Write a file of these columns, whatever the records have.
-
-    Raises:
-      RunError: a value is none of its column's.
-    """
-    types = {name: schema.field(name).type for name in schema.names}
-    try:
-        strays = {
-            name
-            for record in records()
-            for name in record.keys() - types.keys()
-            if record[name] is not None
-        }
-        if strays:
-            raise _NoTypeError(min(strays))
-        _write(records, written, types, [])
-    except _NoTypeError as error:
-        raise RunError(
-            f"column {str(error)!r} has values that are not {types.get(str(error), 'expected')}; "
-            "pass --output-format jsonl"
-        ) from error
-
-
-def _write(records: Rows, written: Path, types: dict[str, Any], in_json: list[str]) -> None:
+def _write(batches: Batches, written: Path, types: dict[str, Any], in_json: frozenset[str]) -> None:
     import pyarrow as pa
 
     schema = pa.schema([(as_text(name), type_) for name, type_ in types.items()])
     with parquet_module().ParquetWriter(written, schema) as writer:
-        for rows in _batches(records):
+        waiting: list[Any] = []
+        for rows in batches():
             arrays = []
             for name, type_ in types.items():
                 values = [row.get(name) for row in rows]
                 if name in in_json:
                     values = [None if value is None else as_json(value) for value in values]
                 arrays.append(_array(name, values, type_))
-            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+            waiting.append(pa.RecordBatch.from_arrays(arrays, schema=schema))
+            if sum(batch.nbytes for batch in waiting) >= ROW_GROUP_BYTES:
+                writer.write_table(pa.Table.from_batches(waiting))
+                waiting.clear()
+        if waiting:
+            writer.write_table(pa.Table.from_batches(waiting))
 
 
 def _array(name: str, values: list[Any], type_: Any = None) -> Any:
@@ -153,22 +173,3 @@ def _array(name: str, values: list[Any], type_: Any = None) -> Any:
         return pa.array(values, type_)
     except (pa.ArrowException, OverflowError, UnicodeError, RecursionError) as error:
         raise _NoTypeError(name) from error
-
-
-def _batches(records: Rows) -> Iterator[list[Row]]:
-    found = records()
-    while batch := [_with_text_ids(record) for record in islice(found, BATCH_ROWS)]:
-        yield batch
-
-
-def _with_text_ids(record: Row) -> Row:
-    if "item_ids" in record:
-        record["item_ids"] = [_text_id(one) for one in record["item_ids"]]
-    for entry in record.get("ranking", ()):
-        if "id" in entry:
-            entry["id"] = _text_id(entry["id"])
-    return record
-
-
-def _text_id(one: str | float | None) -> str | None:
-    return None if one is None else as_text(str(one))

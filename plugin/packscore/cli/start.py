@@ -18,6 +18,7 @@ from packscore.files.file_plan import FilePlan, check_free, plan_files
 from packscore.files.inputs import Input, open_input
 from packscore.files.locks import locked
 from packscore.files.look import ReadOptions
+from packscore.files.readers import TABLES
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,7 @@ def run_command(
         if dry_run:
             raise UsageError("--dry-run counts on this machine; leave --ray out, and name a file")
         formats = (paths.input_format, paths.output_format)
-        folder = plan_parts(
-            on_ray, task["command"], paths.input, paths.output, paths.errors, *formats, **how
-        )
+        folder = plan_parts(on_ray, paths.input, paths.output, paths.errors, *formats, **how)
         # imported here: it brings torch
         from packscore.cli.fleet.command import run_on_ray
 
@@ -63,10 +62,10 @@ def run_command(
     files = plan_files(
         paths.input, paths.output, paths.errors, paths.input_format, paths.output_format, **how
     )
-    if task["command"] == "decide" and files.output_format != "jsonl":
+    if task["command"] == "decide" and files.output_format in TABLES:
         raise UsageError(
-            f"--output={paths.output}: decisions are written as jsonl, not as "
-            f"{files.output_format}; name a .jsonl or .jsonl.gz file"
+            f"--output={paths.output}: decisions are written as jsonl or parquet, not as "
+            f"{files.output_format}; name a .jsonl, .jsonl.gz or .parquet file"
         )
     return run_over_files(files, read, chosen, task, dry_run=dry_run, quiet=quiet)
 

@@ -91,21 +91,26 @@ class FileJournal:
         self._results_path, self._errors_path = results, errors
         self._results = _open_whole_lines(results)
         self._errors: BinaryIO | None = None
-        self._reported = set[int]()
+        self._reported: Iterator[int] = iter(())
         self._errors_stay = not is_stream(errors)
+        self.num_bad = 0
         if not self._errors_stay:
             self._errors = open_sink(errors)
         elif errors.exists():
             self._errors = _open_whole_lines(errors)
-            self._reported = set(_lines_reported(errors))
+            self._reported = _lines_reported(errors, os.path.getsize(errors))
+            self.num_bad = sum(1 for _ in _lines_reported(errors, os.path.getsize(errors)))
+        self._next_reported = next(self._reported, None)
         self._errors_unsafe = False
-        self.num_bad = len(self._reported)
         self._done = _lines_of(results, os.path.getsize(results))
         self._next_done = next(self._done, None)
 
     def is_reported(self, line: int) -> bool:
-        """Whether the error file has this line of the input."""
-        return line in self._reported
+        """Whether the error file has this line of the input; they are met in their order."""
+        if line != self._next_reported:
+            return False
+        self._next_reported = next(self._reported, None)
+        return True
 
     def take_done(self, record: Readable) -> bool:
         """Whether the output has the record; its lines are met in the order of the input.
@@ -134,6 +139,11 @@ class FileJournal:
             raise RunError(
                 f"--resume: {self._results_path} holds more records than INPUT; "
                 "pass --overwrite to begin again"
+            )
+        if self._next_reported is not None:
+            raise RunError(
+                f"--resume: {self._errors_path} has line {self._next_reported} of INPUT, which is "
+                "not bad there; pass --overwrite to begin again"
             )
 
     def write_result(self, record: Readable, result: dict[str, Any]) -> None:
@@ -245,8 +255,8 @@ def _lines_of(path: Path, size: int) -> Iterator[bytes]:
             yield file.readline()
 
 
-def _lines_reported(errors: Path) -> Iterator[int]:
-    for line in _lines_of(errors, os.path.getsize(errors)):
+def _lines_reported(errors: Path, size: int) -> Iterator[int]:
+    for line in _lines_of(errors, size):
         try:
             yield int(json.loads(line)["line"])
         except (ValueError, KeyError, TypeError) as error:

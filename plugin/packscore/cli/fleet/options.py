@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from packscore.files.failures import UsageError
-from packscore.files.folder import DEFAULT_PART_ROWS, FolderPlan, plan_folder
+from packscore.files.folder import DEFAULT_PART_ROWS, PART_FORMATS, FolderPlan, plan_folder
 from packscore.installed import install_command
 
 if TYPE_CHECKING:
@@ -134,7 +134,6 @@ def _read_resources(text: str) -> dict[str, float]:
 
 def plan_parts(
     ray: RayOptions,
-    command: str,
     input_path: str,
     output_path: str,
     errors: Path | None,
@@ -155,12 +154,11 @@ def plan_parts(
         raise UsageError(
             f"--errors={errors}: with --ray bad records go to errors-*.jsonl in --output"
         )
-    default = "jsonl" if command == "decide" else "parquet"
     return plan_folder(
         input_path,
         output_path,
         input_format,
-        output_format or default,
+        output_format or PART_FORMATS[0],
         part_rows=ray.part_rows,
         resume=resume,
         overwrite=overwrite,

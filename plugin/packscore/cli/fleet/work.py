@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from packscore.cli import tasks
-from packscore.cli.columns import Row, reserved_fields
+from packscore.cli.columns import reserved_fields
+from packscore.cli.convert import batches_of
 from packscore.cli.fleet.schema import part_schema
 from packscore.cli.load import load
 from packscore.cli.options import ModelOptions
@@ -115,16 +115,12 @@ class PartWorker:
                     journal.close()
             if folder.output_format == "parquet":
                 lines, results = results, Path(scratch) / "results.parquet"
-                write_with_schema(lambda: _records(lines), results, self._schema(in_rows))
+                command, schema = self._job.task["command"], self._schema(in_rows)
+                write_with_schema(lambda: batches_of(lines, command), results, schema, command)
             put_part(folder, part, results, errors)
         return {**vars(counts), "bad": journal.num_bad}
 
     def _schema(self, in_rows: bool) -> Any:
-        names: Any = self._job.read.names
+        path, names = self._job.folder.input, self._job.read.names
         command = self._job.task["command"]
-        return part_schema(self._job.folder.input, names, command, rows=in_rows, texts=self._texts)
-
-
-def _records(lines: Path) -> Iterator[Row]:
-    with lines.open("rb") as file:
-        yield from map(json.loads, file)
+        return part_schema(path, names, command, rows=in_rows, texts=self._texts)
