@@ -35,6 +35,7 @@ NOT_RUN = {
     "makes machines in your Google account": "they cost money",
     "installs into the system": "the tests' own environment stays as it is",
     "needs a container engine": "the tests' machine has none",
+    "needs Ray": "tests/fleet/run.py has it in an environment of its own, and runs these",
     "takes minutes": "the suite has a quarter of an hour for everything",
 }
 MARK = r"^\*Not run by the tests: (.+)\.\*\n\n(?=```)"

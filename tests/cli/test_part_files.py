@@ -126,13 +126,13 @@ def test_a_note_lets_only_the_same_run_go_on() -> None:
     with pytest.raises(RunError, match="part_rows=2, and now it is 3"):
         begin_folder(plan(resume=True, part_rows=3), {"top_k": 1})
     finish_folder(plan(), settings, 1)
-    assert json.loads(Path("out/packscore.json").read_text())["complete"]
+    assert json.loads(Path("out/_packscore.json").read_text())["complete"]
     parquet.write_table(pa.table({"query": ["a"], "document": ["b"]}), "in.parquet")
     with pytest.raises(RunError, match="input="):
         begin_folder(plan(resume=True), {"top_k": 1})
     Path("out/mine.txt").write_text("")
     begin_folder(plan(overwrite=True), {"top_k": 2})
-    assert sorted(path.name for path in Path("out").iterdir()) == ["mine.txt", "packscore.json"]
+    assert sorted(path.name for path in Path("out").iterdir()) == ["_packscore.json", "mine.txt"]
 
 
 @pytest.mark.usefixtures("cli")
@@ -161,7 +161,7 @@ def test_a_part_is_there_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch) ->
     begin_folder(plan(resume=True), {})
     finish_folder(plan(), settings, 1)
     names = sorted(path.name for path in Path("out").iterdir())
-    assert names == ["packscore.json", "part-000000.jsonl"]
+    assert names == ["_packscore.json", "part-000000.jsonl"]
 
 
 @pytest.mark.usefixtures("cli")

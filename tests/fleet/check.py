@@ -18,6 +18,7 @@ from fleet import commands, controls, stages
 CHECKS: dict[str, Callable[[Path], str]] = {
     "stages": stages.check_stages,
     "scattered": stages.check_groups,
+    "docs": stages.check_docs,
     "serve": stages.check_serve,
     "no_model": commands.check_no_model,
     "decide": commands.check_decide,

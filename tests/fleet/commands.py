@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from fleet.inputs import MODEL, faults, lines, pairs, rankings
 
 NUM_QUERIES, ITEMS, NUM_KILLS = 2000, 50, 10
-SECONDS = 1800
+SECONDS = 3600
 
 
 def command(
@@ -48,28 +48,28 @@ def run(*arguments: str, code: int = 0, **options: Any) -> str:
 def workers_of(driver: subprocess.Popen[str]) -> list[psutil.Process]:
     """The processes that have a model, or load it."""
     found = []
-    for process in psutil.Process(driver.pid).children(recursive=True):
-        try:
-            if "MapWorker(MapBatches(PartWorker))" in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.NoSuchProcess:
-            continue
+    with suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(driver.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if "MapWorker(MapBatches(PartWorker))" in " ".join(process.cmdline()):
+                    found.append(process)
     return found
 
 
 def check_kills(folder: Path) -> str:
     """Ten workers killed at random moments; each pair is scored once, as one process does it."""
     pairs(folder / "in.parquet", NUM_QUERIES, ITEMS)
-    draw = random.Random()
     driver = command(
         *("in.parquet", "-o", "out", "--ray", "--workers", "2", "--part-rows", "1000"), cwd=folder
     )
-    killed = []
+    killed: list[int] = []
     try:
-        while len(killed) < NUM_KILLS and driver.poll() is None:
-            time.sleep(draw.uniform(0, 12))
-            if found := workers_of(driver):
-                os.kill(draw.choice(found).pid, signal.SIGKILL)
+        # in the work and not on the clock: a busy machine would see them all before the first part
+        for parts in sorted(random.sample(range(90), NUM_KILLS)):
+            if wait_for(driver, folder, parts):
+                time.sleep(random.uniform(0, 3))
+            if wait_for(driver, folder, parts) and (found := workers_of(driver)):
+                random.choice(found).kill()
                 killed.append(len(list((folder / "out").glob("part-*"))))
         _, said = driver.communicate(timeout=SECONDS)
     finally:
@@ -85,13 +85,20 @@ def check_kills(folder: Path) -> str:
     return f"100,000 pairs, {NUM_KILLS} kills with {killed} of 100 parts done: equal"
 
 
+def wait_for(driver: subprocess.Popen[str], folder: Path, parts: int) -> bool:
+    """Whether so many parts, and a worker, are there; False where the run is over."""
+    until = time.monotonic() + SECONDS
+    while time.monotonic() < until and driver.poll() is None:
+        if len(list((folder / "out").glob("part-*"))) >= parts and workers_of(driver):
+            return True
+        time.sleep(0.1)
+    return False
+
+
 def kill_driver(folder: Path, parts: int, **environment: str) -> None:
     """Begin a run and kill its driver when so many parts are there."""
     driver = command(*ARGUMENTS, cwd=folder, **environment)
-    until = time.monotonic() + SECONDS
-    while len(list((folder / "out").glob("part-*"))) < parts and time.monotonic() < until:
-        assert driver.poll() is None, (driver.communicate()[1] or "")[-3000:]
-        time.sleep(0.05)
+    assert wait_for(driver, folder, parts), (driver.communicate()[1] or "")[-3000:]
     others = psutil.Process(driver.pid).children(recursive=True)
     driver.kill()
     driver.communicate()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -31,7 +32,8 @@ from packscore.fleet.cluster import connected
 
 LOADING = {"device": "cpu", "prompt": "qwen3-reranker"}
 ARGUMENTS: dict[str, Any] = {"model": MODEL, **LOADING}
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES, PAGE = ROOT / "examples", ROOT / "docs/fleet.md"
 
 
 def check_stages(folder: Path) -> str:
@@ -90,6 +92,20 @@ def check_groups(folder: Path) -> str:
 
 def _scattered(count: int) -> list[int]:
     return [i * 37 % count for i in range(count)] if count % 37 else list(range(count))[::-1]
+
+
+def check_docs(folder: Path) -> str:
+    """The page's snippets, in the order of the page, in one process."""
+    found = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    script = folder / "page.py"
+    # first, as a user's own script does
+    begun = "import ray\n\nray.init(num_cpus=2, include_dashboard=False)\n"
+    script.write_text(begun + "\n".join(found))
+    done = subprocess.run(
+        [sys.executable, "-P", str(script)], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return f"{len(found)} snippets of docs/fleet.md"
 
 
 def check_serve(folder: Path) -> str:

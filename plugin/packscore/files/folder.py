@@ -50,8 +50,8 @@ class FolderPlan:
 
     @property
     def note(self) -> Path:
-        """The file that says what the parts were made of."""
-        return Path(self.output) / "packscore.json"
+        """The file that says what the parts were made of; by its name no part of a dataset."""
+        return Path(self.output) / "_packscore.json"
 
     def part(self, number: int) -> Path:
         """The results of a part."""
@@ -63,7 +63,7 @@ class FolderPlan:
 
     def written(self) -> Iterator[Path]:
         """Everything of an earlier run, what it had not finished among it."""
-        for pattern in ("packscore.json", "part-*", "errors-*", f".*{UNDONE_SUFFIX}"):
+        for pattern in ("_packscore.json", "part-*", "errors-*", f".*{UNDONE_SUFFIX}"):
             yield from sorted(Path(self.output).glob(pattern))
 
 

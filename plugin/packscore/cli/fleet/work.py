@@ -101,7 +101,7 @@ class PartWorker:
 
     def _make(self, part: int, rows: range) -> dict[str, Any]:
         folder, counts = self._job.folder, Counts()
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory(prefix="packscore-part-") as scratch:
             results, errors = Path(scratch) / "results.jsonl", Path(scratch) / "errors.jsonl"
             with open_part(folder.input, rows, self._job.read, self._reserved) as entries:
                 in_rows, journal = entries.rows, FileJournal(results, errors)
