@@ -18,6 +18,7 @@ from packscore.files import folder as folders
 from packscore.files.failures import RunError, UsageError
 from packscore.files.folder import FolderPlan, begin_folder, finish_folder, put_part
 from packscore.files.records import FieldNames
+from packscore.fleet import Workers
 
 ROWS: dict[str, list[Any]] = {
     "query": ["delete a tree", "delete a tree", "open a file", "open a file", None, "shuffle"],
@@ -106,11 +107,11 @@ def test_a_cluster_takes_no_device_by_chance(cli: Cli) -> None:
 def test_workers_take_what_the_device_needs_and_fill_the_cluster() -> None:
     cluster = {"CPU": 16.0, "GPU": 3.0, "TPU": 8.0, "memory": 1e9}
     found = ray_options.RayOptions().workers("cuda:0", cluster, 100)
-    assert (found.count, found.needs()) == (3, {"CPU": 1, "GPU": 1})
+    assert found == Workers(3, num_cpus=1, num_gpus=1)
     given = ray_options.ray_options(True, None, None, "TPU=4, CPU=2", None)
     assert given is not None
     found = given.workers("tpu", cluster, 100)
-    assert (found.count, found.needs()) == (2, {"CPU": 2, "TPU": 4})
+    assert found == Workers(2, num_cpus=2, resources={"TPU": 4})
     assert ray_options.RayOptions(num_workers=9).workers("cpu", cluster, 4).count == 4
     assert ray_options.RayOptions().workers("tpu", {"CPU": 1.0}, 4).count == 1
 

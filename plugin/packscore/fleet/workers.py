@@ -46,16 +46,14 @@ class Workers:
             if amount < 0:
                 raise InputError(f"{name}={amount} must be 0 or more")
 
-    def needs(self) -> dict[str, float]:
-        """What one worker takes of a cluster, by Ray's names."""
-        needs = {"CPU": self.num_cpus, "GPU": self.num_gpus, **self.resources}
-        return {name: amount for name, amount in needs.items() if amount}
-
     def options(self) -> dict[str, Any]:
         """Arguments of `map_batches` and `map_groups`."""
         pool = ray_module().data.ActorPoolStrategy
         fewest, most = (self.count, self.count) if isinstance(self.count, int) else self.count
-        retries = {"max_restarts": self.max_restarts, "max_task_retries": self.max_task_retries}
+        retries: dict[str, Any] = {
+            "max_restarts": self.max_restarts,
+            "max_task_retries": self.max_task_retries,
+        }
         needs: dict[str, Any] = {"num_cpus": self.num_cpus}
         if self.num_gpus:
             needs["num_gpus"] = self.num_gpus

@@ -128,6 +128,9 @@ def _make(job: Job, parts: Mapping[int, range], ray: RayOptions, *, quiet: bool)
                     raise RunError(told["failure"])
                 for name, count in told.items():
                     total[name] = total.get(name, 0) + count
+        except KeyboardInterrupt:
+            tell(f"what is done is in {job.folder.output}; the same command with --resume goes on")
+            raise
         except module.exceptions.RayError as error:
             raise RunError(
                 f"a worker cannot go on: {' '.join(str(error).split())[-500:]}; what is done is "
