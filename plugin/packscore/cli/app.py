@@ -86,6 +86,7 @@ def score(
     worker_resources: ray_opt.WorkerResources = None,
     part_rows: ray_opt.PartRows = None,
     dry_run: opt.DryRun = False,
+    price: opt.Price = None,
     quiet: opt.Quiet = False,
 ) -> None:
     """Write P(label) for every item of every record."""
@@ -110,7 +111,9 @@ def score(
         )
         paths = Paths(input, output, errors, input_format, output_format, resume, overwrite)
         on_ray = ray_opt.ray_options(ray, ray_address, workers, worker_resources, part_rows)
-        code = run_command(paths, read, chosen, task, on_ray, dry_run=dry_run, quiet=quiet)
+        code = run_command(
+            paths, read, chosen, task, on_ray, dry_run=dry_run, quiet=quiet, price_per_hour=price
+        )
     raise typer.Exit(code)
 
 
@@ -151,6 +154,7 @@ def rank(
     worker_resources: ray_opt.WorkerResources = None,
     part_rows: ray_opt.PartRows = None,
     dry_run: opt.DryRun = False,
+    price: opt.Price = None,
     quiet: opt.Quiet = False,
 ) -> None:
     """Write every record's documents by their score, best first."""
@@ -175,7 +179,9 @@ def rank(
         )
         paths = Paths(input, output, errors, input_format, output_format, resume, overwrite)
         on_ray = ray_opt.ray_options(ray, ray_address, workers, worker_resources, part_rows)
-        code = run_command(paths, read, chosen, task, on_ray, dry_run=dry_run, quiet=quiet)
+        code = run_command(
+            paths, read, chosen, task, on_ray, dry_run=dry_run, quiet=quiet, price_per_hour=price
+        )
     raise typer.Exit(code)
 
 

@@ -17,7 +17,7 @@ from packscore.cli.columns import Row, Shape, as_text, cell, columns_of
 from packscore.cli.parquet import write_parquet
 
 # Of JSON lines that are Python objects at a time; a longer line is alone.
-BATCH_BYTES = 1 << 20
+BATCH_BYTES = 1 << 18
 
 
 def convert(results: Path, output: Path, output_format: str, shape: Shape) -> list[str]:

@@ -90,6 +90,7 @@ def decide(
     worker_resources: ray_opt.WorkerResources = None,
     part_rows: ray_opt.PartRows = None,
     dry_run: opt.DryRun = False,
+    price: opt.Price = None,
     quiet: opt.Quiet = False,
 ) -> None:
     """Answer typed questions about every state, with a probability for each option."""
@@ -100,13 +101,16 @@ def decide(
         if state is not None:
             of_files = {"INPUT": input, "--output": output, "--errors": errors, "--resume": resume}
             of_files |= {"--overwrite": overwrite, "--dry-run": dry_run, "--ray": ray}
+            of_files |= {"--price-per-hour": price}
             check_one(of_files, given)
             decide_one(state, given, chosen, asked, as_json=as_json)
             return
         on_ray = ray_opt.ray_options(ray, ray_address, workers, worker_resources, part_rows)
         paths = paths_of(input, output, errors, input_format, as_json, resume, overwrite)
         read = read_options(state_field, questions_field, given, max_line_bytes, delimiter)
-        code = run_command(paths, read, chosen, asked, on_ray, dry_run=dry_run, quiet=quiet)
+        code = run_command(
+            paths, read, chosen, asked, on_ray, dry_run=dry_run, quiet=quiet, price_per_hour=price
+        )
     raise typer.Exit(code)
 
 

@@ -130,7 +130,18 @@ Errors = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where an earlier run stopped.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove an output that is there.")]
 MaxLineBytes = Annotated[int, typer.Option(min=1, help="Longer lines are bad records.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no summary.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No plan, no progress bar and no summary.")
+]
+Price = Annotated[
+    float | None,
+    typer.Option(
+        "--price-per-hour",
+        min=0.0,
+        help="Of this machine, to be told what the run costs.",
+        show_default=False,
+    ),
+]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Count records and tokens, run and write nothing.")
 ]

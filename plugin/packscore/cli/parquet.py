@@ -19,6 +19,8 @@ from packscore.files.states import RESULT_FIELDS as DECISION_FIELDS
 MAX_DEPTH, MAX_FIELDS = 16, 256
 # What a row group has in memory before it is written.
 ROW_GROUP_BYTES = 1 << 23
+# A dictionary of scores, of which no two are equal, takes three times what it encodes.
+WRITING = {"use_dictionary": False, "data_page_size": 1 << 17, "compression": "zstd"}
 # What every record gets, by command; the first are JSON whatever the values.
 RESULTS = {"decide": DECISION_FIELDS, "rank": ("ranking",), "score": ("scores",)}
 JSON_RESULTS = frozenset(DECISION_FIELDS) - {"model"}
@@ -149,7 +151,7 @@ def _write(batches: Batches, written: Path, types: dict[str, Any], in_json: froz
     import pyarrow as pa
 
     schema = pa.schema([(as_text(name), type_) for name, type_ in types.items()])
-    with parquet_module().ParquetWriter(written, schema) as writer:
+    with parquet_module().ParquetWriter(written, schema, **WRITING) as writer:
         waiting: list[Any] = []
         for rows in batches():
             arrays = []

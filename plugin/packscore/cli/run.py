@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from packscore.cli.convert import convert
 from packscore.cli.exits import ExitCode, tell
 from packscore.cli.load import Loaded
 from packscore.cli.options import ModelOptions
+from packscore.cli.plan import priced
 from packscore.cli.tasks import Task
 from packscore.files.failures import RunError
 from packscore.files.file_plan import FilePlan, begin, mark_complete, model_fingerprint
@@ -28,6 +29,8 @@ from packscore.files.look import ReadOptions
 from packscore.files.records import BadRecord, Readable
 from packscore.files.sources import is_stream, open_sink
 
+# Of a run, before it says how long it is going to take.
+TIMED_SECONDS = 5.0
 # What one record may be refused for; anything else stops the run.
 RECORD_ERRORS = (
     *(InputError, InputTypeError, NonFiniteScoreError),
@@ -82,8 +85,20 @@ def run_file(
     shape: Shape,
     *,
     quiet: bool,
+    foretell: Callable[[], None] = bool,
+    price_per_hour: float | None = None,
 ) -> ExitCode:
     """Score a file, which is open, into another, which is locked.
+
+    Args:
+      plan: the files.
+      entries: the input.
+      task: what is made of a record.
+      settings: all that the output depends on.
+      shape: of the results.
+      quiet: tell nothing.
+      foretell: called before the first record, where there is anything to do.
+      price_per_hour: of the machine.
 
     Returns:
       OK, or BAD_RECORDS where records went to the error file.
@@ -97,11 +112,13 @@ def run_file(
         if plan.converts:
             plan.results.unlink(missing_ok=True)
         return ExitCode.BAD_RECORDS if bad else ExitCode.OK
+    foretell()
     started = time.perf_counter()
     with open_journal(plan) as journal:
         reserved = label_columns(plan.output_format, shape.labels)
+        timing = Timing(entries, task.counted, price_per_hour, quiet=quiet)
         try:
-            counts = _run_all(entries, journal, task, reserved, quiet=quiet)
+            counts = _run_all(entries, journal, task, reserved, timing)
         except KeyboardInterrupt:
             _tell_how_to_go_on(plan)
             raise
@@ -121,11 +138,9 @@ def run_file(
 
 
 def _run_all(
-    entries: Input, journal: Journal, task: Task, reserved: frozenset[str], *, quiet: bool
+    entries: Input, journal: Journal, task: Task, reserved: frozenset[str], timing: Timing
 ) -> Counts:
     counts = Counts()
-    disable = quiet or not sys.stderr.isatty()
-    progress = Progress(entries, task.counted, disable=disable)
     try:
         for entry in entries:
             if journal.is_reported(entry.line):
@@ -136,9 +151,9 @@ def _run_all(
                 counts.resumed += 1
             else:
                 run_one(entry, journal, task, reserved, counts)
-                progress.update(counts.items)
+                timing.update(counts.items)
     finally:
-        progress.close()
+        timing.close()
     journal.check_all_taken()
     return counts
 
@@ -176,14 +191,26 @@ def _refused(record: Readable, reason: str) -> BadRecord:
     return BadRecord(record.line, reason, known)
 
 
-class Progress:
-    """A bar on stderr over what is read, with items a second and the time that is left."""
+class Timing:
+    """A bar on stderr over what is read, and once, in a line, how long all of it is going to take.
 
-    def __init__(self, reader: Input, counted: str, *, disable: bool) -> None:
+    Args:
+      reader: the input.
+      counted: what it has, in words.
+      price_per_hour: of the machine, for the line.
+      quiet: neither; without a terminal there is the line alone.
+    """
+
+    def __init__(
+        self, reader: Input, counted: str, price_per_hour: float | None, *, quiet: bool
+    ) -> None:
         self._reader, self._counted = reader, counted
-        self._disable = disable
+        self._price_per_hour, self._quiet = price_per_hour, quiet
         self._bar: tqdm[Any] | None = None
         self._position, self._started = 0, time.perf_counter()
+        # behind the first record, which warms up what the others find warm
+        self._warm: tuple[int, float] | None = None
+        self._is_told = quiet or reader.total is None
 
     def update(self, items: int) -> None:
         """Show that so many items have been scored."""
@@ -196,11 +223,29 @@ class Progress:
         self._bar.set_postfix_str(done, refresh=False)
         self._bar.update(self._reader.position - self._position)
         self._position = self._reader.position
+        if not self._is_told:
+            self._tell_once(items)
 
     def close(self) -> None:
         """Leave the bar as it is."""
         if self._bar is not None:
             self._bar.close()
+
+    def _tell_once(self, items: int) -> None:
+        now = time.perf_counter()
+        if self._warm is None:
+            self._warm = self._position, now
+        position, since = self._warm
+        if now - since < TIMED_SECONDS or self._position == position or not self._reader.total:
+            return
+        self._is_told = True
+        left = self._reader.total - self._position
+        seconds = now - self._started + left * (now - since) / (self._position - position)
+        with tqdm.external_write_mode(file=sys.stderr):
+            tell(
+                f"{items:,} {self._counted} took {now - self._started:.1f} s; "
+                f"all that is left and they about {priced(seconds, self._price_per_hour)}"
+            )
 
     def _new_bar(self) -> tqdm[Any]:
         total = self._reader.total
@@ -209,7 +254,7 @@ class Progress:
         return tqdm(
             total=total,
             initial=self._position,
-            disable=self._disable,
+            disable=self._quiet or not sys.stderr.isatty(),
             bar_format=f"{shown}[{{elapsed}}{left}{{postfix}}]",
             dynamic_ncols=True,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from packscore.files.inputs import Input, open_input
 from packscore.files.locks import locked
 from packscore.files.look import ReadOptions
 from packscore.files.readers import TABLES
+from packscore.files.sources import is_stream
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ def run_command(
     *,
     dry_run: bool,
     quiet: bool,
+    price_per_hour: float | None,
 ) -> ExitCode:
     """Run a command over its input, here or by the workers of a cluster.
 
@@ -51,8 +54,11 @@ def run_command(
     """
     how = {"resume": paths.resume, "overwrite": paths.overwrite}
     if on_ray is not None:
-        if dry_run:
-            raise UsageError("--dry-run counts on this machine; leave --ray out, and name a file")
+        for option, given in {"--dry-run": dry_run, "--price-per-hour": price_per_hour}.items():
+            if given:
+                raise UsageError(
+                    f"{option} is for a plan of one machine: leave --ray out, and name a file"
+                )
         formats = (paths.input_format, paths.output_format)
         folder = plan_parts(on_ray, paths.input, paths.output, paths.errors, *formats, **how)
         # imported here: it brings torch
@@ -67,7 +73,9 @@ def run_command(
             f"--output={paths.output}: decisions are written as jsonl or parquet, not as "
             f"{files.output_format}; name a .jsonl, .jsonl.gz or .parquet file"
         )
-    return run_over_files(files, read, chosen, task, dry_run=dry_run, quiet=quiet)
+    return run_over_files(
+        files, read, chosen, task, dry_run=dry_run, quiet=quiet, price_per_hour=price_per_hour
+    )
 
 
 def run_over_files(
@@ -78,6 +86,7 @@ def run_over_files(
     *,
     dry_run: bool,
     quiet: bool,
+    price_per_hour: float | None = None,
 ) -> ExitCode:
     """Run a command over its input.
 
@@ -88,10 +97,13 @@ def run_over_files(
       task: the command, one of `tasks.TASKS`, and its own options.
       dry_run: count only.
       quiet: tell errors alone.
+      price_per_hour: of the machine, for what is told of the cost.
 
     Raises:
       UsageError, RunError: nothing was run, or it cannot go on.
     """
+    if price_per_hour is not None and not math.isfinite(price_per_hour):
+        raise UsageError(f"--price-per-hour={price_per_hour} must be a number, 0 or more")
     reserved = reserved_fields(files.output_format, task["command"])
     with open_input(files.input, files.input_format, read, reserved) as entries:
         if not quiet:
@@ -99,7 +111,7 @@ def run_over_files(
         if not dry_run:
             with locked(files.written):
                 check_free(files)
-                return _run_open(files, read, entries, chosen, task, quiet=quiet)
+                return _run_open(files, read, entries, chosen, task, quiet, price_per_hour)
         return _count(entries, chosen, task)
 
 
@@ -109,14 +121,14 @@ def _options(task: Mapping[str, Any]) -> dict[str, Any]:
 
 def _count(entries: Input, chosen: ModelOptions, task: Mapping[str, Any]) -> ExitCode:
     from packscore.cli import tasks
-    from packscore.cli.dry_run import make_plan
     from packscore.cli.load import check_labels, load
+    from packscore.cli.plan import make_plan
 
     loaded = load(chosen, weights=False)
     check_labels(task, loaded)
     made = tasks.TASKS[task["command"]](loaded.scorer, **_options(task))
     plan = make_plan(entries, made)
-    typer.echo(plan.text())
+    typer.echo(plan.table())
     return ExitCode.BAD_RECORDS if plan.bad_records else ExitCode.OK
 
 
@@ -126,12 +138,13 @@ def _run_open(
     entries: Input,
     chosen: ModelOptions,
     task: Mapping[str, Any],
-    *,
     quiet: bool,
+    price_per_hour: float | None,
 ) -> ExitCode:
     from packscore.cli import run as running
     from packscore.cli import tasks
     from packscore.cli.load import check_labels, load
+    from packscore.cli.plan import foretold
 
     loaded = load(chosen)
     check_labels(task, loaded)
@@ -141,7 +154,15 @@ def _run_open(
     settings = running.settings_of(loaded, chosen, read, files.input_format, dict(task))
     holder = getattr(read.names, "query", "state")
     shape = Shape(holder, task["command"], loaded.label_names, entries.rows)
-    code = running.run_file(files, entries, made, settings, shape, quiet=quiet)
+
+    def foretell() -> None:
+        if not quiet and not is_stream(files.input):
+            tell(f"plan: {foretold(files.input, entries, made, loaded.scorer, price_per_hour)}")
+
+    code = running.run_file(
+        files, entries, made, settings, shape,
+        quiet=quiet, foretell=foretell, price_per_hour=price_per_hour,
+    )  # fmt: skip
     if not quiet:
         loaded.cache.tell_new()
     return code

@@ -51,6 +51,9 @@ class Look:
         self._path, self._reader = path, reader
         self.options, self._reserved = options, reserved
         self._is_stream = is_stream(path)
+        self.looked: list[Raw] = []
+        self.looked_bytes = 0
+        self.whole = False  # whether nothing is behind them
         self.rows = self._are_rows(False)
         self._count = self._num_bad = 0
         self._items: dict[str, None] = {}  # paths, in order
@@ -63,13 +66,16 @@ class Look:
         Raises:
           UsageError: none can be used, for one reason.
         """
-        looked: list[Raw] = []
+        looked = self.looked
         for raw in raws:
             looked.append(raw)
             if len(looked) == LOOKED_AT_RECORDS or self._reader.bytes_read > LOOKED_AT_BYTES:
                 break
             if self._is_stream and self._can_be_used(raw):
                 break
+        else:
+            self.whole = True
+        self.looked_bytes = self._reader.bytes_read
         kinds = [kind for kind in map(self._kind_of_items, looked) if kind is not None]
         self.rows = self._are_rows(2 * kinds.count(list) < len(kinds))  # what most have
         if self.options.group is not None and kinds and not self.rows:

@@ -128,12 +128,12 @@ class ParquetReader:
       rows: which of them, from 0; None is all.
     """
 
-    table = False
+    table, measured = False, True
 
     def __init__(self, file: Any, rows: range | None = None) -> None:
         self._file = file
         self._rows = range(file.metadata.num_rows) if rows is None else rows
-        self._row_bytes = _row_bytes(file)
+        self._row_bytes = row_bytes(file)
         self.total: int | None = len(self._rows)
         self.position = 0
 
@@ -154,7 +154,7 @@ class ParquetReader:
                 yield _raw(line, row)
 
 
-def _row_bytes(file: Any) -> int:
+def row_bytes(file: Any) -> int:
     """Bytes of a row, on the average of the row group where that is most."""
     groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
     return max([group.total_byte_size // max(group.num_rows, 1) for group in groups], default=0) + 1

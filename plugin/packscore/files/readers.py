@@ -34,6 +34,7 @@ class Reader(Protocol):
     """A file of records; `position` out of `total` is how far it has been read."""
 
     table: bool  # whether it has columns, and each row one item
+    measured: bool  # whether `position` is how much of the records was taken
 
     @property
     def total(self) -> int | None:
@@ -85,6 +86,7 @@ class JsonlReader:
 
     def __init__(self, source: Source, max_line_bytes: int) -> None:
         self.total = source.total
+        self.measured = source.total is not None and source.compression is None
         self._source = source
         self._lines = Lines(source.file, max_line_bytes)
 
@@ -152,6 +154,7 @@ class TableReader:
         self, source: Source, names: Fields, max_line_bytes: int, delimiters: tuple[str, ...]
     ) -> None:
         self.total = source.total
+        self.measured = source.total is not None and source.compression is None
         self._source = source
         self._lines = Lines(source.file, max_line_bytes)
         self._max_line_bytes = max_line_bytes

@@ -23,6 +23,8 @@ CALIBRATION_ITEM = 32
 # A step of a kernel's grid on a TPU: memory's answer, which no schedule shows (90 ns, from public
 # measurements of kernels with many short steps).
 GRID_STEP_MS = 90e-6
+# The source of costs that nobody measured: only their ratios mean something.
+FROM_SHAPE = "estimated from the model's shape"
 # The chip whose schedule speaks for those that have no table.
 REFERENCE_CHIP = "v6e"
 
@@ -93,7 +95,7 @@ def flops_cost_model(
     last = 0 if whole_last else 2 * sizes.hidden * sizes.kv
     token_ms = 2 * (layers * sizes.weights + last) / FLOPS_PER_MS
     return CostModel(
-        source="estimated from the model's shape",
+        source=FROM_SHAPE,
         launch_ms=sizes.layers * LAYER_LAUNCH_MS + 8 * token_ms,
         tokens=(1, 4096, 12_288),
         tokens_ms=(token_ms, 4096 * token_ms, 12_288 * 1.2 * token_ms),
