@@ -30,7 +30,8 @@ def command(
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "packscore", *scoring],
         cwd=cwd,
-        env={**os.environ, **environment},
+        # as many threads as a worker has
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         text=True,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
