@@ -99,9 +99,9 @@ def decide(
         given = None if questions is None else read_file(questions)
         asked = task(permutations, body)
         if state is not None:
-            of_files = {"INPUT": input, "--output": output, "--errors": errors, "--resume": resume}
-            of_files |= {"--overwrite": overwrite, "--dry-run": dry_run, "--ray": ray}
-            of_files |= {"--price-per-hour": price}
+            of_files: dict[str, object] = {"INPUT": input, "--output": output, "--errors": errors}
+            of_files |= {"--resume": resume, "--overwrite": overwrite, "--dry-run": dry_run}
+            of_files |= {"--ray": ray, "--price-per-hour": price}
             check_one(of_files, given)
             decide_one(state, given, chosen, asked, as_json=as_json)
             return

@@ -52,7 +52,6 @@ def run_command(
     Raises:
       UsageError, RunError: nothing was run, or it cannot go on.
     """
-    how = {"resume": paths.resume, "overwrite": paths.overwrite}
     if on_ray is not None:
         for option, given in {"--dry-run": dry_run, "--price-per-hour": price_per_hour}.items():
             if given:
@@ -60,13 +59,19 @@ def run_command(
                     f"{option} is for a plan of one machine: leave --ray out, and name a file"
                 )
         formats = (paths.input_format, paths.output_format)
-        folder = plan_parts(on_ray, paths.input, paths.output, paths.errors, *formats, **how)
+        folder = plan_parts(
+            *(on_ray, paths.input, paths.output, paths.errors, *formats),
+            resume=paths.resume,
+            overwrite=paths.overwrite,
+        )
         # imported here: it brings torch
         from packscore.cli.fleet.command import run_on_ray
 
         return run_on_ray(folder, read, chosen, task, on_ray, quiet=quiet)
     files = plan_files(
-        paths.input, paths.output, paths.errors, paths.input_format, paths.output_format, **how
+        *(paths.input, paths.output, paths.errors, paths.input_format, paths.output_format),
+        resume=paths.resume,
+        overwrite=paths.overwrite,
     )
     if task["command"] == "decide" and files.output_format in TABLES:
         raise UsageError(

@@ -52,12 +52,15 @@ def connected(address: str | None = None, *, quiet: bool = False) -> Iterator[An
     ray = ray_module()
     found = address_of(address)
     local = {"object_store_memory": LOCAL_STORE_BYTES, "include_dashboard": False}
-    ray.init(
-        address=found,
-        log_to_driver=not quiet,
-        logging_level="error" if quiet else "warning",
-        **(local if found == LOCAL else {}),
-    )
+    try:
+        ray.init(
+            address=found,
+            log_to_driver=not quiet,
+            logging_level="error" if quiet else "warning",
+            **(local if found == LOCAL else {}),
+        )
+    except Exception as error:  # also bare ones, of a machine too busy to start it
+        raise ConnectionError(f"Ray cannot be reached at {found!r}: {error}") from error
     if quiet:
         ray.data.DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
