@@ -62,9 +62,9 @@ def faults(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> list[
         told.append(f"{name} is there {count} times too often")
     for name, count in (theirs[1] - ours[1]).items():
         told.append(f"{name} is lost {count} times")
-    told += [
-        f"{name}: {ours[0][name]} != {s}" for name, s in theirs[0].items() if ours[0].get(name) != s
-    ]
+    for name in ours[0].keys() & theirs[0].keys():
+        if ours[0][name] != theirs[0][name]:
+            told.append(f"{name}: {ours[0][name]}, not {theirs[0][name]}")
     if not told and [one["query"] for one in found] != [one["query"] for one in expected]:
         told.append("records are in another order")
     return told
