@@ -95,3 +95,12 @@ def test_texts_that_come_more_than_once_are_found_on_the_disk(
     assert first == (60, texts[11][1])
     assert same_hash or count == 2
     assert repeats.repeated(lambda: iter([])) == (0, None)
+
+
+def test_texts_of_a_stream_are_seen_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repeats, "CHUNK", 4)
+    seen, texts = repeats.Seen(), [f"text {i}" for i in range(50)]
+    for i, text in enumerate(texts):
+        assert seen.add(text)
+        assert not any(map(seen.add, texts[: i + 1]))
+    assert len(seen._sorted) <= 4

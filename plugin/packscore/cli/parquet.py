@@ -18,7 +18,7 @@ from packscore.files.states import RESULT_FIELDS as DECISION_FIELDS
 # all, whose names are data.
 MAX_DEPTH, MAX_FIELDS = 16, 256
 # What a row group has in memory before it is written.
-ROW_GROUP_BYTES = 1 << 23
+ROW_GROUP_BYTES = 1 << 22
 # A dictionary of scores, of which no two are equal, takes three times what it encodes.
 WRITING = {"use_dictionary": False, "data_page_size": 1 << 17, "compression": "zstd"}
 # What every record gets, by command; the first are JSON whatever the values.

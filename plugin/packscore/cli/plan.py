@@ -58,7 +58,7 @@ class Plan:
 
     def line(self) -> str:
         """The plan in a line."""
-        bad = f", {self._some(self.bad_records)} bad ones" if self.bad_records else ""
+        bad = f" and {self._some(self.bad_records)} bad" if self.bad_records else ""
         rows = "" if self.rows is None else f"{self.rows:,} rows, "
         return (
             f"{rows}{'about ' if self.sampled else ''}{self._some(self.records)} records{bad}, "

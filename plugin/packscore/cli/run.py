@@ -244,7 +244,7 @@ class Timing:
         with tqdm.external_write_mode(file=sys.stderr):
             tell(
                 f"{items:,} {self._counted} took {now - self._started:.1f} s; "
-                f"all that is left and they about {priced(seconds, self._price_per_hour)}"
+                f"in all about {priced(seconds, self._price_per_hour)}"
             )
 
     def _new_bar(self) -> tqdm[Any]:

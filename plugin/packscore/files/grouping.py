@@ -7,6 +7,7 @@ from typing import Any
 
 from packscore.files.failures import RunError
 from packscore.files.records import BadRecord, Record
+from packscore.files.repeats import Seen
 
 # a row of one item, or a record made of some
 Part = Record | BadRecord
@@ -21,13 +22,13 @@ def consecutive(rows: Iterable[Part], *, once: bool = False) -> Iterator[Part]:
 
     Args:
       rows: records of one item each.
-      once: whether a query that comes back is refused. Takes some 100 bytes a query.
+      once: whether a query that comes back is refused. Takes 8 bytes a query.
 
     Raises:
       RunError: a query comes back, and `once`.
     """
     group: list[Record] = []
-    seen: set[int] = set()
+    seen = Seen()
     for row in rows:
         if isinstance(row, BadRecord):
             yield row
@@ -35,13 +36,11 @@ def consecutive(rows: Iterable[Part], *, once: bool = False) -> Iterator[Part]:
         if group and row.query != group[0].query:
             yield _merged(group)
             group = []
-        if once and not group:
-            if hash(row.query) in seen:
-                raise RunError(
-                    f"line {row.line} of INPUT: the query {row.query[:60]!r} comes back after "
-                    f"another one; {REMEDY}"
-                )
-            seen.add(hash(row.query))
+        if once and not group and not seen.add(row.query):
+            raise RunError(
+                f"line {row.line} of INPUT: the query {row.query[:60]!r} comes back after "
+                f"another one; {REMEDY}"
+            )
         group.append(row)
     if group:
         yield _merged(group)

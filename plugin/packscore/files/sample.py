@@ -78,7 +78,9 @@ def _of_parquet(path: str, look: Look) -> Sample:
         if look.rows:
             queries = sum(1 for _ in query_changes(file, query_path(look.options)))
         all_rows = file.metadata.num_rows
-    told = f"from {rows:,} rows at the beginning of {places:,} of {len(groups):,} row groups"
+    told = f"from the first {rows:,} rows"
+    if len(groups) > 1:
+        told = f"from {rows:,} rows at the beginnings of {places} of {len(groups):,} row groups"
     return Sample(found, rows, all_rows, exact_rows=True, all_queries=queries, told=told)
 
 
