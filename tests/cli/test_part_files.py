@@ -132,9 +132,12 @@ def test_a_note_lets_only_the_same_run_go_on() -> None:
     parquet.write_table(pa.table({"query": ["a"], "document": ["b"]}), "in.parquet")
     with pytest.raises(RunError, match="input="):
         begin_folder(plan(resume=True), {"top_k": 1})
-    Path("out/mine.txt").write_text("")
+    Path("out/part-mine.parquet").write_text("")
     begin_folder(plan(overwrite=True), {"top_k": 2})
-    assert sorted(path.name for path in Path("out").iterdir()) == ["_packscore.json", "mine.txt"]
+    assert sorted(path.name for path in Path("out").iterdir()) == [
+        "_packscore.json",
+        "part-mine.parquet",
+    ]
 
 
 @pytest.mark.usefixtures("cli")

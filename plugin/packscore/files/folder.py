@@ -27,6 +27,7 @@ PART_FORMATS = ("parquet", "jsonl")
 DEFAULT_PART_ROWS = 10_000
 MAX_PARTS = 1_000_000  # six digits: the order of names is that of the input
 UNDONE_SUFFIX = ".tmp"
+NAMES = (*(("part", name) for name in PART_FORMATS), ("errors", "jsonl"))
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ class FolderPlan:
 
     def written(self) -> Iterator[Path]:
         """Everything of an earlier run, what it had not finished among it."""
-        for pattern in ("_packscore.json", "part-*", "errors-*", f".*{UNDONE_SUFFIX}"):
+        number = "[0-9]" * 6
+        ours = [f"{name}-{number}.{format_}" for name, format_ in NAMES]
+        for pattern in (self.note.name, *ours, *(f".{one}.*{UNDONE_SUFFIX}" for one in ours)):
             yield from sorted(Path(self.output).glob(pattern))
 
 
@@ -174,8 +177,9 @@ def begin_folder(plan: FolderPlan, settings: dict[str, Any]) -> dict[str, Any]:
 
 def remove_undone(plan: FolderPlan) -> None:
     """Remove what killed writers left under other names."""
-    for path in Path(plan.output).glob(f".*{UNDONE_SUFFIX}"):
-        path.unlink(missing_ok=True)
+    for path in plan.written():
+        if path.suffix == UNDONE_SUFFIX:
+            path.unlink(missing_ok=True)
 
 
 def finish_folder(plan: FolderPlan, settings: dict[str, Any], parts: int) -> None:
