@@ -166,7 +166,7 @@ def predicted_seconds(plan: Plan, scorer: MultiItemScorer) -> tuple[float, str] 
     planner = scorer._core.runner.planner
     if planner.costs.source.startswith(FROM_SHAPE) or not plan.items:
         return None
-    lens = np.full(round(plan.items / plan.records), round(plan.item_tokens / plan.items))
+    lens = np.full(max(1, round(plan.items / plan.records)), round(plan.item_tokens / plan.items))
     work = Workload(round(plan.prefix_tokens / plan.records), 0, lens, is_kept=False)
     found = planner.explain(work)
     cost_ms = {one.flow: one.cost_ms for one in found.plans}.get(FLOW, found.chosen.cost_ms)

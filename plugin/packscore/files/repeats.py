@@ -96,4 +96,5 @@ def _twice_in(piece: bytes) -> list[int]:
     import numpy as np
 
     found = np.sort(np.frombuffer(piece, np.int64))
-    return np.unique(found[1:][found[1:] == found[:-1]]).tolist()
+    twice: list[int] = np.unique(found[1:][found[1:] == found[:-1]]).tolist()
+    return twice
