@@ -1,6 +1,6 @@
 """Score on a Ray cluster of this machine and kill its parts, in an environment of its own.
 
-    python tests/fleet/run.py             # two workers, some 3 GB and 15 minutes of two CPUs
+    python tests/fleet/run.py             # two workers, some 3 GB while it runs
     python tests/fleet/run.py --only stages
 
 What it asks is in check.py: 100 000 pairs over 2 000 queries by two workers, ten of which are
