@@ -97,10 +97,12 @@ def wait_for(driver: subprocess.Popen[str], folder: Path, parts: int) -> bool:
 
 
 def kill_driver(folder: Path, parts: int, **environment: str) -> None:
-    """Begin a run and kill its driver when so many parts are there."""
+    """Begin a run, and kill its workers and its driver when so many parts are there."""
     driver = command(*ARGUMENTS, cwd=folder, **environment)
     assert wait_for(driver, folder, parts), (driver.communicate()[1] or "")[-3000:]
     others = psutil.Process(driver.pid).children(recursive=True)
+    for worker in workers_of(driver):  # first: they would write to the end of a part
+        worker.kill()
     driver.kill()
     driver.communicate()
     psutil.wait_procs(others, timeout=60)

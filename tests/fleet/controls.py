@@ -31,7 +31,7 @@ def check_rename(folder: Path) -> str:
         "        content = read.read()\n"
         "        written.write(content[: len(content) // 2])\n"
         "        written.flush()\n"
-        "        __import__('time').sleep(3)\n"
+        "        __import__('time').sleep(9)\n"
         "        written.write(content[len(content) // 2 :])\n"
     )
     broken = without(
