@@ -101,7 +101,7 @@ def decide(
         if state is not None:
             of_files: dict[str, object] = {"INPUT": input, "--output": output, "--errors": errors}
             of_files |= {"--resume": resume, "--overwrite": overwrite, "--dry-run": dry_run}
-            of_files |= {"--ray": ray, "--price-per-hour": price}
+            of_files |= {"--ray": ray, "--price-per-hour": price is not None}
             check_one(of_files, given)
             decide_one(state, given, chosen, asked, as_json=as_json)
             return

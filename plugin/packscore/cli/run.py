@@ -85,7 +85,7 @@ def run_file(
     shape: Shape,
     *,
     quiet: bool,
-    foretell: Callable[[], None] = bool,
+    foretell: Callable[[], object] = bool,
     price_per_hour: float | None = None,
 ) -> ExitCode:
     """Score a file, which is open, into another, which is locked.

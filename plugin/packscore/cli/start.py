@@ -53,7 +53,8 @@ def run_command(
       UsageError, RunError: nothing was run, or it cannot go on.
     """
     if on_ray is not None:
-        for option, given in {"--dry-run": dry_run, "--price-per-hour": price_per_hour}.items():
+        of_a_plan = {"--dry-run": dry_run, "--price-per-hour": price_per_hour is not None}
+        for option, given in of_a_plan.items():
             if given:
                 raise UsageError(
                     f"{option} is for a plan of one machine: leave --ray out, and name a file"
