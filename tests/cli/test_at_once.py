@@ -94,7 +94,7 @@ def test_what_ends_a_run_ends_it_with_what_was_before(tmp_path: Path) -> None:
 @pytest.mark.jax
 @pytest.mark.usefixtures("quick_programs")
 def test_a_mesh_gives_one_chips_scores(cli: Cli) -> None:
-    pytest.importorskip("jax")
+
     records = [{"id": i, **RECORDS[0], "query": f"delete directory {i}"} for i in range(5)]
     path = cli.write("in.jsonl", [*records[:3], "{bad", *records[3:]])
     model = ("--model", str(shipped_model_path()), "--device", "jax", "--dtype", "float32", "-q")

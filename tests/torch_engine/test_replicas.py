@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 
 from helpers import LABELS, random_classifier, random_ids, random_qwen3
 from packscore import (
@@ -147,11 +146,10 @@ def a_configuration(model: Any) -> None:
 
 
 def an_adapter(model: Any) -> None:
+    peft = pytest.importorskip("peft", reason="adapters are another package's")
     torch.manual_seed(0)
-    found = get_peft_model(
-        model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False, r=4)
-    )
-    assert isinstance(found, PeftModel)
+    options = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False, r=4)
+    assert isinstance(peft.get_peft_model(model, options), peft.PeftModel)
 
 
 @pytest.mark.parametrize("mask_impl", ["segment", "dense"])
