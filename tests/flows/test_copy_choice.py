@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine_stand_ins import READOUT, StandIn, values_of
 from helpers import random_ids
 from packscore import EncodedRequest
 from packscore.flows.copies import Copies
@@ -20,7 +21,6 @@ from packscore.flows.engine import Limits
 from packscore.flows.jobs import RequestValues
 from packscore.flows.runner import Runner
 from page_books import check_books
-from stand_ins import READOUT, StandIn, values_of
 
 FAULT = RuntimeError("the device is gone")
 
