@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # before transformers loads: the suite must never reach for a hub
@@ -88,6 +89,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("jax")
     order = {unit: place for place, unit in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: order.get(unit_of(item.nodeid), len(order)))
+
+
+def pytest_collection_finish() -> None:
+    # what was imported stays: a collection in the middle of a test need not look at all of it
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:

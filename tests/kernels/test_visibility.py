@@ -99,7 +99,7 @@ def test_plain_causal_attention_would_fail_this() -> None:
     ("implementation", "blocks"),
     [
         ("xla", BLOCKS), ("dense", BLOCKS), ("reference", BLOCKS), (KERNEL, BLOCKS),
-        (KERNEL, ONE_TILE),
+        pytest.param(KERNEL, ONE_TILE, marks=pytest.mark.long),
     ],
     ids=["xla", "dense", "reference", KERNEL, f"{KERNEL}-one-tile"],
 )  # fmt: skip

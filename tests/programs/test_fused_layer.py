@@ -40,7 +40,9 @@ def interpreted(model: PreTrainedModel) -> MultiItemScorer:
     return scorer
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)], ids=str
+)
 def test_packed_and_extend_equal_one_by_one(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,8 +58,6 @@ def worst(scorer: MultiItemScorer, model: Any) -> float:
 # (family, kv heads, copies, chips of each): of each family and each number of kv heads some
 MESHES = [
     ("qwen3", 8, 1, 8),
-    ("qwen3", 4, 2, 4),
-    ("qwen3", 2, 1, 8),
     ("qwen3", 2, 4, 2),
     ("llama", 4, 1, 8),
     ("qwen3_moe", 2, 2, 4),

@@ -168,6 +168,7 @@ def live_bytes() -> int:
 
 
 def test_one_kind_of_weight_exists_twice_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    gc.freeze()  # of what other tests left, `live_bytes` need not look at everything each time
     moved(random_qwen3(num_layers=1))  # some versions keep a constant or two of their first model
     others = live_bytes()
     model = moved(random_qwen3(num_layers=4, tied=False))

@@ -77,8 +77,9 @@ def output_of(script, *arguments):
     return done.stdout
 
 
-# The others' compilers differ from these in sizes alone, which the grid of picked tiles looks at.
-NEAR = ("v5e", "v6e")
+# The others' compilers differ from this in sizes alone, which the grid of picked tiles looks at; of
+# v5e a whole model is compiled.
+NEAR = ("v6e",)
 
 
 @needs_libtpu
@@ -118,7 +119,7 @@ def test_products_that_others_timed_are_counted_to_the_percent():
 
 
 @needs_libtpu
-@pytest.mark.parametrize("case", params((3, 128), (5, 80)))
+@pytest.mark.parametrize("case", params((3, 128)))
 def test_picked_tiles_compile(case):
     (line,) = output_of(SCRIPT, "picked", GRID.index(case)).splitlines()
     assert json.loads(line)["error"] is None, line
@@ -213,7 +214,8 @@ CAUSAL = [name for name, (architecture, _) in MODELS.items() if architecture.end
 @pytest.mark.parametrize(
     ("chip", "names"),
     [
-        pytest.param("v6e", ["shipped=float32", "qwen3_moe=float32"], id="v6e"),
+        pytest.param("v6e", ["shipped=float32"], id="v6e"),
+        pytest.param("v6e", ["qwen3_moe=float32"], id="v6e-moe", marks=pytest.mark.long),
         pytest.param("v5e", ["llama=float32"], id="v5e", marks=pytest.mark.long),
         *(
             pytest.param(
