@@ -151,7 +151,7 @@ def check_no_model(folder: Path) -> str:
 
 
 def check_decide(folder: Path) -> str:
-    """States by `decide`, bad ones among them: the bytes of the local command, in both files."""
+    """States by `decide`, bad ones among them: what the local command writes, row by row."""
     states = [f"State {i} wants to open a file." for i in range(60)]
     states[7] = states[41] = 200 * "too long "
     asked = {"file": {"type": "noul", "instructions": "Is it about files?"}}
@@ -159,16 +159,15 @@ def check_decide(folder: Path) -> str:
     pq.write_table(pa.table({"id": range(60), "state": states}), folder / "in.parquet")
     (folder / "asked.json").write_text(questions[0])
     given = ("in.parquet", "--questions", "asked.json", "--max-tokens", "200")
-    run(*given, "-o", "one.jsonl", name="decide", code=3, cwd=folder)
+    run(*given, "-o", "one.parquet", name="decide", code=3, cwd=folder)
     run(
         *(*given, "-o", "out", "--ray", "--workers", "2", "--part-rows", "9"),
         name="decide",
         code=3,
         cwd=folder,
     )
-    assert lines(folder / "out") == lines(folder / "one.jsonl")
+    found, expected = rankings(folder / "out"), pq.read_table(folder / "one.parquet").to_pylist()
+    assert found == expected
     errors = b"".join(p.read_bytes() for p in sorted((folder / "out").glob("errors-*.jsonl")))
-    assert errors == (folder / "one.jsonl.errors.jsonl").read_bytes()
-    return (
-        f"{len(lines(folder / 'out'))} decisions, {errors.count(b'reason')} errors: the same bytes"
-    )
+    assert errors == (folder / "one.parquet.errors.jsonl").read_bytes()
+    return f"{len(found)} decisions, {errors.count(b'reason')} errors: the same"
