@@ -99,7 +99,7 @@ def test_parquet_parts_are_one_dataset_and_others_runs_are_refused() -> None:
         def run(self, record: Any) -> Any:
             raise ValueError("a fault of ours")
 
-    worker._task = Broken()  # type: ignore[assignment]
+    worker._task = Broken()  # type: ignore[assignment]  # a stand-in that only runs
     (failed,) = told(worker, iter([range(3)]))
     assert failed["failure"].startswith(
         "rows 1 to 3 of INPUT: line 1 of INPUT: ValueError: a fault"

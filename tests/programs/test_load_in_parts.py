@@ -190,7 +190,9 @@ def test_scores_equal_one_by_one(kind: str, data: int, chips: int, tmp_path: Pat
         mesh={"data": data, "model": chips},
         label_token_ids=None if is_classifier else LABELS,
     )
-    assert [len(copy) for copy in program_of(scorer.model).copies] == [chips] * data  # type: ignore[union-attr]
+    program = program_of(scorer.model)
+    assert program is not None
+    assert [len(copy) for copy in program.copies] == [chips] * data
     wanted = classes_of(model) if is_classifier else one_by_one(model, PREFIX, ITEMS, LABELS)
     for _ in range(2):  # cold, and from pages
         got = torch.tensor(scorer.score(PREFIX, ITEMS))

@@ -38,7 +38,7 @@ class Workers:
     max_task_retries: int = 10
 
     def __post_init__(self) -> None:
-        fewest, most = (self.count, self.count) if isinstance(self.count, int) else self.count
+        fewest, most = self._bounds
         if not 1 <= fewest <= most:
             raise InputError(f"count={self.count} must be 1 or more, or (fewest, most)")
         needs = {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus, **self.resources}
@@ -46,10 +46,14 @@ class Workers:
             if amount < 0:
                 raise InputError(f"{name}={amount} must be 0 or more")
 
+    @property
+    def _bounds(self) -> tuple[int, int]:
+        return (self.count, self.count) if isinstance(self.count, int) else self.count
+
     def options(self) -> dict[str, Any]:
         """Arguments of `map_batches` and `map_groups`."""
         pool = ray_module().data.ActorPoolStrategy
-        fewest, most = (self.count, self.count) if isinstance(self.count, int) else self.count
+        fewest, most = self._bounds
         retries: dict[str, Any] = {
             "max_restarts": self.max_restarts,
             "max_task_retries": self.max_task_retries,
